@@ -1,0 +1,37 @@
+"""volseg: MRI volumes in, segmentations on the same voxels out.
+
+The path of a volume, one module a step:
+
+    read        a file as an array, its affine and its header
+    check       whether it can be segmented, and what is doubtful
+    preprocess  to the network's grid and intensities
+    network     the U-Net, 2D or 3D
+    window      the network over a volume of any size
+    invert      logits to labels on the file's own grid
+    write       the label map as a file, whole or not at all
+    report      volumes, scores, tables
+
+What it goes by: `spec` (what weights see and say), `run` (how a training run goes), `config` (YAML to either), `types`,
+`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `dataset`
+(labelled cases and folds), `augment` (random patches), `training` (one run), `score` (against labels), `picture`, `api` (for scripts),
+`cli` (the command).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.api import Segmentation, load, segment
+    from pipeline.errors import PipelineError
+
+__all__ = ["PipelineError", "Segmentation", "load", "segment"]
+
+
+def __getattr__(name: str) -> Any:
+    """The Python API, imported when it is asked for: `volseg --help` needs no torch."""
+    from importlib import import_module
+
+    if name not in __all__:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module("pipeline.errors" if name == "PipelineError" else "pipeline.api"), name)

@@ -1,0 +1,73 @@
+"""For research scripts: from a path or an image in memory to labels on its own grid and their volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.bundle import open_model
+from pipeline.engine import Model, predict_case
+from pipeline.report import volumes_mm3
+from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.write import as_nibabel, as_sitk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """What `segment` gives.
+
+    Attributes:
+        image: the label map on the input's grid: a SimpleITK image where one came in, else a nibabel image.
+        labels: the same as an array (X, Y, Z) of output values.
+        affine: the input's, voxel → RAS+ world, mm.
+        volumes_mm3: name → volume of each structure, mm³.
+        warnings: what is doubtful about the case.
+        seconds: wall time of each step.
+    """
+
+    image: Any
+    labels: LabelMap
+    affine: Affine
+    volumes_mm3: dict[str, float]
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def load(bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None) -> Model:
+    """A bundle opened for `segment`; open it once and use it for many images.
+
+    Args:
+        bundle: a folder, or the name of a bundle that ships.
+        device: auto, cpu, cuda or mps.
+        overlap: of neighbouring windows, a fraction, instead of the bundle's own.
+
+    Raises:
+        PipelineError: no such bundle or device.
+    """
+    return open_model(bundle, device=device, overlap=overlap)
+
+
+def segment(model: Model, image: Any) -> Segmentation:
+    """The segmentation of one image; the same voxels as the command `volseg segment` writes.
+
+    Args:
+        model: from `load`.
+        image: a path, a nibabel image or a SimpleITK image; a list of them for a model of several channels.
+
+    Raises:
+        PipelineError: the image cannot be read or segmented; the message says why and what to do.
+    """
+    prediction = predict_case(model, image)
+    first = image[0] if isinstance(image, Sequence) and not isinstance(image, str) else image
+    in_memory = type(first).__module__.startswith("SimpleITK")
+    return Segmentation(
+        image=as_sitk(prediction.labels, first)
+        if in_memory
+        else as_nibabel(prediction.labels, prediction.affine, prediction.header),
+        labels=prediction.labels,
+        affine=prediction.affine,
+        volumes_mm3=volumes_mm3(prediction.labels, prediction.affine, model.spec.labels),
+        warnings=prediction.warnings,
+        seconds=prediction.seconds,
+    )

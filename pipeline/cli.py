@@ -1,0 +1,196 @@
+"""The command `volseg`. Printing happens here only; whatever is slow to import is imported inside a command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import PipelineError
+
+DONE, SOME_FAILED, WRONG = 0, 1, 2
+DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
+Advance = Callable[[str], None]
+
+
+class Refusal(click.ClickException):
+    """A PipelineError as the command line shows it: one line on stderr, exit status 2."""
+
+    exit_code = WRONG
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns errors that the user can mend into messages without a traceback."""
+    try:
+        yield
+    except PipelineError as error:
+        raise Refusal(str(error)) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="volseg")
+def main() -> None:
+    """Segment MRI volumes with 2D and 3D U-Nets, as MONAI bundles.
+
+    Exit status: 0 all done, 1 at least one case failed (the others are written), 2 the command or its configuration is wrong.
+    """
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@click.option("-b", "--bundle", required=True, help="Bundle to use: a folder, or the name of one that ships.")
+@click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
+@click.option("--overlap", type=float, help="Of neighbouring windows, a fraction; the bundle's own by default.")
+@click.option("--volume", type=int, help="Which volume of 4D files to segment, from 0.")
+@click.option("--overwrite", is_flag=True, help="Do cases again that are done already.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows of cases.csv as JSON on stdout.")
+def segment(
+    inputs: tuple[str, ...],
+    output: Path,
+    bundle: str,
+    device: str,
+    overlap: float | None,
+    volume: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Segment files, folders and globs of MRI volumes.
+
+    Leaves in the output folder a <name>_seg.nii.gz on each input's own grid, volumes.csv (mm³ a structure), cases.csv (one row
+    an input: status, warnings, seconds, memory) and run.json. A case that fails is named, and the others go on. Started again,
+    it goes on where it stopped.
+    """
+    with refusals():
+        from pipeline import batch
+        from pipeline.bundle import open_model
+
+        _quiet()
+        model = open_model(bundle, device=device, overlap=overlap, volume=volume)
+        cases = batch.find_cases(inputs, model.spec)
+        with _progress("segmenting", len(cases)) as advance:
+            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
+    failed = [row for row in rows if row["status"] == "failed"]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    done = len(rows) - len(failed)
+    click.echo(
+        f"{done} of {len(rows)} cases are in {output}" + (f", {len(failed)} failed (see cases.csv)" if failed else ""), err=True
+    )
+    sys.exit(SOME_FAILED if failed else DONE)
+
+
+@main.command()
+@click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def check(bundle: str, as_json: bool) -> None:
+    """Check a bundle: MONAI's own checks, offline, and the weights against the spec."""
+    with refusals():
+        from pipeline.bundle import check as check_bundle
+
+        _quiet()
+        results = check_bundle(bundle)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        for name, reason in results.items():
+            click.echo(f"{'failed' if reason else 'passed'}  {name}" + (f": {reason}" if reason else ""))
+    sys.exit(SOME_FAILED if any(results.values()) else DONE)
+
+
+@main.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
+def train(config: Path, changes: tuple[str, ...]) -> None:
+    """Train the bundle that a run configuration names, and leave it complete.
+
+    KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30.
+    """
+    with refusals():
+        from pipeline.training import read_run, train_bundle
+
+        _quiet()
+        run, content = read_run(config, changes)
+        with _progress("training", run.epochs) as advance:
+            train_bundle(run, content, lambda epoch, loss: advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}"))
+    click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
+
+
+@main.command()
+@click.argument("bundle")
+@click.argument("dataset")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for predictions and scores.")
+@click.option("--splits", help="JSON file of folds beside dataset.json; scores every case without it.")
+@click.option("--fold", type=int, default=0, show_default=True, help="Which fold's validation cases to score.")
+@click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
+@click.option("--overwrite", is_flag=True, help="Segment cases again that are done already.")
+def evaluate(bundle: str, dataset: str, output: Path, splits: str | None, fold: int, device: str, overwrite: bool) -> None:
+    """Segment the labelled cases of a dataset and score them against the labels as read.
+
+    Writes scores.csv (Dice, one row a case and label) beside what `segment` leaves, and prints the mean of each label; a
+    case that failed counts as 0.
+    """
+    with refusals():
+        from pipeline import batch
+        from pipeline.bundle import open_model
+        from pipeline.dataset import fold_cases
+        from pipeline.report import write_csv
+        from pipeline.score import mean_dice, score_case
+
+        _quiet()
+        model = open_model(bundle, device=device)
+        cases = fold_cases(dataset, splits, fold, "val")
+        with _progress("segmenting", len(cases)) as advance:
+            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
+        scores = [row for case in cases for row in score_case(case, batch.output_path(output, case["case"]), model.spec.labels)]
+        write_csv(output / "scores.csv", scores)
+    for name, mean in mean_dice(scores).items():
+        click.echo(f"{name}: Dice {mean:.4f} over {len(cases)} cases")
+    sys.exit(SOME_FAILED if any(row["status"] == "failed" for row in rows) else DONE)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One case, as progress says it."""
+    if row["status"] == "failed":
+        return f"failed   {row['case']}: {row['message']}"
+    return f"{row['status']:8} {row['case']}" + (f" (warning: {row['warnings']})" if row["warnings"] else "")
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Advance]:
+    """A bar on stderr where it is a terminal, plain lines elsewhere; calling it says one line and counts one."""
+    if not sys.stderr.isatty():
+        count = iter(range(1, total + 1))
+        yield lambda line: click.echo(f"[{next(count, total)}/{total}] {line}", err=True)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: Sequence[Any] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(line: str) -> None:
+            bar.console.print(line, markup=False, highlight=False)
+            bar.advance(task)
+
+        yield advance
+
+
+def _quiet() -> None:
+    """Keeps the log and the notes of MONAI, Ignite and torch off the screen; errors are told once, by us."""
+    import logging
+    import warnings
+
+    logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module=r"monai\.|ignite\.|torch\.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A folder of labelled volumes as a list of cases, and its folds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError
+from pipeline.types import Case, PathOrStr
+
+
+def labelled_cases(dataset: PathOrStr) -> list[Case]:
+    """The pairs that a Decathlon `dataset.json` lists; files it does not list are not used.
+
+    Args:
+        dataset: the folder of dataset.json; `$NAME` is taken from the environment.
+
+    Returns:
+        one dict a case with `case` (the image's name without suffix), `image` and `label` (paths).
+
+    Raises:
+        ConfigError: no dataset.json, or files that it lists are missing (all of them are named).
+    """
+    folder = resolve(dataset)
+    content = _json(folder / "dataset.json")
+    pairs = [{key: str(folder / item[key]) for key in ("image", "label")} for item in content["training"]]
+    missing = [path for pair in pairs for path in pair.values() if not Path(path).is_file()]
+    if missing:
+        raise ConfigError(f"{folder}/dataset.json lists {len(missing)} files that are missing: {', '.join(missing[:5])}")
+    return [{"case": Path(pair["image"]).name.split(".")[0], **pair} for pair in pairs]
+
+
+def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> list[Case]:
+    """The cases of one part, `train` or `val`, of one fold; all cases where there are no splits.
+
+    Raises:
+        ConfigError: no such fold, or the splits name cases that the dataset does not have.
+    """
+    cases = labelled_cases(dataset)
+    if splits is None:
+        return cases
+    folds = _json(resolve(dataset) / splits)
+    if not 0 <= fold < len(folds):
+        raise ConfigError(f"fold {fold}: {splits} holds folds 0 to {len(folds) - 1}")
+    by_name = {case["case"]: case for case in cases}
+    unknown = [name for name in folds[fold][part] if name not in by_name]
+    if unknown:
+        raise ConfigError(f"{splits}, fold {fold}, {part}: cases that dataset.json does not list: {', '.join(unknown[:5])}")
+    return [by_name[name] for name in folds[fold][part]]
+
+
+def resolve(dataset: PathOrStr) -> Path:
+    """The dataset's folder, with `$NAME` taken from the environment.
+
+    Raises:
+        ConfigError: a variable that is not set, or no such folder.
+    """
+    text = os.path.expandvars(os.fspath(dataset))
+    if "$" in text:
+        raise ConfigError(f"{dataset}: set the environment variable that it names")
+    if not Path(text).is_dir():
+        raise ConfigError(f"{text}: no such folder; expected a dataset with a dataset.json")
+    return Path(text)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: is not JSON: {error}") from error

@@ -1,0 +1,174 @@
+"""What drives the network: the parts of MONAI's trainer, and one case through MONAI's evaluator."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.handlers import EMAHandler
+from monai.data import MetaTensor, list_data_collate
+from monai.engines import SupervisedEvaluator
+from monai.engines.utils import IterationEvents
+from monai.losses import DeepSupervisionLoss, DiceCELoss
+from monai.optimizers import WarmupCosineSchedule
+from monai.transforms import Compose
+from torch import nn
+
+from pipeline.errors import mendable
+from pipeline.invert import PRED
+from pipeline.preprocess import IMAGE, LABEL
+from pipeline.run import Run
+from pipeline.spec import Spec
+from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.write import write_bytes
+
+MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # from malloc.h
+
+
+def prepare_batch(
+    batch: Mapping[str, torch.Tensor], device: torch.device | None = None, non_blocking: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A training batch on the device, the image in channels_last order.
+
+    Shapes: `image` (B, C, *roi_size), `label` (B, 1, *roi_size).
+    """
+    image, label = batch[IMAGE], batch[LABEL]
+    order = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
+    image = image.to(device=device, memory_format=order, non_blocking=non_blocking)
+    return image, label.to(device=device, non_blocking=non_blocking)
+
+
+def loss(spec: Spec) -> nn.Module:
+    """Dice over the batch plus cross-entropy, at each resolution that the network gives while training.
+
+    Shapes: logits (B, C, *roi_size), or a list of them; channel numbers (B, 1, *roi_size).
+    """
+    both = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
+    if not spec.network.deep_supervision:
+        return both  # type: ignore[no-any-return]
+    return DeepSupervisionLoss(both)  # type: ignore[no-any-return]
+
+
+def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int) -> WarmupCosineSchedule:
+    """A learning rate that rises over the warm-up and falls to 0 along a cosine, a step at a time."""
+    steps = run.epochs * steps_per_epoch
+    return WarmupCosineSchedule(optimizer, warmup_steps=max(1, round(run.warmup * steps)), t_total=steps)
+
+
+def average(network: nn.Module, run: Run) -> EMAHandler:
+    """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
+    network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
+    return EMAHandler(network, momentum=1 - run.ema_decay, handle_buffers="copy")
+
+
+def save_weights(network: nn.Module, path: PathOrStr) -> None:
+    """Writes a plain state dict, whole or not at all; kernels are kept in float16, all else as it is."""
+    state = {
+        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_bytes(Path(path), buffer.getvalue())
+
+
+def keep_memory() -> None:
+    """Keeps freed memory in the process (glibc): a training step frees and asks for the same gigabyte each time."""
+    try:
+        libc: Any = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(MALLOPT_MMAP_MAX, 0)
+    libc.mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _is_3d(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A bundle opened for inference: all that one case needs, loaded once.
+
+    Attributes:
+        root: the bundle's folder.
+        spec: what its weights see and say.
+        preprocessing: the way in; its first step reads.
+        evaluator: MONAI's evaluator over the network, its inferer and the inversion.
+    """
+
+    root: PathOrStr
+    spec: Spec
+    preprocessing: Compose
+    evaluator: SupervisedEvaluator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one case gave.
+
+    Attributes:
+        labels: (X, Y, Z) output values on the file's own grid.
+        affine: the file's, voxel → RAS+ world, mm.
+        header: the file's NIfTI header, empty for other formats.
+        warnings: what is doubtful about the case.
+        seconds: wall time of each step.
+    """
+
+    labels: LabelMap
+    affine: Affine
+    header: bytes
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def predict_case(model: Model, image: Any) -> Prediction:
+    """One case through the whole path, file to labels; the command line, the bundle and the Python API all come here.
+
+    Args:
+        model: an opened bundle.
+        image: a path, a nibabel or SimpleITK image, or a list of them, one a channel.
+
+    Raises:
+        PipelineError: the case cannot be read or segmented; the message says why.
+    """
+    started = time.perf_counter()
+    marks: dict[str, float] = {}
+    try:
+        case = model.preprocessing({IMAGE: image}, end=1)
+        marks["read"] = time.perf_counter()
+        case = model.preprocessing(case, start=1)
+        marks["preprocess"] = time.perf_counter()
+        pred = _evaluate(model.evaluator, case, lambda: marks.update(network=time.perf_counter()))
+        marks["invert"] = time.perf_counter()
+    except Exception as error:
+        known = mendable(error)
+        if known is None:
+            raise
+        raise known from error
+    ends = list(marks.values())
+    return Prediction(
+        labels=pred[0].numpy(),
+        affine=np.asarray(pred.affine, dtype=np.float64),
+        header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
+        warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
+        seconds={step: end - start for step, start, end in zip(marks, [started, *ends], ends, strict=False)},
+    )
+
+
+def _evaluate(evaluator: SupervisedEvaluator, case: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:
+    """`pred` of one preprocessed case; the evaluator keeps nothing of it."""
+    evaluator.data_loader = [list_data_collate([case])]
+    evaluator.state.epoch_length = 1
+    with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
+        evaluator.run()
+    pred: MetaTensor = evaluator.state.output[0][PRED]
+    evaluator.data_loader, evaluator.state.output, evaluator.state.batch = [], None, None
+    return pred

@@ -1,0 +1,59 @@
+"""What is said about a case: its volumes, its row in a table."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.types import Affine, LabelMap
+from pipeline.write import write_bytes
+
+
+def volumes_mm3(labels: LabelMap, affine: Affine, names: Mapping[str, int]) -> dict[str, float]:
+    """The volume of each structure, mm³: its voxels times the volume of one; background is left out.
+
+    Args:
+        labels: (X, Y, Z) output values.
+        affine: voxel → world, mm.
+        names: name → output value, as in the spec.
+    """
+    voxel = abs(float(np.linalg.det(affine[:3, :3])))
+    values, counts = np.unique(labels, return_counts=True)
+    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return {name: found.get(value, 0) * voxel for name, value in names.items() if value != 0}
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A table, whole or not at all; the columns are those of the first row."""
+    rows = list(rows)
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table; none where there is no file."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

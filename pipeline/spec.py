@@ -1,0 +1,144 @@
+"""What a set of weights was trained to see and to say.
+
+Changing any of it makes the weights invalid; how one training run goes is told in `run` instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline import config
+from pipeline.errors import ConfigError
+from pipeline.types import PathOrStr
+
+Stride = int | tuple[int, ...]
+AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intensity:
+    """How one channel's values are normalised, over its whole volume.
+
+    Attributes:
+        method: `zscore` (mean 0, standard deviation 1) or `percentiles` (`lower` to 0, `upper` to 1, clipped).
+        nonzero: whether only voxels other than 0 count (and zeros stay 0): for skull-stripped images.
+        lower, upper: percentiles, 0 to 100.
+    """
+
+    method: Literal["zscore", "percentiles"] = "zscore"
+    nonzero: bool = False
+    lower: float = 0.5
+    upper: float = 99.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """The U-Net's shape; `pipeline.network.UNet` documents each value."""
+
+    features: tuple[int, ...]
+    strides: tuple[Stride, ...] | None = None
+    norm: Literal["batch", "instance"] | None = None
+    activation: str = "relu"
+    residual: bool = False
+    dropout: float = 0.0
+    deep_supervision: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """What a set of weights was trained to see and to say.
+
+    Attributes:
+        labels: name → output value; the order is the order of the network's channels, `background: 0` comes first.
+        channels: the names of the input channels, one file each.
+        spacing: mm along the axes of `orientation`; null keeps the file's own spacing along that axis.
+        orientation: axis codes of the network's grid, such as RAS.
+        intensity: the normalisation of every channel.
+        roi_size: voxels of one window; 2 numbers make a network of slices, 3 one of volumes.
+        slice_axis: for a network of slices, the anatomical direction that the slices are stacked along.
+        overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1.
+        network: the U-Net's shape.
+    """
+
+    labels: dict[str, int]
+    channels: tuple[str, ...]
+    spacing: tuple[float | None, float | None, float | None]
+    roi_size: tuple[int, ...]
+    network: Network
+    orientation: str = "RAS"
+    intensity: Intensity = field(default_factory=Intensity)
+    slice_axis: Literal["R", "A", "S"] | None = None
+    overlap: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_labels(self.labels)
+        _check_grid(self)
+        _check_window(self)
+
+    @property
+    def spatial_dims(self) -> int:
+        """2 for a network of slices, 3 for one of volumes."""
+        return len(self.roi_size)
+
+    @property
+    def slice_dim(self) -> int | None:
+        """The array axis, 0 to 2 on the network's grid, that slices are stacked along; None in 3D."""
+        if self.slice_axis is None:
+            return None
+        return [AXES[code] for code in self.orientation].index(AXES[self.slice_axis])
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """One tuple a pooling, one number a spatial axis."""
+        given = self.network.strides or (2,) * (len(self.network.features) - 1)
+        return tuple((s,) * self.spatial_dims if isinstance(s, int) else s for s in given)
+
+
+def load(path: PathOrStr) -> Spec:
+    """The spec that a YAML file holds.
+
+    Raises:
+        ConfigError: with the path to the key that is wrong.
+    """
+    return config.load(Spec, path, "spec")
+
+
+def _check_labels(labels: dict[str, int]) -> None:
+    values = list(labels.values())
+    if len(labels) < 2 or values[0] != 0:
+        raise ConfigError(f"spec.labels: expected `background: 0` first and at least one structure, got {labels}")
+    if len(set(values)) < len(values) or min(values) < 0 or max(values) > 2**32 - 1:
+        raise ConfigError(f"spec.labels: expected distinct values from 0 to 2**32 - 1, got {values}")
+
+
+def _check_grid(spec: Spec) -> None:
+    if sorted(AXES.get(code, -1) for code in spec.orientation) != [0, 1, 2]:
+        raise ConfigError(f"spec.orientation: expected three axis codes such as RAS, got {spec.orientation!r}")
+    if not spec.channels:
+        raise ConfigError("spec.channels: expected at least one name, got none")
+    for i, mm in enumerate(spec.spacing):
+        if mm is not None and not 0 < mm < 100:
+            raise ConfigError(f"spec.spacing[{i}]: expected mm above 0 or null, got {mm}")
+
+
+def _check_window(spec: Spec) -> None:
+    if spec.spatial_dims not in (2, 3):
+        raise ConfigError(f"spec.roi_size: expected 2 or 3 numbers, got {spec.roi_size}")
+    if (spec.spatial_dims == 2) != (spec.slice_axis is not None):
+        raise ConfigError(
+            f"spec.slice_axis: expected R, A or S with 2 numbers in roi_size and null with 3, got {spec.slice_axis}"
+        )
+    if not 0 <= spec.overlap < 1:
+        raise ConfigError(f"spec.overlap: expected a fraction, 0 ≤ overlap < 1, got {spec.overlap}")
+    if len(spec.strides) != len(spec.network.features) - 1 or any(len(s) != spec.spatial_dims for s in spec.strides):
+        raise ConfigError(
+            f"spec.network.strides: expected {len(spec.network.features) - 1} entries (one fewer than features), each a number "
+            f"or {spec.spatial_dims} numbers, got {spec.network.strides}"
+        )
+    for axis, size in enumerate(spec.roi_size):
+        step = 1
+        for stride in spec.strides:
+            step *= stride[axis]
+        if size < 1 or size % step:
+            raise ConfigError(f"spec.roi_size[{axis}]: expected a multiple of {step} (the product of the strides), got {size}")

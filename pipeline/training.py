@@ -1,0 +1,89 @@
+"""One training run: from a run's YAML to a complete bundle, through MONAI's trainer and the bundle's own wiring."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+
+from pipeline import bundle, config
+from pipeline.errors import ConfigError, mendable
+from pipeline.run import Run
+from pipeline.types import PathOrStr
+from pipeline.write import write_bytes
+
+EpochDone = Callable[[int, float], None]
+
+
+def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
+    """A run's YAML with some settings changed: the run, and the content that gives it.
+
+    Args:
+        path: the YAML file.
+        changes: `key=value`, a dot for each level down (`augment.rotation=30`); values are read as YAML.
+
+    Raises:
+        ConfigError: with the path to the key that is wrong.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected the YAML file of a run") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ConfigError(f"{change}: expected KEY=VALUE, such as epochs=5")
+        *parents, last = key.split(".")
+        level = content
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[last] = yaml.safe_load(value)
+    return config.parse(Run, content, "run"), content
+
+
+def train_bundle(run: Run, content: dict[str, Any], epoch_done: EpochDone | None = None) -> None:
+    """Trains the weights of the bundle that a run names, and refreshes all that is generated in it.
+
+    The bundle's folder needs configs/spec.yaml and configs/card.yaml; the run is kept beside them as run.yaml.
+
+    Args:
+        run: how it goes.
+        content: the YAML that gives it.
+        epoch_done: called after each epoch with its number and the loss of its last step.
+
+    Raises:
+        ConfigError: no spec, or a dataset that cannot be used.
+    """
+    root = Path(run.bundle)
+    if not (root / "configs" / "spec.yaml").is_file():
+        raise ConfigError(f"{root}/configs/spec.yaml: no such file; write down there what the weights are to see and to say")
+    write_bytes(root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+    bundle.refresh(root)
+    parser = ConfigParser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
+        parser.read_config([root / "configs" / name for name in bundle.WIRING])
+    parser["bundle_root"] = str(root)
+    try:
+        parser.get_parsed_content("initialize")
+        trainer: Engine = parser.get_parsed_content("train::trainer")
+        if epoch_done is not None:
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(trainer.state.epoch, _loss(trainer)))
+        parser.get_parsed_content("run")
+        parser.get_parsed_content("finalize")
+    except Exception as error:
+        known = mendable(error)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _loss(trainer: Engine) -> float:
+    return float(trainer.state.output[0]["loss"])

@@ -1,0 +1,94 @@
+"""A label map as a file on its input's grid, whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import nibabel as nib
+import numpy as np
+
+from pipeline.errors import WriteError
+from pipeline.types import Affine, LabelMap
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+COMPRESSION = 6
+NIFTI1_BYTES = 348
+DESCRIPTION = b"volseg label map"  # the header's mark of a file that we wrote and may replace
+SCANNER_CODE = 1  # NIFTI_XFORM_SCANNER_ANAT, for inputs that are not NIfTI
+
+
+def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
+    """A NIfTI image of a label map.
+
+    Args:
+        labels: (X, Y, Z), of an unsigned type.
+        affine: voxel → RAS+ world, mm; used where there is no header.
+        header: the input's own NIfTI header: qform and sform with their codes and the units are kept to the bit.
+    """
+    if not header:
+        image = nib.Nifti1Image(labels, affine)
+        image.set_sform(affine, code=SCANNER_CODE)
+        image.set_qform(affine, code=SCANNER_CODE, strip_shears=True)
+        image.header.set_xyzt_units("mm")
+        image.header["descrip"] = DESCRIPTION
+        return image
+    kind = nib.Nifti1Image if len(header) == NIFTI1_BYTES else nib.Nifti2Image
+    own = kind.header_class(header, check=False)
+    zooms = own.get_zooms()[:3]
+    own.set_data_dtype(labels.dtype)
+    own.set_data_shape(labels.shape)
+    own.set_zooms(zooms)
+    own.set_slope_inter(1, 0)
+    own.set_intent("label", (), "", allow_unknown=True)
+    own["cal_min"] = own["cal_max"] = 0
+    own["descrip"] = DESCRIPTION
+    return kind(labels, None, own)
+
+
+def write_labels(path: Path, image: nib.Nifti1Image) -> None:
+    """Writes a label map as .nii.gz: under a temporary name in the same folder, then renamed.
+
+    Raises:
+        WriteError: the folder cannot be made or written to.
+    """
+    write_bytes(path, gzip.compress(image.to_bytes(), COMPRESSION, mtime=0))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and makes its folder.
+
+    Raises:
+        WriteError: the folder cannot be made or written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"{path}: cannot be written: {error.strerror or error}; is the disk full or read-only?") from error
+
+
+def as_sitk(labels: LabelMap, like: sitk.Image) -> sitk.Image:
+    """A SimpleITK image of a label map on the grid of another."""
+    import SimpleITK as sitk
+
+    image = sitk.GetImageFromArray(np.ascontiguousarray(labels.transpose()))
+    dims = image.GetDimension()
+    if like.GetDimension() == dims:
+        image.CopyInformation(like)
+        return image
+    direction = np.array(like.GetDirection()).reshape(like.GetDimension(), -1)[:dims, :dims]
+    image.SetOrigin(like.GetOrigin()[:dims])
+    image.SetSpacing(like.GetSpacing()[:dims])
+    image.SetDirection(direction.ravel().tolist())
+    return image
