@@ -19,7 +19,7 @@ COLOURS = "tab20"
 def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, *, title: str = "") -> None:
     """Writes a PNG of three orthogonal slices through the middle of what was found, labels over grey values.
 
-    Sagittal slices look from the left; coronal and axial slices show the subject's left on the picture's right, as
+    Sagittal slices show the front on the right; coronal and axial slices show the subject's left on the picture's right, as
     radiologists read them. One mm is as long along every axis.
 
     Args:
