@@ -8,12 +8,14 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 from monai.networks.layers import Act, Conv, Dropout, Norm, Pool
 from torch import nn
 
+from pipeline import sizes
 from pipeline.errors import ShapeError
 from pipeline.spec import Spec
 
@@ -21,7 +23,7 @@ from pipeline.spec import Spec
 class Block(nn.Module):
     """Two 3×3(×3) convolutions, each with its norm and activation; the sum with a projected input when residual.
 
-    Shapes: (B, in_channels, *spatial) → (B, out_channels, *spatial).
+    Shapes: (B, in_channels, *spatial) → (B, out_channels, *spatial), four voxels fewer along each axis without padding.
     """
 
     def __init__(self, dims: int, in_channels: int, out_channels: int, *, options: Options) -> None:
@@ -29,8 +31,9 @@ class Block(nn.Module):
         conv = Conv[Conv.CONV, dims]
         bias = options.norm is None
         layers: list[nn.Module] = []
+        pad = 1 if options.padding else 0
         for channels in (in_channels, out_channels):
-            layers += [conv(channels, out_channels, kernel_size=3, padding=1, bias=bias), *_norm(dims, out_channels, options)]
+            layers += [conv(channels, out_channels, kernel_size=3, padding=pad, bias=bias), *_norm(dims, out_channels, options)]
             layers += [_activation(options)] if len(layers) < 3 or not options.residual else []
         self.body = nn.Sequential(*layers)
         self.skip = None
@@ -42,15 +45,19 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.body(x)
         if self.skip is not None:
-            y = y + self.skip(x)
+            y = y + centre(self.skip(x), y.shape[2:])
         return self.dropout(self.last(y))  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
 class Options:
     """What all blocks of one network share."""
 
-    def __init__(self, norm: str | None, activation: str, residual: bool, dropout: float) -> None:
-        self.norm, self.activation, self.residual, self.dropout = norm, activation, residual, dropout
+    norm: str | None
+    activation: str
+    residual: bool
+    dropout: float
+    padding: bool
 
 
 class UNet(nn.Module):
@@ -69,11 +76,16 @@ class UNet(nn.Module):
         activation: any of MONAI's `Act`, by name.
         residual: add each block's input to its output.
         dropout: probability of a channel-wise dropout after each block.
+        contraction_dropout: probability of a voxel-wise dropout at the end of the contracting path: after the last block
+            above the bottleneck and after the bottleneck.
         deep_supervision: how many lower decoder levels give logits of their own while training.
+        padding: whether convolutions are padded; without, skips are cropped to their middle and the output is smaller than
+            the input by a fixed margin (`pipeline.sizes`), of which every voxel saw real surroundings.
 
     Shapes:
         (B, in_channels, *spatial) → (B, out_channels, *spatial), every size a multiple of the product of the strides along
-        its axis. While training with deep supervision: a list, full size first, then each lower level at its own size.
+        its axis; without padding (B, out_channels, *smaller), for sizes that fit every pooling (572 → 388). While training
+        with deep supervision: a list, full size first, then each lower level at its own size.
 
     Raises:
         ShapeError: an input size that the strides do not divide; the message names the sizes that work.
@@ -91,26 +103,29 @@ class UNet(nn.Module):
         activation: str = "relu",
         residual: bool = False,
         dropout: float = 0.0,
+        contraction_dropout: float = 0.0,
         deep_supervision: int = 0,
+        padding: bool = True,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
             raise ShapeError(f"spatial_dims: expected 2 or 3, got {spatial_dims}")
         levels = len(features) - 1
-        self.in_channels = in_channels
+        self.in_channels, self.padding = in_channels, padding
         self.strides = [(s,) * spatial_dims if isinstance(s, int) else tuple(s) for s in (strides or [2] * levels)]
         if levels < 1 or len(self.strides) != levels or not 0 <= deep_supervision < levels:
             raise ShapeError(
                 f"features {tuple(features)}, strides {self.strides}, deep_supervision {deep_supervision}: expected at least "
                 "two features, one stride fewer than features, and fewer deep outputs than strides"
             )
-        options = Options(norm, activation, residual, dropout)
+        options = Options(norm, activation, residual, dropout, padding)
         ins = [in_channels, *features[:-2]]
         self.encoder = nn.ModuleList(
             Block(spatial_dims, i, o, options=options) for i, o in zip(ins, features[:-1], strict=True)
         )
         self.pool = nn.ModuleList(Pool[Pool.MAX, spatial_dims](s, s) for s in self.strides)
         self.bottleneck = Block(spatial_dims, features[-2], features[-1], options=options)
+        self.contraction_dropout = nn.Dropout(contraction_dropout) if contraction_dropout else nn.Identity()
         up = Conv[Conv.CONVTRANS, spatial_dims]
         self.up = nn.ModuleList(up(features[i + 1], features[i], self.strides[i], self.strides[i]) for i in range(levels))
         self.decoder = nn.ModuleList(Block(spatial_dims, 2 * f, f, options=options) for f in features[:-1])
@@ -121,14 +136,16 @@ class UNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         self._check(x)
         skips = []
-        for block, pool in zip(self.encoder, self.pool, strict=True):
+        for level, (block, pool) in enumerate(zip(self.encoder, self.pool, strict=True), start=1):
             x = block(x)
+            x = self.contraction_dropout(x) if level == len(self.encoder) else x
             skips.append(x)
             x = pool(x)
-        x = self.bottleneck(x)
+        x = self.contraction_dropout(self.bottleneck(x))
         levels = []
         for up, block, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
-            x = block(torch.cat([up(x), skip], dim=1))
+            x = up(x)
+            x = block(torch.cat([x, centre(skip, x.shape[2:])], dim=1))
             levels.append(x)
         logits = self.output(x)
         if not (self.training and len(self.deep_outputs)):
@@ -136,18 +153,31 @@ class UNet(nn.Module):
         return [logits, *(head(level) for head, level in zip(self.deep_outputs, levels[-2::-1], strict=False))]
 
     def _check(self, x: torch.Tensor) -> None:
-        steps = [prod(s[axis] for s in self.strides) for axis in range(len(self.strides[0]))]
+        axes = [[s[axis] for s in self.strides] for axis in range(len(self.strides[0]))]
         shape = [int(n) for n in x.shape]
-        if len(shape) != len(steps) + 2 or shape[1] != self.in_channels:
-            expected = ", ".join(f"{step}·n" for step in steps)
+        if len(shape) != len(axes) + 2 or shape[1] != self.in_channels:
+            expected = ", ".join(f"{prod(strides)}·n" for strides in axes)
             raise ShapeError(f"input has shape {tuple(shape)}, expected (B, {self.in_channels}, {expected})")
-        for axis, (size, step) in enumerate(zip(shape[2:], steps, strict=True)):
-            if size % step or size == 0:
-                near = f"{step * (size // step)} or {step * (size // step + 1)}" if size >= step else str(step)
-                raise ShapeError(
-                    f"input has {size} voxels along spatial axis {axis}, expected a multiple of {step} (the product of the "
-                    f"strides there): pad or crop it to {near}, or use pipeline.window.inferer, which pads"
+        for axis, (size, strides) in enumerate(zip(shape[2:], axes, strict=True)):
+            if sizes.output_size(size, strides, padding=self.padding) is None:
+                rule = (
+                    f"a multiple of {prod(strides)} (the product of the strides there)"
+                    if self.padding
+                    else "a size that fits every pooling"
                 )
+                near = sizes.sizes_near(size, strides, padding=self.padding)
+                raise ShapeError(
+                    f"input has {size} voxels along spatial axis {axis}, expected {rule}: pad or crop it to {near}, or use "
+                    "pipeline.window.inferer, which pads"
+                )
+
+
+def centre(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """The middle of x, (B, C, *spatial) → (B, C, *size); x itself where the sizes agree."""
+    for axis, n in enumerate(size, start=2):
+        if x.shape[axis] != n:
+            x = x.narrow(axis, (x.shape[axis] - n) // 2, n)
+    return x
 
 
 def from_spec(spec: Spec) -> UNet:
@@ -156,14 +186,16 @@ def from_spec(spec: Spec) -> UNet:
     return UNet(
         spec.spatial_dims,
         len(spec.channels),
-        len(spec.labels),
+        len(spec.outputs),
         n.features,
         spec.strides,
         norm=n.norm,
         activation=n.activation,
         residual=n.residual,
         dropout=n.dropout,
+        contraction_dropout=n.contraction_dropout,
         deep_supervision=n.deep_supervision,
+        padding=n.padding,
     )
 
 

@@ -6,9 +6,10 @@ Changing any of it makes the weights invalid; how one training run goes is told 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
-from pipeline import config
+from pipeline import config, sizes
 from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
@@ -21,15 +22,31 @@ class Intensity:
     """How one channel's values are normalised, over its whole volume.
 
     Attributes:
-        method: `zscore` (mean 0, standard deviation 1) or `percentiles` (`lower` to 0, `upper` to 1, clipped).
+        method: `zscore` (mean 0, standard deviation 1), `percentiles` (`lower` to 0, `upper` to 1, clipped), or
+            `percentiles_zscore` (clipped at percentiles of all channels together, then a z-score a channel).
         nonzero: whether only voxels other than 0 count (and zeros stay 0): for skull-stripped images.
         lower, upper: percentiles, 0 to 100.
     """
 
-    method: Literal["zscore", "percentiles"] = "zscore"
+    method: Literal["zscore", "percentiles", "percentiles_zscore"] = "zscore"
     nonzero: bool = False
     lower: float = 0.5
     upper: float = 99.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """How a volume is cut to what it shows and its slices brought to one size; `pipeline.fit` does it.
+
+    Attributes:
+        floor: values below this fraction of a channel's largest become 0; the box of what is left is cut out.
+        slice_size: pixels along both sides of a slice, after it was padded to a square.
+        axis: the anatomical direction that the slices are stacked along; it is cut and not resized.
+    """
+
+    floor: float = 0.1
+    slice_size: int = 256
+    axis: Literal["R", "A", "S"] = "S"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +59,9 @@ class Network:
     activation: str = "relu"
     residual: bool = False
     dropout: float = 0.0
+    contraction_dropout: float = 0.0
     deep_supervision: int = 0
+    padding: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +76,14 @@ class Spec:
         intensity: the normalisation of every channel.
         roi_size: voxels of one window; 2 numbers make a network of slices, 3 one of volumes.
         slice_axis: for a network of slices, the anatomical direction that the slices are stacked along.
-        overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1.
+        overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without padding, where tiles abut.
         network: the U-Net's shape.
+        output: `softmax` has a channel for every label, `sigmoid` one for every structure; a structure is found where its
+            probability is above .5, and above that of the others.
+        stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
+        fit: null keeps the whole field of view.
+        largest_component: whether only the largest connected part of each structure is kept (voxels that share a face).
+        rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
     """
 
     labels: dict[str, int]
@@ -70,10 +95,16 @@ class Spec:
     intensity: Intensity = field(default_factory=Intensity)
     slice_axis: Literal["R", "A", "S"] | None = None
     overlap: float = 0.5
+    output: Literal["softmax", "sigmoid"] = "softmax"
+    stand_in: str | None = None
+    fit: Fit | None = None
+    largest_component: bool = False
+    rotations: int = 1
 
     def __post_init__(self) -> None:
         _check_labels(self.labels)
         _check_grid(self)
+        _check_way_in(self)
         _check_window(self)
 
     @property
@@ -82,11 +113,22 @@ class Spec:
         return len(self.roi_size)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The labels that the network has a channel for: all, or the structures only where the output is a sigmoid."""
+        return tuple(self.labels)[1 if self.output == "sigmoid" else 0 :]
+
+    @property
     def slice_dim(self) -> int | None:
         """The array axis, 0 to 2 on the network's grid, that slices are stacked along; None in 3D."""
         if self.slice_axis is None:
             return None
         return [AXES[code] for code in self.orientation].index(AXES[self.slice_axis])
+
+    @property
+    def margin(self) -> tuple[int, ...]:
+        """Voxels that the output of a window is smaller than roi_size, both ends together; 0 with padding."""
+        axes = range(self.spatial_dims)
+        return tuple(sizes.margin([s[axis] for s in self.strides], padding=self.network.padding) for axis in axes)
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
@@ -122,6 +164,15 @@ def _check_grid(spec: Spec) -> None:
             raise ConfigError(f"spec.spacing[{i}]: expected mm above 0 or null, got {mm}")
 
 
+def _check_way_in(spec: Spec) -> None:
+    if spec.stand_in is not None and spec.stand_in not in spec.channels:
+        raise ConfigError(f"spec.stand_in: expected one of the channels {', '.join(spec.channels)}, got {spec.stand_in!r}")
+    if spec.fit is not None and (not 0 <= spec.fit.floor < 1 or spec.fit.slice_size < 1):
+        raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
+    if spec.rotations < 1:
+        raise ConfigError(f"spec.rotations: expected 1 (none) or more, got {spec.rotations}")
+
+
 def _check_window(spec: Spec) -> None:
     if spec.spatial_dims not in (2, 3):
         raise ConfigError(f"spec.roi_size: expected 2 or 3 numbers, got {spec.roi_size}")
@@ -131,14 +182,21 @@ def _check_window(spec: Spec) -> None:
         )
     if not 0 <= spec.overlap < 1:
         raise ConfigError(f"spec.overlap: expected a fraction, 0 ≤ overlap < 1, got {spec.overlap}")
+    if spec.overlap and not spec.network.padding:
+        raise ConfigError(f"spec.overlap: expected 0 without padding, where tiles abut, got {spec.overlap}")
+    if spec.network.deep_supervision and not spec.network.padding:
+        raise ConfigError("spec.network.deep_supervision: expected 0 without padding, where levels see different regions")
     if len(spec.strides) != len(spec.network.features) - 1 or any(len(s) != spec.spatial_dims for s in spec.strides):
         raise ConfigError(
             f"spec.network.strides: expected {len(spec.network.features) - 1} entries (one fewer than features), each a number "
             f"or {spec.spatial_dims} numbers, got {spec.network.strides}"
         )
+    padding = spec.network.padding
     for axis, size in enumerate(spec.roi_size):
-        step = 1
-        for stride in spec.strides:
-            step *= stride[axis]
-        if size < 1 or size % step:
-            raise ConfigError(f"spec.roi_size[{axis}]: expected a multiple of {step} (the product of the strides), got {size}")
+        strides = [stride[axis] for stride in spec.strides]
+        if sizes.output_size(size, strides, padding=padding) is None:
+            rule = (
+                f"a multiple of {prod(strides)} (the product of the strides)" if padding else "a size that fits every pooling"
+            )
+            near = sizes.sizes_near(size, strides, padding=padding)
+            raise ConfigError(f"spec.roi_size[{axis}]: expected {rule}, such as {near}, got {size}")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from monai.inferers import Inferer, SliceInferer, SlidingWindowInferer
 
 from pipeline.errors import ConfigError
+from pipeline.rotate import rotations
 from pipeline.spec import Spec
+from pipeline.tile import tile_inferer
 
 
 def inferer(spec: Spec, overlap: float | None = None, sw_batch_size: int | None = None) -> Inferer:
     """The inferer of a spec: volumes by 3D windows, or slice by slice where roi_size has two numbers.
+
+    A network without padding gets mirror-extended tiles whose outputs abut; rotated versions are averaged where asked for.
 
     Args:
         spec: gives roi_size, overlap and the axis of slices.
@@ -24,6 +28,14 @@ def inferer(spec: Spec, overlap: float | None = None, sw_batch_size: int | None 
     overlap = spec.overlap if overlap is None else overlap
     if not 0 <= overlap < 1:
         raise ConfigError(f"overlap: expected a fraction, 0 ≤ overlap < 1, got {overlap}")
+    return rotations(spec, _plain(spec, overlap, sw_batch_size))
+
+
+def _plain(spec: Spec, overlap: float, sw_batch_size: int | None) -> Inferer:
+    if not spec.network.padding:
+        if overlap:
+            raise ConfigError(f"overlap: expected 0 for a network without padding, whose tiles abut, got {overlap}")
+        return tile_inferer(spec, sw_batch_size)
     if spec.slice_dim is None:
         return SlidingWindowInferer(spec.roi_size, sw_batch_size or 1, overlap, mode="gaussian")
     return SliceInferer(
