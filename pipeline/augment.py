@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from math import radians
 from typing import Any
 
@@ -24,11 +24,18 @@ from monai.transforms import (
     SpatialPadd,
     SqueezeDimd,
 )
+from monai.transforms.traits import RandomizableTrait
 
+from pipeline.border import WEIGHT, BorderWeightd
+from pipeline.elastic import RandCoarseElasticd
 from pipeline.errors import VolumeError
-from pipeline.preprocess import IMAGE, KEYS, LABEL
+from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Augment, Run
 from pipeline.spec import AXES, Spec
+from pipeline.tile import mirrored_part
+
+MOVED = (IMAGE, LABEL, WEIGHT)
+MODES = ("bilinear", "nearest", "bilinear")
 
 
 class ClassIndexd(MapTransform):
@@ -57,31 +64,72 @@ class ClassIndexd(MapTransform):
 def training_transform(preprocessing: Compose, spec: Spec, run: Run) -> Compose:
     """Preprocessing, then random patches: all before the first random step can be cached.
 
+    Where convolutions are not padded, volumes are mirrored around, and the border of a patch is there for the middle's sake.
+
     Shapes: a labelled case → `patches_per_case` dicts of `image` (C, *roi_size) float32 and `label` (1, *roi_size) channel
-    numbers.
+    numbers, and `weight` (1, *roi_size) where the run's loss asks for it.
     """
     roi = crop_size(spec)
+    weighted = [BorderWeightd(LABEL, run.border_weight, run.border_sigma_mm)] if run.loss == "border_ce" else []
     return Compose(
         [
             *preprocessing.transforms,
             ClassIndexd(LABEL, spec.labels),
-            SpatialPadd(KEYS, spatial_size=roi),
-            EnsureTyped(KEYS, track_meta=False),
+            *weighted,
+            EnsureTyped(MOVED, track_meta=False, allow_missing_keys=True),
+            SpatialPadd(MOVED, spatial_size=roi, allow_missing_keys=True)
+            if spec.network.padding
+            else MirrorPadd(MOVED, roi, _volume_axes(spec, spec.margin, 0)),
             RandCropByPosNegLabeld(
-                KEYS, label_key=LABEL, spatial_size=roi, pos=2, neg=1, num_samples=run.patches_per_case, allow_smaller=True
+                MOVED,
+                label_key=LABEL,
+                spatial_size=roi,
+                pos=2,
+                neg=1,
+                num_samples=run.patches_per_case,
+                allow_smaller=True,
+                allow_missing_keys=True,
             ),
-            *([SqueezeDimd(KEYS, dim=spec.slice_dim + 1)] if spec.slice_dim is not None else []),
+            *([SqueezeDimd(MOVED, dim=spec.slice_dim + 1, allow_missing_keys=True)] if spec.slice_dim is not None else []),
             *augmentation(run.augment, spec),
         ]
     )
 
 
+class MirrorPadd(MapTransform, RandomizableTrait):
+    """Mirrors volumes around, so that a patch may have its output anywhere in them; at least one patch large.
+
+    Called random so that it comes after what is cached: the result is many times larger than the volume.
+
+    Args:
+        keys: (C, X, Y, Z); absent ones are allowed.
+        size: of a patch, voxels.
+        margin: by how much the output of a patch is smaller, both ends together.
+    """
+
+    def __init__(self, keys: KeysCollection, size: Sequence[int], margin: Sequence[int]) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.size, self.margin = tuple(size), tuple(margin)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            wide = [max(roi, n + m) for roi, n, m in zip(self.size, case[key].shape[1:], self.margin, strict=True)]
+            case[key] = mirrored_part(case[key], [-(m // 2) for m in self.margin], wide)
+        return case
+
+
 def crop_size(spec: Spec) -> list[int]:
     """The patch, (X, Y, Z) voxels: roi_size, one voxel thick across the slices of a 2D network."""
-    size = list(spec.roi_size)
+    return _volume_axes(spec, spec.roi_size, 1)
+
+
+def _volume_axes(spec: Spec, values: Sequence[int], across: int) -> list[int]:
+    """A value for each axis of a volume: those of the window's axes, and one across the slices of a 2D network."""
+    listed = list(values)
     if spec.slice_dim is not None:
-        size.insert(spec.slice_dim, 1)
-    return size
+        listed.insert(spec.slice_dim, across)
+    return listed
 
 
 def augmentation(augment: Augment, spec: Spec) -> list[MapTransform]:
@@ -93,15 +141,21 @@ def augmentation(augment: Augment, spec: Spec) -> list[MapTransform]:
     a = augment
     return [
         RandAffined(
-            KEYS,
+            MOVED,
             prob=a.affine_chance,
             rotate_range=[angle] * (3 if dims == 3 else 1),
             scale_range=[a.scaling] * dims,
             translate_range=[a.shift] * dims,
-            mode=("bilinear", "nearest"),
-            padding_mode="zeros",
+            mode=MODES,
+            padding_mode="zeros" if spec.network.padding else "reflection",
+            allow_missing_keys=True,
         ),
-        *[RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in mirrored],
+        *(
+            [RandCoarseElasticd(MOVED, a.elastic_chance, grid=a.elastic_grid, sigma=a.elastic_sigma, mode=MODES)]
+            if a.elastic_chance
+            else []
+        ),
+        *[RandFlipd(MOVED, prob=0.5, spatial_axis=axis, allow_missing_keys=True) for axis in mirrored],
         RandGaussianSmoothd(IMAGE, prob=a.blur_chance, **{f"sigma_{x}": (0.3, a.blur) for x in "xyz"}),
         RandGaussianNoised(IMAGE, prob=a.noise_chance, std=a.noise),
         RandScaleIntensityd(IMAGE, prob=a.intensity_chance, factors=a.brightness),

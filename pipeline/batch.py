@@ -36,7 +36,8 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
     """The cases that files, folders and globs hold, in order.
 
     A folder is searched with all below it. A model of several channels takes one file a channel, told apart by an ending
-    before the suffix: the channel's name (`sub-01_FLAIR.nii.gz`) or its number (`sub-01_0001.nii.gz`).
+    before the suffix: the channel's name (`sub-01_FLAIR.nii.gz`) or its number (`sub-01_0001.nii.gz`). Where the spec names
+    a channel that stands in for others, that one's file (or a file that names no channel) serves for those without one.
 
     Returns:
         dicts of `case` (the output's name, relative, without suffix) and `image` (a path, or one a channel).
@@ -49,7 +50,7 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
         raise ConfigError(f"{', '.join(map(str, inputs))}: no image files there; expected names such as scan.nii.gz")
     cases = [{"case": name, "image": str(path)} for name, path in files]
     if len(spec.channels) > 1:
-        cases = _grouped(cases, spec.channels)
+        cases = _grouped(cases, spec.channels, spec.stand_in)
     _refuse_collisions(cases)
     return cases
 
@@ -148,26 +149,32 @@ def _name_of(case: Case) -> str:
     return _stem(Path(Path(image if isinstance(image, str | Path) else image[0]).name))
 
 
-def _grouped(cases: Sequence[Case], channels: Sequence[str]) -> list[Case]:
-    """One case for the files that differ in their channel only."""
+def _grouped(cases: Sequence[Case], channels: Sequence[str], stand_in: str | None) -> list[Case]:
+    """One case for the files that differ in their channel only; the stand-in's file serves channels that have none."""
     groups: dict[str, dict[str, str]] = {}
     for case in cases:
-        name, channel = _channel_of(case["case"], channels)
-        groups.setdefault(name, {})[channel] = case["image"]
+        name, channel = _channel_of(case["case"], channels, stand_in)
+        first = groups.setdefault(name, {}).setdefault(channel, case["image"])
+        if first != case["image"]:
+            raise ConfigError(f"{name}: two files for channel {channel}, expected one: {first} and {case['image']}")
     for name, files in groups.items():
+        if stand_in in files:
+            groups[name] = files = {channel: files.get(channel, files[stand_in]) for channel in channels}
         missing = [channel for channel in channels if channel not in files]
         if missing:
             raise ConfigError(f"{name}: no file for channel {', '.join(missing)}; found {', '.join(files.values())}")
     return [{"case": name, "image": [files[channel] for channel in channels]} for name, files in groups.items()]
 
 
-def _channel_of(name: str, channels: Sequence[str]) -> tuple[str, str]:
+def _channel_of(name: str, channels: Sequence[str], stand_in: str | None) -> tuple[str, str]:
     for channel in channels:
         if name.endswith(f"_{channel}"):
             return name[: -len(channel) - 1], channel
     number = CHANNEL_NUMBER.search(name)
     if number and int(number[1]) < len(channels):
         return name[: number.start()], channels[int(number[1])]
+    if stand_in is not None:
+        return name, stand_in
     raise ConfigError(
         f"{name}: which channel is it? Expected a name that ends in one of _{', _'.join(channels)}, or _0000, _0001, …"
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipeline import spec as specs
 from pipeline.engine import Model
 from pipeline.errors import ConfigError, mendable
 from pipeline.report import write_json
+from pipeline.sizes import smallest_size
 from pipeline.spec import Spec
 from pipeline.types import Case, PathOrStr
 
@@ -131,7 +133,7 @@ def metadata(root: Path) -> dict[str, Any]:
         "required_packages_version": {name: version(name) for name in ("volseg", "nibabel", "SimpleITK", "pytorch-ignite")},
         "image_classes": ", ".join(spec.channels),
         "label_classes": ", ".join(f"{value}: {name}" for name, value in spec.labels.items()),
-        "pred_classes": ", ".join(f"{i}: {name}" for i, name in enumerate(spec.labels)),
+        "pred_classes": ", ".join(f"{i}: {name}" for i, name in enumerate(spec.outputs)),
         "network_data_format": {"inputs": {"image": _input_format(spec)}, "outputs": {"pred": _output_format(spec)}},
     }
     plain: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, as they are in the file
@@ -156,20 +158,24 @@ def _output_format(spec: Spec) -> dict[str, Any]:
     return {
         "type": "image",
         "format": "segmentation",
-        "num_channels": len(spec.labels),
-        "spatial_shape": _spatial_shape(spec),
+        "num_channels": len(spec.outputs),
+        "spatial_shape": _spatial_shape(spec, spec.margin),
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": True,
-        "channel_def": {str(i): name for i, name in enumerate(spec.labels)},
+        "channel_def": {str(i): name for i, name in enumerate(spec.outputs)},
     }
 
 
-def _spatial_shape(spec: Spec) -> list[str]:
-    steps = [1] * spec.spatial_dims
-    for stride in spec.strides:
-        steps = [step * s for step, s in zip(steps, stride, strict=True)]
-    return [f"{step}*n" for step in steps]
+def _spatial_shape(spec: Spec, less: tuple[int, ...] = (0, 0, 0)) -> list[str]:
+    """Sizes as MONAI writes them, `16*n`, or `16*n+172` where convolutions are not padded."""
+    shape = []
+    for axis in range(spec.spatial_dims):
+        strides = [stride[axis] for stride in spec.strides]
+        step = prod(strides)
+        rest = smallest_size(strides, padding=spec.network.padding) - step - less[axis]
+        shape.append(f"{step}*n" + (f"{rest:+d}" if rest else ""))
+    return shape
 
 
 def refresh(root: Path) -> None:

@@ -104,6 +104,22 @@ def check(bundle: str, as_json: bool) -> None:
     sys.exit(SOME_FAILED if any(results.values()) else DONE)
 
 
+@main.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the bundle to write.")
+def import_(checkpoint: Path, output: Path) -> None:
+    """Make a bundle of a published checkpoint, recognised by its keys.
+
+    Understands the tutorial U-Net and brain-segmentation-pytorch (the PyTorch Hub unet), in 2D and 3D, whatever their size.
+    """
+    with refusals():
+        from pipeline.adopt import NAMES, import_checkpoint
+
+        _quiet()
+        kind = import_checkpoint(checkpoint, output)
+    click.echo(f"recognised the {NAMES[kind]}; the bundle is in {output}", err=True)
+
+
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")

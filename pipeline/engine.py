@@ -16,11 +16,10 @@ from ignite.handlers import EMAHandler
 from monai.data import MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
-from monai.losses import DeepSupervisionLoss, DiceCELoss
-from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import Compose
 from torch import nn
 
+from pipeline.border import WEIGHT
 from pipeline.errors import mendable
 from pipeline.invert import PRED
 from pipeline.preprocess import IMAGE, LABEL
@@ -37,29 +36,14 @@ def prepare_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A training batch on the device, the image in channels_last order.
 
-    Shapes: `image` (B, C, *roi_size), `label` (B, 1, *roi_size).
+    Shapes: `image` (B, C, *roi_size), `label` (B, 1, *roi_size); with a `weight` as large the target is (B, 2, *roi_size).
     """
     image, label = batch[IMAGE], batch[LABEL]
+    if WEIGHT in batch:
+        label = torch.cat([label, batch[WEIGHT]], dim=1)
     order = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
     image = image.to(device=device, memory_format=order, non_blocking=non_blocking)
     return image, label.to(device=device, non_blocking=non_blocking)
-
-
-def loss(spec: Spec) -> nn.Module:
-    """Dice over the batch plus cross-entropy, at each resolution that the network gives while training.
-
-    Shapes: logits (B, C, *roi_size), or a list of them; channel numbers (B, 1, *roi_size).
-    """
-    both = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
-    if not spec.network.deep_supervision:
-        return both  # type: ignore[no-any-return]
-    return DeepSupervisionLoss(both)  # type: ignore[no-any-return]
-
-
-def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int) -> WarmupCosineSchedule:
-    """A learning rate that rises over the warm-up and falls to 0 along a cosine, a step at a time."""
-    steps = run.epochs * steps_per_epoch
-    return WarmupCosineSchedule(optimizer, warmup_steps=max(1, round(run.warmup * steps)), t_total=steps)
 
 
 def average(network: nn.Module, run: Run) -> EMAHandler:

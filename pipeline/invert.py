@@ -1,7 +1,7 @@
 """From the network's logits to a label map on the file's own grid.
 
 Soft scores are interpolated one class at a time and the running maximum kept, so that no second C × volume array is made.
-The result is that of softmax → linear resampling → argmax.
+The result is that of probabilities → linear resampling → argmax.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from scipy import ndimage
 from torch.nn import functional
 
 from pipeline.preprocess import IMAGE
@@ -39,17 +40,56 @@ class InvertLabelsd(MapTransform):
         super().__init__(PRED)
         values = list(spec.labels.values())
         self.values = np.array(values, dtype=np.min_scalar_type(max(values)))
+        self.spec = spec
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         image: MetaTensor = case[IMAGE]
         affine = np.asarray(image.meta["file_affine"], dtype=np.float64)
         shape = [int(n) for n in image.meta["file_shape"]]
-        scores = torch.softmax(torch.as_tensor(case[PRED].as_tensor()).float(), dim=0)
-        index = labels_on_grid(scores, np.asarray(image.affine, dtype=np.float64), affine, shape)
+        scores = probabilities(torch.as_tensor(case[PRED].as_tensor()).float(), self.spec)
+        own = np.asarray(image.affine, dtype=np.float64)
+        index = labels_on_grid(scores, own, affine, shape)
+        if self.spec.fit is not None:
+            index[outside(scores.shape[1:], own, affine, shape).to(index.device)] = 0
+        if self.spec.largest_component:
+            index = largest_components(index)
         labels = torch.from_numpy(self.values[index.cpu().numpy()][None])
         case[PRED] = MetaTensor(labels, affine=torch.as_tensor(affine), meta=image.meta.copy())
         return case
+
+
+def probabilities(logits: Logits, spec: Spec) -> torch.Tensor:
+    """A score for every label, of which the highest wins: (outputs, X, Y, Z) → (labels, X, Y, Z), 0 to 1.
+
+    Where the output is a sigmoid the background scores .5, so that a structure wins where its probability is above.
+    """
+    if spec.output == "softmax":
+        return torch.softmax(logits, dim=0)
+    structures = torch.sigmoid(logits)
+    return torch.cat([torch.full_like(structures[:1], 0.5), structures])
+
+
+def largest_components(index: torch.Tensor) -> torch.Tensor:
+    """(X, Y, Z) class numbers with only the largest connected part of each class; voxels that share a face are connected."""
+    kept = index.cpu().numpy().copy()
+    for number in range(1, int(kept.max()) + 1):
+        parts, count = ndimage.label(kept == number)
+        if count > 1:
+            sizes = np.bincount(parts.ravel())
+            kept[(parts > 0) & (parts != 1 + sizes[1:].argmax())] = 0
+    return torch.from_numpy(kept).to(index.device)
+
+
+def outside(shape: Sequence[int], affine: Affine, target_affine: Affine, target_shape: Sequence[int]) -> torch.Tensor:
+    """Which voxels (X', Y', Z') of a target grid lie beyond the voxels of another: where a part was cut out, background."""
+    matrix = np.linalg.inv(affine) @ target_affine
+    beyond = torch.zeros(tuple(target_shape), dtype=torch.bool)
+    for axis, size in enumerate(shape):
+        terms = [torch.from_numpy(matrix[axis, dim] * np.arange(n)).float() for dim, n in enumerate(target_shape)]
+        place = (terms[0][:, None, None] + terms[1][None, :, None] + terms[2]) + float(matrix[axis, 3])
+        beyond |= (place < -0.5 - OFF_GRID) | (place > size - 0.5 + OFF_GRID)
+    return beyond
 
 
 def labels_on_grid(scores: Logits, affine: Affine, target_affine: Affine, target_shape: Sequence[int]) -> torch.Tensor:

@@ -6,6 +6,10 @@ only; a case without a label is allowed.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from monai.config import KeysCollection
 from monai.transforms import (
     Compose,
     MapTransform,
@@ -16,6 +20,7 @@ from monai.transforms import (
 )
 
 from pipeline.check import CheckVolumed
+from pipeline.fit import ClippedZscored, FitSlicesd
 from pipeline.read import ReadVolumed
 from pipeline.spec import Intensity, Spec
 
@@ -25,7 +30,7 @@ AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
-    """Read, check, turn to the spec's orientation, resample to its spacing, normalise.
+    """Read, check, turn to the spec's orientation, resample to its spacing, fit to its slices if it says so, normalise.
 
     Args:
         spec: what the weights were trained to see.
@@ -38,6 +43,7 @@ def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
         [
             ReadVolumed(KEYS, volume=volume),
             CheckVolumed(IMAGE),
+            *([OneForAlld(IMAGE, len(spec.channels))] if spec.stand_in else []),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
             Spacingd(
                 KEYS,
@@ -45,15 +51,33 @@ def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
                 mode=("bilinear", "nearest"),
                 allow_missing_keys=True,
             ),
+            *([FitSlicesd(KEYS, spec.fit, spec.orientation)] if spec.fit else []),
             normalisation(spec.intensity),
         ]
     )
+
+
+class OneForAlld(MapTransform):
+    """Repeats a single channel as often as the network has channels; volumes with several stay as they are."""
+
+    def __init__(self, keys: KeysCollection, channels: int) -> None:
+        super().__init__(keys)
+        self.channels = channels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            if len(case[key]) == 1:
+                case[key] = case[key].repeat(self.channels, 1, 1, 1)
+        return case
 
 
 def normalisation(intensity: Intensity) -> MapTransform:
     """The step that brings each channel's values to one scale."""
     if intensity.method == "zscore":
         return NormalizeIntensityd(IMAGE, nonzero=intensity.nonzero, channel_wise=True)
+    if intensity.method == "percentiles_zscore":
+        return ClippedZscored(IMAGE, intensity.lower, intensity.upper)
     return ScaleIntensityRangePercentilesd(
         IMAGE, lower=intensity.lower, upper=intensity.upper, b_min=0.0, b_max=1.0, clip=True, channel_wise=True
     )

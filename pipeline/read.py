@@ -103,7 +103,9 @@ class ReadVolumed(MapTransform):
         images = [read(source, self.volume) for source in listed]
         for source, image in zip(listed[1:], images[1:], strict=True):
             _check_same_grid(listed[0], images[0], source, image)
-        first = images[0]
+        first, lines = images[0], [line for image in images for line in image.warnings]
+        if len(listed) > len({str(x) if isinstance(x, str | Path) else id(x) for x in listed}):
+            lines.append("one file serves for several channels: what the model says of it is less sure")
         meta = {
             "affine": first.affine,
             "original_affine": first.affine.copy(),
@@ -114,7 +116,7 @@ class ReadVolumed(MapTransform):
             "filename_or_obj": str(listed[0]) if isinstance(listed[0], str | Path) else "",
             "space": "RAS",
             "header": np.frombuffer(first.header, dtype=np.uint8).copy(),
-            "warnings": "\n".join(dict.fromkeys(line for image in images for line in image.warnings)),
+            "warnings": "\n".join(dict.fromkeys(lines)),
         }
         array = np.stack([np.asarray(image.array, dtype=np.float32) for image in images])
         tensor: MetaTensor = MetaTensor.ensure_torch_and_prune_meta(array, meta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pipeline import config
 from pipeline.errors import ConfigError
@@ -23,6 +24,9 @@ class Augment:
         blur: largest sigma of a Gaussian blur, voxels.
         contrast, brightness: largest relative change.
         gamma: exponents go from 1 - gamma to 1 + gamma.
+        elastic_chance: of an elastic deformation.
+        elastic_grid: points of its coarse grid along each axis.
+        elastic_sigma: standard deviation of the displacement of each point, voxels.
     """
 
     affine_chance: float = 0.8
@@ -38,6 +42,9 @@ class Augment:
     contrast: float = 0.25
     brightness: float = 0.25
     gamma: float = 0.3
+    elastic_chance: float = 0.0
+    elastic_grid: int = 3
+    elastic_sigma: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,9 +57,15 @@ class Run:
         splits: the JSON file of folds beside dataset.json; null trains on every case.
         fold: which fold is left out.
         epochs: passes over the training cases.
+        minutes: wall time after which no further epoch is begun that would exceed it; the learning rate then falls by the
+            clock or by the epochs, whichever is further; null trains all epochs.
         batch_size: patches a step.
         patches_per_case: patches taken from a case each time it comes up; a step mixes batch_size / patches_per_case cases.
-        learning_rate, weight_decay: AdamW's, at the top of the schedule.
+        learning_rate, weight_decay: the optimizer's, at the top of the schedule.
+        optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
+        loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`: cross-entropy weighted by class
+            balance and by `border_weight` where two objects are within about `border_sigma_mm` of each other.
+        initialisation: of the weights, PyTorch's `default`, or `he`: normal, with variance 2 / incoming values.
         warmup: the fraction of the steps over which the learning rate rises, before it falls along a cosine.
         ema_decay: of the exponential moving average of the weights, a step; 0 keeps the last weights as they are.
         seed: of the weights, the order of cases and the augmentation.
@@ -63,10 +76,17 @@ class Run:
     splits: str | None = None
     fold: int = 0
     epochs: int
+    minutes: float | None = None
     batch_size: int
     patches_per_case: int = 1
     learning_rate: float
     weight_decay: float = 1e-4
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.99
+    loss: Literal["dice_ce", "dice", "border_ce"] = "dice_ce"
+    border_weight: float = 10.0
+    border_sigma_mm: float = 5.0
+    initialisation: Literal["default", "he"] = "default"
     warmup: float = 0.05
     ema_decay: float = 0.0
     seed: int = 0
@@ -80,6 +100,12 @@ class Run:
             raise ConfigError(
                 f"run.batch_size: expected a multiple of patches_per_case ({self.patches_per_case}), got {self.batch_size}"
             )
+        if self.minutes is not None and self.minutes <= 0:
+            raise ConfigError(f"run.minutes: expected more than 0 or null, got {self.minutes}")
+        if self.border_sigma_mm <= 0:
+            raise ConfigError(f"run.border_sigma_mm: expected mm above 0, got {self.border_sigma_mm}")
+        if self.augment.elastic_grid < 2:
+            raise ConfigError(f"run.augment.elastic_grid: expected 2 points or more, got {self.augment.elastic_grid}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"run.ema_decay: expected 0 ≤ ema_decay < 1, got {self.ema_decay}")
 

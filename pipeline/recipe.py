@@ -1,0 +1,96 @@
+"""How weights begin and change: initialisation, optimizer, learning rate, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import prod, sqrt
+
+import torch
+from ignite.engine import Engine, Events
+from monai.optimizers import WarmupCosineSchedule
+from torch import nn
+
+from pipeline.run import Run
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def initialise(network: nn.Module, run: Run) -> None:
+    """Draws the weights of all convolutions anew as a run says, in place.
+
+    `he`: normal with variance 2 / N, N the number of values that one output is summed from; biases 0.
+
+    References:
+        He et al.: Delving deep into rectifiers. ICCV 2015, doi:10.1109/ICCV.2015.123.
+    """
+    if run.initialisation == "default":
+        return
+    for module in network.modules():
+        if isinstance(module, CONVOLUTIONS + TRANSPOSED):
+            incoming = module.in_channels * prod(module.kernel_size)
+            if isinstance(module, TRANSPOSED):
+                incoming = max(1, incoming // prod(module.stride))
+            nn.init.normal_(module.weight, std=sqrt(2 / incoming))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """The optimizer that a run names."""
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(network.parameters(), lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay)
+    return torch.optim.AdamW(network.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay)
+
+
+class Budget:
+    """The wall time of a run; stops its trainer after the last epoch that fits.
+
+    Args:
+        minutes: how long training may take; None sets no limit.
+        now: the clock, seconds.
+    """
+
+    def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
+        self.limit = None if minutes is None else 60 * minutes
+        self.now = now
+        self.started: float | None = None
+        self.epochs = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Follows a trainer: ignite calls this."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop_in_time)
+
+    def used(self) -> float:
+        """The fraction of the limit that is used, 0 to 1; 0 before the start or without a limit."""
+        if self.limit is None or self.started is None:
+            return 0.0
+        return min(1.0, (self.now() - self.started) / self.limit)
+
+    def _start(self) -> None:
+        self.started, self.epochs = self.now(), 0
+
+    def _stop_in_time(self, engine: Engine) -> None:
+        self.epochs += 1
+        if self.used() * (self.epochs + 1) / self.epochs > 1:
+            engine.terminate()
+
+
+class Schedule(WarmupCosineSchedule):
+    """A learning rate that rises over the warm-up and falls to 0 along a cosine, by the steps or by the clock."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, t_total: int, budget: Budget) -> None:
+        self.budget = budget
+        super().__init__(optimizer, warmup_steps=warmup_steps, t_total=t_total)
+
+    def lr_lambda(self, step: int) -> float:
+        """The factor at a step, or at the one that the time used amounts to if that is later."""
+        return float(super().lr_lambda(max(step, self.budget.used() * self.t_total)))
+
+
+def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int, budget: Budget) -> Schedule:
+    """The learning rate over a run, a step at a time."""
+    steps = run.epochs * steps_per_epoch
+    return Schedule(optimizer, max(1, round(run.warmup * steps)), steps, budget)
