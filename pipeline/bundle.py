@@ -41,7 +41,7 @@ class Card:
     """What a reader should know of a bundle and no program needs: the part of metadata.json that is written by hand.
 
     Attributes:
-        eval_metrics: name → mean over cases, as measured by the commands in the bundle's README.
+        eval_metrics: name → mean over cases, as measured by the commands in the bundle's README; none where not measured.
         changelog: version → what changed; the last version is the bundle's.
     """
 
@@ -136,6 +136,8 @@ def metadata(root: Path) -> dict[str, Any]:
         "pred_classes": ", ".join(f"{i}: {name}" for i, name in enumerate(spec.outputs)),
         "network_data_format": {"inputs": {"image": _input_format(spec)}, "outputs": {"pred": _output_format(spec)}},
     }
+    if not card["eval_metrics"]:
+        del content["eval_metrics"]  # the schema allows none, and no empty one
     plain: dict[str, Any] = json.loads(json.dumps(content))  # tuples become lists, as they are in the file
     return plain
 

@@ -49,7 +49,8 @@ def prepare_batch(
 def average(network: nn.Module, run: Run) -> EMAHandler:
     """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
     network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
-    return EMAHandler(network, momentum=1 - run.ema_decay, handle_buffers="copy")
+    decay = max(run.ema_decay, 1e-7)  # ignite takes no 0; so little is lost in rounding
+    return EMAHandler(network, momentum=1 - decay, handle_buffers="copy")
 
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:

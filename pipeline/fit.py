@@ -64,7 +64,8 @@ class FitSlicesd(MapTransform):
         step: Affine = np.diag([*scale, 1.0])
         step[:3, 3] = low - before + (scale - 1) / 2
         affine = np.asarray(tensor.affine, dtype=np.float64) @ step
-        return MetaTensor(torch.from_numpy(resized), affine=torch.from_numpy(affine), meta=tensor.meta.copy())
+        meta = {key: value for key, value in tensor.meta.items() if key != "affine"}
+        return MetaTensor(torch.from_numpy(resized), affine=torch.from_numpy(affine), meta=meta)
 
 
 def above_floor(image: Array, floor: float) -> Array:

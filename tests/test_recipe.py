@@ -1,0 +1,238 @@
+"""The recipe of 2015 and what goes with it: border weights, elastic deformation, losses, He initialisation, SGD, the clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.losses import DiceCELoss, DiceLoss
+from scipy import ndimage
+from torch import nn
+
+from pipeline import elastic
+from pipeline.augment import augmentation
+from pipeline.border import WEIGHT, BorderWeightd, border_weights, class_weights
+from pipeline.errors import ConfigError, ShapeError
+from pipeline.loss import loss
+from pipeline.network import UNet
+from pipeline.recipe import Budget, initialise, optimizer, schedule
+from pipeline.run import Augment, Run
+from pipeline.spec import Network, Spec
+from pipeline.types import Array
+
+RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
+
+
+def spec_of(dims: int = 2, *, output: str = "softmax", padding: bool = True) -> Spec:
+    return Spec(
+        labels={"background": 0, "one": 1, "two": 2},
+        channels=("T1w",),
+        spacing=(1.0, 1.0, 1.0),
+        roi_size=(48, 64, 56)[:dims],
+        slice_axis="R" if dims == 2 else None,
+        overlap=0.0,
+        output=output,  # type: ignore[arg-type]
+        network=Network(features=(2, 4), padding=padding),
+    )
+
+
+def blobs(shape: tuple[int, ...]) -> Array:
+    """Four objects of two classes, one of them touching another class."""
+    classes = np.zeros(shape, dtype=np.int64)
+    corner = (slice(1, 3),) * len(shape)
+    classes[corner] = 1
+    classes[tuple([slice(3, 5), *corner[1:]])] = 2
+    classes[(slice(-3, -1),) * len(shape)] = 1
+    classes[tuple([0] + [-1] * (len(shape) - 1))] = 2
+    return classes
+
+
+def brute_force(classes: Array, spacing: list[float], weight: float, sigma: float) -> Array:
+    """Every voxel against every voxel of every object."""
+    objects = []
+    for value in (1, 2):
+        parts, count = ndimage.label(classes == value)
+        objects += [np.argwhere(parts == n + 1) * spacing for n in range(count)]
+    out = np.zeros(classes.shape)
+    for place in np.ndindex(classes.shape):
+        here = np.array(place) * spacing
+        first, second = sorted(np.linalg.norm(thing - here, axis=1).min() for thing in objects)[:2]
+        out[place] = weight * np.exp(-((first + second) ** 2) / (2 * sigma**2))
+    return out
+
+
+@pytest.mark.parametrize(("shape", "spacing"), [((11, 13), [1.0, 1.0]), ((9, 8, 7), [0.8, 1.0, 4.5])])
+def test_the_border_term_is_the_brute_force_one(shape: tuple[int, ...], spacing: list[float]) -> None:
+    classes = blobs(shape)
+    assert np.allclose(border_weights(classes, spacing, 10.0, 5.0), brute_force(classes, spacing, 10.0, 5.0), rtol=1e-12)
+
+
+def test_border_weights_are_in_mm_of_the_affine() -> None:
+    """Two objects two voxels apart: near along the fine axis, far along the coarse one."""
+    affine = np.diag([1.0, 1.0, 6.0, 1.0])
+    classes = np.zeros((9, 9, 9), dtype=np.float32)
+    classes[4, 4, 4] = classes[7, 4, 4] = classes[4, 4, 7] = 1
+    weight = BorderWeightd("label", 10.0, 5.0)({"label": MetaTensor(classes[None], affine=affine)})[WEIGHT]
+    expected = class_weights(classes) + brute_force(classes.astype(np.int64), [1.0, 1.0, 6.0], 10.0, 5.0)
+    assert weight.shape == (1, 9, 9, 9)
+    assert np.allclose(weight[0].numpy(), expected, rtol=1e-5)
+    assert weight[0, 5, 4, 4] > 5 > weight[0, 4, 4, 5]
+
+
+def test_one_object_has_no_border() -> None:
+    classes = np.zeros((5, 6), dtype=np.int64)
+    classes[2, 3] = 1
+    assert not border_weights(classes, [1.0, 1.0], 10.0, 5.0).any()
+    assert not border_weights(np.zeros((5, 6), dtype=np.int64), [1.0, 1.0], 10.0, 5.0).any()
+
+
+def test_class_weights_balance_classes() -> None:
+    classes = blobs((9, 8, 7))
+    weights = class_weights(classes)
+    sums = [weights[classes == value].sum() for value in (0, 1, 2)]
+    assert np.allclose(sums, sums[0])
+    assert weights.mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(17, 22), (9, 14, 11)])
+def test_the_dense_field_is_the_cubic_spline_through_the_points(shape: tuple[int, ...]) -> None:
+    coarse = np.random.default_rng(0).normal(scale=10, size=(len(shape), *(3,) * len(shape)))
+    places = np.meshgrid(*(np.linspace(0, 2, n) for n in shape), indexing="ij")
+    expected = [ndimage.map_coordinates(part, places, order=3, mode="mirror") for part in coarse]
+    field = elastic.dense_field(coarse, shape)
+    assert np.abs(field.numpy() - expected).max() < 1e-4
+    for corner in product((0, -1), repeat=len(shape)):
+        assert np.allclose(field.numpy()[(slice(None), *corner)], coarse[(slice(None), *corner)], atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(17, 22), (9, 14, 11)])
+def test_displacement_by_whole_voxels_is_a_shift(shape: tuple[int, ...]) -> None:
+    x = torch.rand(2, *shape)
+    field = torch.zeros(len(shape), *shape)
+    field[1] = 3
+    moved = elastic.displaced(x, field, "bilinear")
+    assert torch.allclose(moved[:, :, :-3], x[:, :, 3:], atol=1e-5)
+    assert torch.allclose(moved[:, :, -3:], x[:, :, -4:-1].flip(2), atol=1e-5), "mirrored at the border"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_image_and_label_are_deformed_together(dims: int) -> None:
+    spec = spec_of(dims)
+    still = Augment(affine_chance=0, noise_chance=0, blur_chance=0, intensity_chance=0, elastic_chance=1.0, elastic_sigma=4.0)
+    steps = augmentation(still, spec)
+    ramp = torch.stack(torch.meshgrid(*(torch.linspace(0, 1, n) for n in spec.roi_size), indexing="ij")).sum(0)[None]
+    case = {"image": ramp, "label": (ramp > dims / 2).float(), WEIGHT: 1 + ramp}
+    for step in steps:
+        if hasattr(step, "set_random_state"):
+            step.set_random_state(seed=5)
+        case = step(case)
+    assert set(case["label"].flatten().tolist()) == {0.0, 1.0}
+    assert (case["image"] - ramp).abs().max() > 0.02
+    assert torch.allclose(case[WEIGHT] - 1, case["image"], atol=1e-5)
+    assert ((case["image"] > dims / 2).float() != case["label"]).float().mean() < 0.02
+
+
+def test_the_default_loss_is_monais() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 8, 9), torch.randint(0, 3, (2, 1, 8, 9)).float()
+    theirs = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)(logits, target)
+    assert torch.allclose(loss(spec_of(), RUN)(logits, target), theirs)
+
+
+def test_the_sigmoid_loss_takes_each_structure_for_itself() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 2, 8, 9), torch.randint(0, 3, (2, 1, 8, 9)).float()
+    structures = torch.cat([target == 1, target == 2], dim=1).float()
+    theirs = DiceLoss(sigmoid=True, batch=True)(logits, structures) + nn.BCEWithLogitsLoss()(logits, structures)
+    assert torch.allclose(loss(spec_of(output="sigmoid"), RUN)(logits, target), theirs)
+    alone = loss(spec_of(output="sigmoid"), replace(RUN, loss="dice"))
+    probability = torch.sigmoid(logits)
+    overlap = (probability * structures).sum((0, 2, 3))
+    expected = 1 - (2 * overlap + 1e-5) / (probability.sum((0, 2, 3)) + structures.sum((0, 2, 3)) + 1e-5)
+    assert torch.allclose(alone(logits, target), expected.mean(), atol=1e-6)
+
+
+def test_the_weighted_cross_entropy_is_the_sum_over_voxels() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(1, 3, 5, 6), torch.randint(0, 3, (1, 1, 5, 6)).float()
+    weight = torch.rand(1, 1, 5, 6)
+    found = loss(spec_of(), replace(RUN, loss="border_ce"))(logits, torch.cat([target, weight], dim=1))
+    terms = [
+        weight[0, 0, i, j] * -logits[0, :, i, j].log_softmax(0)[int(target[0, 0, i, j])] for i in range(5) for j in range(6)
+    ]
+    assert torch.allclose(found, torch.stack(terms).sum() / weight.sum())
+
+
+def test_a_larger_target_is_cropped_to_the_logits() -> None:
+    spec, logits = spec_of(padding=False), torch.randn(1, 3, 4, 6)
+    target = torch.randint(0, 3, (1, 1, 20, 22)).float()
+    both = loss(spec, RUN)
+    assert torch.equal(both(logits, target), both(logits, target[:, :, 8:12, 8:14]))
+    with pytest.raises(ShapeError, match=r"target has shape \(1, 1, 4, 6\), expected \(1, 2, 4, 6\)"):
+        loss(spec, replace(RUN, loss="border_ce"))(logits, target)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_he_initialisation_keeps_the_variance(dims: int) -> None:
+    torch.manual_seed(0)
+    net = UNet(dims, 1, 2, (32, 64), (2,))
+    before = [p.clone() for p in net.parameters()]
+    initialise(net, RUN)
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True)), "default: as PyTorch does"
+    initialise(net, replace(RUN, initialisation="he"))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            stride = 1 if isinstance(module, nn.Conv2d | nn.Conv3d) else prod(module.stride)
+            incoming = module.in_channels * prod(module.kernel_size) / stride
+            assert float(module.weight.detach().std()) == pytest.approx((2 / incoming) ** 0.5, rel=0.15)
+            assert module.bias is not None
+            assert not module.bias.any()
+
+
+def test_the_optimizers() -> None:
+    net = UNet(2, 1, 2, (2, 4))
+    sgd = optimizer(net, replace(RUN, optimizer="sgd"))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.defaults["momentum"] == 0.99
+    assert isinstance(optimizer(net, RUN), torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(None, 10), (100.0, 10), (3.5, 3), (0.5, 1)])
+def test_training_stops_after_the_last_epoch_that_fits(minutes: float | None, epochs: int) -> None:
+    """Each epoch of this trainer takes a minute of a clock that we hold."""
+    clock = [1000.0]
+    budget = Budget(minutes, now=lambda: clock[0])
+    optimiser = optimizer(UNet(2, 1, 2, (2, 4)), RUN)
+    rates = schedule(optimiser, RUN, 4, budget)
+    seen = []
+
+    def step(engine: Engine, batch: int) -> None:
+        clock[0] += 15
+        optimiser.step()
+        rates.step()
+        seen.append(rates.get_last_lr()[0])
+
+    trainer = Engine(step)
+    budget.attach(trainer)
+    trainer.run(range(4), max_epochs=RUN.epochs)
+    assert trainer.state.epoch == epochs
+    assert seen[0] > 0
+    if minutes == 3.5:
+        assert seen[-1] < 0.06 * RUN.learning_rate, "the rate falls by the clock"
+    if minutes is None:
+        assert seen[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run\.minutes: expected more than 0"):
+        replace(RUN, minutes=0.0)
+    with pytest.raises(ConfigError, match=r"run\.border_sigma_mm"):
+        replace(RUN, border_sigma_mm=0.0)
+    with pytest.raises(ConfigError, match=r"elastic_grid: expected 2 points"):
+        replace(RUN, augment=Augment(elastic_grid=1))
