@@ -45,7 +45,7 @@ def optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 
 class Budget:
-    """The wall time of a run; stops its trainer after the last epoch that fits.
+    """The wall time of a run; stops its trainer when it is used up.
 
     Args:
         minutes: how long training may take; None sets no limit.
@@ -56,12 +56,11 @@ class Budget:
         self.limit = None if minutes is None else 60 * minutes
         self.now = now
         self.started: float | None = None
-        self.epochs = 0
 
     def attach(self, engine: Engine) -> None:
         """Follows a trainer: ignite calls this."""
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._stop_in_time)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_in_time)
 
     def used(self) -> float:
         """The fraction of the limit that is used, 0 to 1; 0 before the start or without a limit."""
@@ -70,11 +69,10 @@ class Budget:
         return min(1.0, (self.now() - self.started) / self.limit)
 
     def _start(self) -> None:
-        self.started, self.epochs = self.now(), 0
+        self.started = self.now()
 
     def _stop_in_time(self, engine: Engine) -> None:
-        self.epochs += 1
-        if self.used() * (self.epochs + 1) / self.epochs > 1:
+        if self.used() >= 1:
             engine.terminate()
 
 

@@ -57,8 +57,8 @@ class Run:
         splits: the JSON file of folds beside dataset.json; null trains on every case.
         fold: which fold is left out.
         epochs: passes over the training cases.
-        minutes: wall time after which no further epoch is begun that would exceed it; the learning rate then falls by the
-            clock or by the epochs, whichever is further; null trains all epochs.
+        minutes: wall time after which training ends, if its epochs have not ended before; the learning rate falls by whichever
+            is further, the clock or the epochs; null sets no limit. Runs that the clock ends are not repeatable to the bit.
         batch_size: patches a step.
         patches_per_case: patches taken from a case each time it comes up; a step mixes batch_size / patches_per_case cases.
         learning_rate, weight_decay: the optimizer's, at the top of the schedule.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +21,7 @@ from pipeline import fit, invert
 from pipeline.errors import VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.spec import Fit, Intensity, Network, Spec
-from pipeline.types import Array, Case
+from pipeline.types import Array
 
 DATA = os.environ.get("VOLSEG_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="VOLSEG_DATA is not set: no real volumes")
@@ -54,7 +56,8 @@ def as_slices(image: nib.Nifti1Image) -> Array:
     """(slice, row to the back, column to the left, 3 channels), as the code of the paper holds volumes."""
     turned = nib.as_closest_canonical(image)
     array = np.asarray(turned.dataobj, dtype=np.float64)[::-1, ::-1]
-    return np.repeat(array.transpose(2, 1, 0)[..., None], 3, axis=-1)
+    slices: Array = np.repeat(array.transpose(2, 1, 0)[..., None], 3, axis=-1)
+    return slices
 
 
 def as_tensor(volume: Array) -> Array:
@@ -115,9 +118,9 @@ def test_the_affine_follows_through_cut_pad_and_resize() -> None:
     shape = image.shape
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     world = apply_affine(image.affine, places)
-    case: Case = {"image": MetaTensor(np.asarray(image.dataobj, dtype=np.float32)[None], affine=image.affine)}
+    case: dict[Hashable, Any] = {"image": MetaTensor(np.asarray(image.dataobj, dtype=np.float32)[None], affine=image.affine)}
     step = fit.FitSlicesd(("image",), Fit(floor=0.1, slice_size=80, axis="S"), "".join(nib.aff2axcodes(image.affine)))
-    fitted = step(dict(case))["image"]
+    fitted = step({**case})["image"]
     low, high = fit.box(fit.above_floor(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
     for axis in range(3):
         field = MetaTensor(world[..., axis][None].astype(np.float32), affine=image.affine)
