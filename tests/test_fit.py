@@ -62,7 +62,8 @@ def as_slices(image: nib.Nifti1Image) -> Array:
 
 def as_tensor(volume: Array) -> Array:
     """(slice, row, column, channel) → (channel, row, column, slice)."""
-    return volume.transpose(3, 1, 2, 0)
+    turned: Array = volume.transpose(3, 1, 2, 0)
+    return turned
 
 
 @needs_data

@@ -47,9 +47,11 @@ def blobs(shape: tuple[int, ...]) -> Array:
     classes = np.zeros(shape, dtype=np.int64)
     corner = (slice(1, 3),) * len(shape)
     classes[corner] = 1
-    classes[(slice(3, 5), *corner[1:])] = 2
+    beside = (slice(3, 5), *corner[1:])
+    classes[beside] = 2
     classes[(slice(-3, -1),) * len(shape)] = 1
-    classes[(0, *[-1] * (len(shape) - 1))] = 2
+    far = (0, *[-1] * (len(shape) - 1))
+    classes[far] = 2
     return classes
 
 
