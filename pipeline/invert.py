@@ -48,7 +48,7 @@ class InvertLabelsd(MapTransform):
         scores = torch.softmax(torch.as_tensor(case[PRED].as_tensor()).float(), dim=0)
         index = labels_on_grid(scores, np.asarray(image.affine, dtype=np.float64), affine, shape)
         labels = torch.from_numpy(self.values[index.cpu().numpy()][None])
-        case[PRED] = MetaTensor(labels, affine=torch.as_tensor(affine), meta=image.meta.copy())
+        case[PRED] = MetaTensor(labels, meta={**image.meta, "affine": torch.as_tensor(affine)})
         return case
 
 

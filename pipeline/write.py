@@ -27,7 +27,7 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
 
     Args:
         labels: (X, Y, Z), of an unsigned type.
-        affine: voxel → RAS+ world, mm; used where there is no header.
+        affine: voxel → RAS+ world, mm; with a header, that header's own.
         header: the input's own NIfTI header: qform and sform with their codes and the units are kept to the bit.
     """
     if not header:
@@ -47,7 +47,7 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
     own.set_intent("label", (), "", allow_unknown=True)
     own["cal_min"] = own["cal_max"] = 0
     own["descrip"] = DESCRIPTION
-    return kind(labels, None, own)
+    return kind(labels, affine, own)
 
 
 def write_labels(path: Path, image: nib.Nifti1Image) -> None:
