@@ -55,7 +55,7 @@ class InvertLabelsd(MapTransform):
         if self.spec.largest_component:
             index = largest_components(index)
         labels = torch.from_numpy(self.values[index.cpu().numpy()][None])
-        case[PRED] = MetaTensor(labels, affine=torch.as_tensor(affine), meta=image.meta.copy())
+        case[PRED] = MetaTensor(labels, meta={**image.meta, "affine": torch.as_tensor(affine)})
         return case
 
 

@@ -104,6 +104,7 @@ class Spec:
     def __post_init__(self) -> None:
         _check_labels(self.labels)
         _check_grid(self)
+        _check_network(self)
         _check_way_in(self)
         _check_window(self)
 
@@ -159,6 +160,12 @@ def _check_grid(spec: Spec) -> None:
         raise ConfigError(f"spec.orientation: expected three axis codes such as RAS, got {spec.orientation!r}")
     if not spec.channels:
         raise ConfigError("spec.channels: expected at least one name, got none")
+    if len(set(spec.channels)) < len(spec.channels):
+        raise ConfigError(f"spec.channels: expected distinct names, got {', '.join(spec.channels)}")
+    if not 0 <= spec.intensity.lower < spec.intensity.upper <= 100:
+        raise ConfigError(
+            f"spec.intensity: expected percentiles, 0 ≤ lower < upper ≤ 100, got {spec.intensity.lower}, {spec.intensity.upper}"
+        )
     for i, mm in enumerate(spec.spacing):
         if mm is not None and not 0 < mm < 100:
             raise ConfigError(f"spec.spacing[{i}]: expected mm above 0 or null, got {mm}")
@@ -171,6 +178,18 @@ def _check_way_in(spec: Spec) -> None:
         raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
     if spec.rotations < 1:
         raise ConfigError(f"spec.rotations: expected 1 (none) or more, got {spec.rotations}")
+
+
+def _check_network(spec: Spec) -> None:
+    n = spec.network
+    if len(n.features) < 2 or min(n.features) < 1:
+        raise ConfigError(f"spec.network.features: expected at least two numbers above 0, got {n.features}")
+    for name in ("dropout", "contraction_dropout"):
+        if not 0 <= getattr(n, name) < 1:
+            raise ConfigError(f"spec.network.{name}: expected 0 ≤ {name} < 1, got {getattr(n, name)}")
+    most = len(n.features) - 2
+    if not 0 <= n.deep_supervision <= most:
+        raise ConfigError(f"spec.network.deep_supervision: expected 0 to {most}, got {n.deep_supervision}")
 
 
 def _check_window(spec: Spec) -> None:
@@ -191,6 +210,8 @@ def _check_window(spec: Spec) -> None:
             f"spec.network.strides: expected {len(spec.network.features) - 1} entries (one fewer than features), each a number "
             f"or {spec.spatial_dims} numbers, got {spec.network.strides}"
         )
+    if min(min(stride) for stride in spec.strides) < 1:
+        raise ConfigError(f"spec.network.strides: expected numbers above 0, got {spec.network.strides}")
     padding = spec.network.padding
     for axis, size in enumerate(spec.roi_size):
         strides = [stride[axis] for stride in spec.strides]
