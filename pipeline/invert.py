@@ -1,7 +1,7 @@
 """From the network's logits to a label map on the file's own grid.
 
 Soft scores are interpolated one class at a time and the running maximum kept, so that no second C × volume array is made.
-The result is that of probabilities → linear resampling → argmax.
+The result is that of softmax → linear resampling → argmax.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class InvertLabelsd(MapTransform):
         image: MetaTensor = case[IMAGE]
         affine = np.asarray(image.meta["file_affine"], dtype=np.float64)
         shape = [int(n) for n in image.meta["file_shape"]]
-        scores = probabilities(torch.as_tensor(case[PRED].as_tensor()).float(), self.spec)
+        scores = torch.softmax(torch.as_tensor(case[PRED].as_tensor()).float(), dim=0)
         own = np.asarray(image.affine, dtype=np.float64)
         index = labels_on_grid(scores, own, affine, shape)
         if self.spec.fit is not None:
@@ -57,17 +57,6 @@ class InvertLabelsd(MapTransform):
         labels = torch.from_numpy(self.values[index.cpu().numpy()][None])
         case[PRED] = MetaTensor(labels, meta={**image.meta, "affine": torch.as_tensor(affine)})
         return case
-
-
-def probabilities(logits: Logits, spec: Spec) -> torch.Tensor:
-    """A score for every label, of which the highest wins: (outputs, X, Y, Z) → (labels, X, Y, Z), 0 to 1.
-
-    Where the output is a sigmoid the background scores .5, so that a structure wins where its probability is above.
-    """
-    if spec.output == "softmax":
-        return torch.softmax(logits, dim=0)
-    structures = torch.sigmoid(logits)
-    return torch.cat([torch.full_like(structures[:1], 0.5), structures])
 
 
 def largest_components(index: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from pipeline.spec import Spec
 from pipeline.tile import mirrored_part
 
+TINY = 1e-7  # a probability below it counts as this much, so that its logarithm is finite
 Predict = Callable[..., torch.Tensor]
 
 
@@ -32,13 +33,12 @@ class RotationInferer(Inferer):
         inferer: what each version goes through.
         rotations: how many versions, the unrotated one among them.
         axis: 0 to 2, the array axis to turn about.
-        sigmoid: whether probabilities are a sigmoid of the logits, not a softmax over them.
 
     Shapes: (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose probabilities are the averages.
     """
 
-    def __init__(self, inferer: Inferer, rotations: int, axis: int, *, sigmoid: bool) -> None:
-        self.inferer, self.rotations, self.axis, self.sigmoid = inferer, rotations, axis, sigmoid
+    def __init__(self, inferer: Inferer, rotations: int, axis: int) -> None:
+        self.inferer, self.rotations, self.axis = inferer, rotations, axis
         self.overlap = getattr(inferer, "overlap", 0.0)
 
     def __call__(self, inputs: torch.Tensor, network: Predict, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -54,18 +54,11 @@ class RotationInferer(Inferer):
         for k in range(self.rotations):
             angle = 2 * pi * k / self.rotations
             logits = self.inferer(turn(wide, angle, mm).movedim((-2, -1), plane), network).movedim(plane, (-2, -1))
-            back = turn(self._probability(logits.float()), -angle, mm)
+            back = turn(torch.softmax(logits.float(), dim=1), -angle, mm)
             back = back[..., pad[0] : pad[0] + size[0], pad[1] : pad[1] + size[1]]
             total = back if total is None else total + back
         assert total is not None
-        return self._logits(total / self.rotations).movedim((-2, -1), plane)
-
-    def _probability(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
-
-    def _logits(self, probability: torch.Tensor) -> torch.Tensor:
-        tiny = 1e-7
-        return torch.logit(probability, eps=tiny) if self.sigmoid else torch.log(probability.clamp(min=tiny))
+        return torch.log((total / self.rotations).clamp(min=TINY)).movedim((-2, -1), plane)
 
 
 def turn(x: torch.Tensor, angle: float, mm: list[float]) -> torch.Tensor:
@@ -94,7 +87,7 @@ def rotations(spec: Spec, inferer: Inferer) -> Inferer:
         return inferer
     vertical = next(i for i, code in enumerate(spec.orientation) if code in "SI")
     axis = vertical if spec.slice_dim is None else spec.slice_dim
-    return RotationInferer(inferer, spec.rotations, axis, sigmoid=spec.output == "sigmoid")
+    return RotationInferer(inferer, spec.rotations, axis)
 
 
 def _spacing(inputs: torch.Tensor) -> list[float]:

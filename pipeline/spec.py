@@ -220,4 +220,4 @@ def _check_window(spec: Spec) -> None:
                 f"a multiple of {prod(strides)} (the product of the strides)" if padding else "a size that fits every pooling"
             )
             near = sizes.sizes_near(size, strides, padding=padding)
-            raise ConfigError(f"spec.roi_size[{axis}]: expected {rule}, such as {near}, got {size}")
+            raise ConfigError(f"spec.roi_size[{axis}]: expected {rule}, got {size}; {near} would do")

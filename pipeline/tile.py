@@ -114,6 +114,29 @@ class OverlapTileInferer(Inferer):
         return torch.as_tensor(mirrored_part(image, begin, self.roi_size))
 
 
+class BackgroundInferer(Inferer):
+    """Puts a logit of 0 before those of a network that has one a structure: the background, of probability .5.
+
+    A structure then has the highest logit where its own probability is above .5 and above that of the others, and with one
+    structure the softmax is its sigmoid.
+
+    Args:
+        inferer: what the volume goes through.
+    """
+
+    def __init__(self, inferer: Inferer) -> None:
+        self.inferer, self.overlap = inferer, getattr(inferer, "overlap", 0.0)
+
+    def __call__(self, inputs: torch.Tensor, network: Predict, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = self.inferer(inputs, lambda x: with_background(network(x)), *args, **kwargs)
+        return result
+
+
+def with_background(logits: torch.Tensor) -> torch.Tensor:
+    """(B, structures, *spatial) → (B, 1 + structures, *spatial), a 0 before them."""
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+
+
 def _beginning(tile: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """The first voxels of (classes, *spatial) along each axis."""
     for axis, n in enumerate(size, start=1):

@@ -21,6 +21,7 @@ from pipeline import fit, invert
 from pipeline.errors import VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.spec import Fit, Intensity, Network, Spec
+from pipeline.tile import with_background
 from pipeline.types import Array
 
 DATA = os.environ.get("VOLSEG_DATA")
@@ -142,7 +143,7 @@ def test_there_and_back_is_the_files_grid(codes: str) -> None:
     spec = spec_of(96)
     case = preprocessing(spec)({"image": [image] * 3})
     seen = case["image"][:1]
-    everywhere = invert.inversion(spec)({**case, "pred": MetaTensor(torch.full_like(seen.as_tensor(), 5.0))})["pred"]
+    everywhere = invert.inversion(spec)({**case, "pred": as_pred(torch.full_like(seen.as_tensor(), 5.0))})["pred"]
     assert everywhere.shape == (1, *image.shape)
     assert np.allclose(everywhere.affine, image.affine)
     low, high = fit.box(fit.above_floor(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
@@ -152,9 +153,13 @@ def test_there_and_back_is_the_files_grid(codes: str) -> None:
     assert (filled.max(axis=0) <= high - 1 + margin).all()
     bright = (np.asarray(image.dataobj) >= 0.6 * np.asarray(image.dataobj).max()).astype(np.float32)
     lone = torch.from_numpy(resampled(bright, case["image"], image.affine))[None]
-    back = invert.inversion(spec_of(96, largest_component=False))({**case, "pred": MetaTensor(20 * (lone - 0.5))})["pred"]
+    back = invert.inversion(spec_of(96, largest_component=False))({**case, "pred": as_pred(20 * (lone - 0.5))})["pred"]
     agree = 2 * (back[0].numpy() * bright).sum() / (back.sum() + bright.sum())
     assert agree > 0.9
+
+
+def as_pred(logit: torch.Tensor) -> MetaTensor:
+    return MetaTensor(with_background(logit[None])[0])
 
 
 def resampled(mask: Array, like: MetaTensor, affine: Array) -> Array:
@@ -190,12 +195,12 @@ def test_each_structure_keeps_its_own_largest_component() -> None:
 
 
 def test_a_sigmoid_finds_a_structure_above_one_half() -> None:
-    spec = spec_of()
-    logits = torch.tensor([-3.0, -0.01, 0.0, 0.01, 3.0]).view(1, 5, 1, 1)
-    assert invert.probabilities(logits, spec).argmax(0).flatten().tolist() == [0, 0, 0, 1, 1]
-    two = spec_of(labels={"background": 0, "one": 1, "two": 2})
-    logits = torch.tensor([[-1.0, 1.0, 1.0], [-2.0, 2.0, 0.5]]).view(2, 3, 1, 1)
-    assert invert.probabilities(logits, two).argmax(0).flatten().tolist() == [0, 2, 1]
+    logits = torch.tensor([-3.0, -0.01, 0.0, 0.01, 3.0]).view(1, 1, 5)
+    classes = with_background(logits)
+    assert classes.argmax(1).flatten().tolist() == [0, 0, 0, 1, 1]
+    assert torch.allclose(classes.softmax(1)[:, 1], torch.sigmoid(logits[:, 0]))
+    two = with_background(torch.tensor([[-1.0, 1.0, 1.0], [-2.0, 2.0, 0.5]])[None])
+    assert two.argmax(1).flatten().tolist() == [0, 2, 1]
 
 
 def test_a_volume_without_magnitudes_is_refused() -> None:
