@@ -124,10 +124,13 @@ def import_(checkpoint: Path, output: Path) -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
-def train(config: Path, changes: tuple[str, ...]) -> None:
+@click.option("--resume", is_flag=True, help="Go on where a run that was cut off had ended its last whole epoch.")
+@click.option("--restart", is_flag=True, help="Throw away a run that was cut off, and start anew.")
+def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -> None:
     """Train the bundle that a run configuration names, and leave it complete.
 
-    KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30.
+    KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30. A run that was killed goes on
+    with --resume and ends with the same weights as one that was not.
     """
     with refusals():
         from pipeline.training import read_run, train_bundle
@@ -135,7 +138,11 @@ def train(config: Path, changes: tuple[str, ...]) -> None:
         _quiet()
         run, content = read_run(config, changes)
         with _progress("training", run.epochs) as advance:
-            train_bundle(run, content, lambda epoch, loss: advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}"))
+
+            def epoch_done(epoch: int, loss: float) -> None:
+                advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}")
+
+            train_bundle(run, content, epoch_done, resume=resume, restart=restart)
     click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import prod, sqrt
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
@@ -55,6 +56,7 @@ class Budget:
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self.limit = None if minutes is None else 60 * minutes
         self.now = now
+        self.before = 0.0
         self.started: float | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -62,11 +64,13 @@ class Budget:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_in_time)
 
+    def spent(self) -> float:
+        """Seconds of training so far, those before the run was resumed among them."""
+        return self.before + (0.0 if self.started is None else self.now() - self.started)
+
     def used(self) -> float:
-        """The fraction of the limit that is used, 0 to 1; 0 before the start or without a limit."""
-        if self.limit is None or self.started is None:
-            return 0.0
-        return min(1.0, (self.now() - self.started) / self.limit)
+        """The fraction of the limit that is used, 0 to 1; 0 without a limit."""
+        return 0.0 if self.limit is None else min(1.0, self.spent() / self.limit)
 
     def _start(self) -> None:
         self.started = self.now()
@@ -86,6 +90,16 @@ class Schedule(WarmupCosineSchedule):
     def lr_lambda(self, step: int) -> float:
         """The factor at a step, or at the one that the time used amounts to if that is later."""
         return float(super().lr_lambda(max(step, self.budget.used() * self.t_total)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain values, the seconds spent instead of the clock."""
+        state = {key: value for key, value in super().state_dict().items() if key != "budget"}
+        return {**state, "spent": self.budget.spent()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Puts back what `state_dict` kept."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "spent"})
+        self.budget.before = state_dict["spent"]
 
 
 def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int, budget: Budget) -> Schedule:

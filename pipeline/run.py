@@ -19,7 +19,7 @@ class Augment:
         rotation: largest angle, degrees, about each axis.
         scaling: largest relative change of size.
         shift: largest shift, voxels.
-        mirror: anatomical directions along which a mirror image is as good as the original.
+        mirror: anatomical directions along which a mirror image is as good as the original; mirror_chance: of each.
         noise: largest standard deviation of added noise, in units of the normalised image.
         blur: largest sigma of a Gaussian blur, voxels.
         contrast, brightness: largest relative change.
@@ -34,6 +34,7 @@ class Augment:
     scaling: float = 0.15
     shift: float = 4.0
     mirror: tuple[str, ...] = ()
+    mirror_chance: float = 0.5
     noise_chance: float = 0.2
     noise: float = 0.15
     blur_chance: float = 0.15
@@ -47,7 +48,7 @@ class Augment:
     elastic_sigma: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("affine_chance", "noise_chance", "blur_chance", "intensity_chance"):
+        for name in ("affine_chance", "mirror_chance", "noise_chance", "blur_chance", "intensity_chance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"run.augment.{name}: expected a probability, 0 to 1, got {getattr(self, name)}")
         unknown = [direction for direction in self.mirror if direction not in ("R", "A", "S")]
@@ -76,6 +77,7 @@ class Run:
         initialisation: of the weights, PyTorch's `default`, or `he`: normal, with variance 2 / incoming values.
         warmup: the fraction of the steps over which the learning rate rises, before it falls along a cosine.
         ema_decay: of the exponential moving average of the weights, a step; 0 keeps the last weights as they are.
+        start: a state dict to start from instead of random weights, as another run or bundle left it.
         seed: of the weights, the order of cases and the augmentation.
     """
 
@@ -97,6 +99,7 @@ class Run:
     initialisation: Literal["default", "he"] = "default"
     warmup: float = 0.05
     ema_decay: float = 0.0
+    start: str | None = None
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
 

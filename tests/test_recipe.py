@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss, DiceLoss
 from scipy import ndimage
@@ -223,10 +223,24 @@ def test_training_ends_with_its_time_and_the_rate_with_it(minutes: float | None,
 
     trainer = Engine(step)
     budget.attach(trainer)
+    completed = []
+    trainer.add_event_handler(Events.COMPLETED, lambda: completed.append(trainer.state.iteration))
     trainer.run(range(4), max_epochs=RUN.epochs)
     assert len(seen) == steps
+    assert completed == [steps], "what is done at the end is done when the clock ends it too"
     assert max(seen) > 0.8 * RUN.learning_rate or steps == 1
     assert seen[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_resumed_run_has_spent_its_time() -> None:
+    clock = [5.0]
+    budgets = [Budget(10.0, now=lambda: clock[0]) for _ in range(2)]
+    rates = [schedule(optimizer(UNet(2, 1, 2, (2, 4)), RUN), RUN, 4, budget) for budget in budgets]
+    budgets[0]._start()
+    clock[0] += 240
+    rates[1].load_state_dict(rates[0].state_dict())
+    assert budgets[1].used() == pytest.approx(0.4)
+    assert rates[1].lr_lambda(0) == rates[0].lr_lambda(0)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -88,5 +88,5 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -
     bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
     before = sha256(bundle / "models" / "model.pt")
     with pytest.raises(PipelineError, match=r"the loss became nan in epoch \d, expected a number: .*lower learning_rate"):
-        train(bundle, dataset, learning_rate=1e30)
+        train(bundle, dataset, learning_rate="1.0e+30")
     assert sha256(bundle / "models" / "model.pt") == before
