@@ -15,6 +15,10 @@ What it goes by: `spec` (what weights see and say), `run` (how a training run go
 `errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `dataset`
 (labelled cases and folds), `augment` (random patches), `training` (one run), `resume` (that run, cut off and gone on), `score`
 (against labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the command).
+
+What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
+(what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `border`
+(weights between objects), `elastic` (deformation), `loss`, `recipe` (initialisation, optimizer, learning rate, time).
 """
 
 from __future__ import annotations
