@@ -36,7 +36,7 @@ class Block(nn.Module):
             layers += [conv(channels, out_channels, kernel_size=3, padding=pad, bias=bias), *_norm(dims, out_channels, options)]
             layers += [_activation(options)] if len(layers) < 3 or not options.residual else []
         self.body = nn.Sequential(*layers)
-        self.skip = None
+        self.skip, self.padding = None, options.padding
         if options.residual:
             self.skip = conv(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         self.last = _activation(options) if options.residual else nn.Identity()
@@ -45,7 +45,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.body(x)
         if self.skip is not None:
-            y = y + centre(self.skip(x), y.shape[2:])
+            y = y + (self.skip(x) if self.padding else centre(self.skip(x), y.shape[2:]))
         return self.dropout(self.last(y))  # type: ignore[no-any-return]
 
 
@@ -126,10 +126,9 @@ class UNet(nn.Module):
         self.pool = nn.ModuleList(Pool[Pool.MAX, spatial_dims](s, s) for s in self.strides)
         self.bottleneck = Block(spatial_dims, features[-2], features[-1], options=options)
         self.contraction_dropout = nn.Dropout(contraction_dropout) if contraction_dropout else nn.Identity()
-        up = Conv[Conv.CONVTRANS, spatial_dims]
+        conv, up = Conv[Conv.CONV, spatial_dims], Conv[Conv.CONVTRANS, spatial_dims]
         self.up = nn.ModuleList(up(features[i + 1], features[i], self.strides[i], self.strides[i]) for i in range(levels))
         self.decoder = nn.ModuleList(Block(spatial_dims, 2 * f, f, options=options) for f in features[:-1])
-        conv = Conv[Conv.CONV, spatial_dims]
         self.output = conv(features[0], out_channels, kernel_size=1)
         self.deep_outputs = nn.ModuleList(conv(features[i + 1], out_channels, kernel_size=1) for i in range(deep_supervision))
 
@@ -147,7 +146,7 @@ class UNet(nn.Module):
         levels = []
         for up, block, skip in zip(reversed(self.up), reversed(self.decoder), reversed(skips), strict=True):
             x = up(x)
-            x = block(torch.cat([x, centre(skip, x.shape[2:])], dim=1))
+            x = block(torch.cat([x, skip if self.padding else centre(skip, x.shape[2:])], dim=1))
             levels.append(x)
         logits = self.output(x)
         if not (self.training and len(self.deep_outputs)):
