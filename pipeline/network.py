@@ -36,7 +36,8 @@ class Block(nn.Module):
             layers += [conv(channels, out_channels, kernel_size=3, padding=pad, bias=bias), *_norm(dims, out_channels, options)]
             layers += [_activation(options)] if len(layers) < 3 or not options.residual else []
         self.body = nn.Sequential(*layers)
-        self.skip, self.padding = None, options.padding
+        self.padding = options.padding
+        self.skip = None
         if options.residual:
             self.skip = conv(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         self.last = _activation(options) if options.residual else nn.Identity()
