@@ -35,13 +35,14 @@ class CheckVolumed(MapTransform):
         case = dict(data)
         for key in self.key_iterator(case):
             image: MetaTensor = case[key]
-            where = image.meta.get("filename_or_obj") or str(key)
-            try:
-                check_affine(np.asarray(image.affine, dtype=np.float64))
-                lines = [line for channel in image.as_tensor() for line in check_values(channel)]
-            except VolumeError as error:
-                raise VolumeError(f"{where}: {error}") from error
-            image.meta["warnings"] = "\n".join(filter(None, [image.meta["warnings"], *lines]))
+            lines = [image.meta["warnings"]]
+            for source, channel in zip(image.meta["sources"], image.as_tensor(), strict=True):
+                try:
+                    check_affine(np.asarray(image.affine, dtype=np.float64))
+                    lines += check_values(channel)
+                except VolumeError as error:
+                    raise VolumeError(f"{source or key}: {error}") from error
+            image.meta["warnings"] = "\n".join(filter(None, lines))
         return case
 
 

@@ -30,16 +30,36 @@ def load(kind: type[T], path: PathOrStr, where: str) -> T:
     Raises:
         ConfigError: the file is missing, is not YAML, or a value does not fit; the message has the path to the key.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected the YAML file of the {where}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    content = read_yaml(path, where)
     try:
         return parse(kind, content, where)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def read_yaml(path: PathOrStr, where: str) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or gives a key twice.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected the YAML file of the {where}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own rule, which PyYAML does not keep: the keys of a mapping are unique."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def parse(kind: type[T], value: Any, where: str) -> T:

@@ -119,7 +119,9 @@ class UNet(nn.Module):
         self.deep_outputs = nn.ModuleList(conv(features[i + 1], out_channels, kernel_size=1) for i in range(deep_supervision))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        self._check(x)
+        # a trace would record the sizes as constants, and warn
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            self._check(x)
         skips = []
         for block, pool in zip(self.encoder, self.pool, strict=True):
             x = block(x)

@@ -7,7 +7,6 @@ Compressed files are unpacked whole, so that a truncated file or a wrong checksu
 from __future__ import annotations
 
 import gzip
-import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,16 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import SpatialImage
 
-from pipeline.errors import GeometryError, ReadError, VolumeError
+from pipeline.errors import GeometryError, PipelineError, ReadError, VolumeError
 from pipeline.types import Affine, Array
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".img", ".img.gz", ".nrrd", ".mha", ".mhd")
-SITK_SUFFIXES = (".nrrd", ".mha", ".mhd")
+SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".hdr", ".hdr.gz", ".img", ".img.gz", ".nrrd", ".mha", ".mhd")
+SITK_READERS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO", ".mhd": "MetaImageIO"}
 SAME_GRID_MM = 0.01  # corners of two channels may differ by this much
 CODES_AGREE_MM = 0.5  # corners under sform and qform may differ by this much: float32 headers round
 
@@ -112,6 +110,7 @@ class ReadVolumed(MapTransform):
             "spatial_shape": np.array(first.array.shape),
             "original_channel_dim": 0,
             "filename_or_obj": str(listed[0]) if isinstance(listed[0], str | Path) else "",
+            "sources": [str(source) if isinstance(source, str | Path) else "" for source in listed],
             "space": "RAS",
             "header": np.frombuffer(first.header, dtype=np.uint8).copy(),
             "warnings": "\n".join(dict.fromkeys(line for image in images for line in image.warnings)),
@@ -127,17 +126,22 @@ def _read_path(path: Path, volume: int | None) -> Image:
         raise ReadError(f"{path}: no such file")
     if kind is None:
         raise ReadError(f"{path}: unknown format; expected a name ending in {', '.join(SUFFIXES)}")
-    if kind in SITK_SUFFIXES:
-        return _from_sitk(_load_sitk(path), str(path), volume)
+    if kind in SITK_READERS:
+        return _from_sitk(_load_sitk(path, SITK_READERS[kind]), str(path), volume)
     try:
         return _from_nibabel(_load_nibabel(path, kind), str(path), volume)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # nibabel meets damaged headers with errors of many kinds
         raise ReadError(f"{path}: cannot be read: {_reason(error)}; is the file whole? Copy or convert it again") from error
 
 
 def _load_nibabel(path: Path, kind: str) -> SpatialImage:
-    if kind in (".hdr", ".img", ".img.gz"):
+    if kind.startswith((".hdr", ".img")):
         image: SpatialImage = nib.load(path)
+        for part in (Path(holder.filename) for holder in image.file_map.values() if holder.filename):
+            if part.name.lower().endswith(".gz"):
+                gzip.decompress(part.read_bytes())  # nibabel stops before the checksum
         return image
     content = path.read_bytes()
     if not content:
@@ -147,12 +151,24 @@ def _load_nibabel(path: Path, kind: str) -> SpatialImage:
     if kind in (".mgz", ".mgh"):
         return nib.freesurfer.MGHImage.from_bytes(content)
     nifti2 = int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540
-    return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(content)
+    form = nib.Nifti2Image if nifti2 else nib.Nifti1Image
+    _check_spacing(form.header_class(content[: form.header_class.sizeof_hdr], check=False), path)
+    return form.from_bytes(content)
+
+
+def _check_spacing(header: Any, path: Path) -> None:
+    """Looks at the header as stored: nibabel takes a spacing of 0 for 1, and says nothing."""
+    spacing = header["pixdim"][1:4]
+    if header["sform_code"] == 0 and (spacing == 0).any():
+        text = " × ".join(f"{mm:.4g}" for mm in spacing)
+        raise VolumeError(f"{path}: the spacing is {text} mm, expected above 0; set the file's sform or qform")
 
 
 def _reason(error: Exception) -> str:
     """What went wrong, in words a user knows."""
-    text = str(error).strip() or type(error).__name__
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"its header holds {text}, which the format does not know"
     if isinstance(error, EOFError) or "buffer is smaller" in text or ("Expected" in text and "bytes" in text):
         return f"it is truncated ({text})"
     if "CRC" in text or "Incorrect length" in text:
@@ -215,12 +231,12 @@ def _one_volume(array: Array, where: str, volume: int | None) -> Array:
     return array.reshape(*spatial, count, order="F")[..., volume]
 
 
-def _load_sitk(path: Path) -> sitk.Image:
+def _load_sitk(path: Path, reader: str) -> sitk.Image:
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
-        return sitk.ReadImage(str(path))
+        return sitk.ReadImage(str(path), imageIO=reader)  # by name: SimpleITK knows .mha, and not .MHA
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ReadError(f"{path}: cannot be read: {reason}; is the file whole? Copy or convert it again") from error

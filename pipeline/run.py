@@ -39,6 +39,14 @@ class Augment:
     brightness: float = 0.25
     gamma: float = 0.3
 
+    def __post_init__(self) -> None:
+        for name in ("affine_chance", "noise_chance", "blur_chance", "intensity_chance"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"run.augment.{name}: expected a probability, 0 to 1, got {getattr(self, name)}")
+        unknown = [direction for direction in self.mirror if direction not in ("R", "A", "S")]
+        if unknown:
+            raise ConfigError(f"run.augment.mirror: expected directions R, A or S, got {', '.join(unknown)}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
@@ -82,6 +90,10 @@ class Run:
             )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"run.ema_decay: expected 0 ≤ ema_decay < 1, got {self.ema_decay}")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"run.learning_rate: expected above 0, got {self.learning_rate}")
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"run.warmup: expected a fraction, 0 ≤ warmup ≤ 1, got {self.warmup}")
 
     @property
     def cases_per_step(self) -> int:

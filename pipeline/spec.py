@@ -74,6 +74,7 @@ class Spec:
     def __post_init__(self) -> None:
         _check_labels(self.labels)
         _check_grid(self)
+        _check_network(self)
         _check_window(self)
 
     @property
@@ -117,9 +118,26 @@ def _check_grid(spec: Spec) -> None:
         raise ConfigError(f"spec.orientation: expected three axis codes such as RAS, got {spec.orientation!r}")
     if not spec.channels:
         raise ConfigError("spec.channels: expected at least one name, got none")
+    if len(set(spec.channels)) < len(spec.channels):
+        raise ConfigError(f"spec.channels: expected distinct names, got {', '.join(spec.channels)}")
+    if not 0 <= spec.intensity.lower < spec.intensity.upper <= 100:
+        raise ConfigError(
+            f"spec.intensity: expected percentiles, 0 ≤ lower < upper ≤ 100, got {spec.intensity.lower}, {spec.intensity.upper}"
+        )
     for i, mm in enumerate(spec.spacing):
         if mm is not None and not 0 < mm < 100:
             raise ConfigError(f"spec.spacing[{i}]: expected mm above 0 or null, got {mm}")
+
+
+def _check_network(spec: Spec) -> None:
+    n = spec.network
+    if len(n.features) < 2 or min(n.features) < 1:
+        raise ConfigError(f"spec.network.features: expected at least two numbers above 0, got {n.features}")
+    if not 0 <= n.dropout < 1:
+        raise ConfigError(f"spec.network.dropout: expected 0 ≤ dropout < 1, got {n.dropout}")
+    most = len(n.features) - 2
+    if not 0 <= n.deep_supervision <= most:
+        raise ConfigError(f"spec.network.deep_supervision: expected 0 to {most}, got {n.deep_supervision}")
 
 
 def _check_window(spec: Spec) -> None:
@@ -136,6 +154,8 @@ def _check_window(spec: Spec) -> None:
             f"spec.network.strides: expected {len(spec.network.features) - 1} entries (one fewer than features), each a number "
             f"or {spec.spatial_dims} numbers, got {spec.network.strides}"
         )
+    if min(min(stride) for stride in spec.strides) < 1:
+        raise ConfigError(f"spec.network.strides: expected numbers above 0, got {spec.network.strides}")
     for axis, size in enumerate(spec.roi_size):
         step = 1
         for stride in spec.strides:

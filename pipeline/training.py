@@ -30,22 +30,28 @@ def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[st
     Raises:
         ConfigError: with the path to the key that is wrong.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); expected the YAML file of a run") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from error
+    content = config.read_yaml(path, "run")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected the settings of a run, got {content!r}")
     for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ConfigError(f"{change}: expected KEY=VALUE, such as epochs=5")
-        *parents, last = key.split(".")
-        level = content
-        for parent in parents:
-            level = level.setdefault(parent, {})
-        level[last] = yaml.safe_load(value)
+        _change(content, change)
     return config.parse(Run, content, "run"), content
+
+
+def _change(content: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    if not equals:
+        raise ConfigError(f"{change}: expected KEY=VALUE, such as epochs=5")
+    *parents, last = key.split(".")
+    level = content
+    for i, parent in enumerate(parents):
+        level = level.setdefault(parent, {})
+        if not isinstance(level, dict):
+            raise ConfigError(f"{change}: run.{'.'.join(parents[: i + 1])} holds no settings of its own")
+    try:
+        level[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{change}: the value is not YAML: {error}") from error
 
 
 def train_bundle(run: Run, content: dict[str, Any], epoch_done: EpochDone | None = None) -> None:

@@ -1,0 +1,75 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+from phantom import make_bundle, nifti, save
+
+from pipeline.bundle import open_model
+from pipeline.engine import Model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tiny networks are slower on many threads, and sums in another order are other sums."""
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real volumes."""
+    folder = os.environ.get("VOLSEG_DATA")
+    if not folder:
+        pytest.skip("VOLSEG_DATA is not set")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def hippocampus(data: Path) -> list[Path]:
+    """Five real crops."""
+    return [
+        data / "hippocampus" / "imagesTr" / f"hippocampus_{number}.nii.gz" for number in ("001", "003", "004", "006", "007")
+    ]
+
+
+@pytest.fixture(scope="session", params=[3, 2], ids=["3D", "2D"])
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a few hundred random weights, of volumes and of slices; not to be changed."""
+    return make_bundle(tmp_path_factory.mktemp("bundles") / f"tiny_{request.param}d", request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 3D one alone, where the number of dimensions does not matter; not to be changed."""
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny", 3)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_bundle: Path) -> Model:
+    """`tiny_bundle`, opened."""
+    return open_model(tiny_bundle, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def model_3d(tiny_bundle_3d: Path) -> Model:
+    """`tiny_bundle_3d`, opened."""
+    return open_model(tiny_bundle_3d, device="cpu")
+
+
+@pytest.fixture
+def image() -> nib.Nifti1Image:
+    """A volume that is not cubic, isotropic or aligned with the axes."""
+    return nifti()
+
+
+@pytest.fixture
+def volume_file(tmp_path: Path, image: nib.Nifti1Image) -> Path:
+    """The same as a file."""
+    return save(tmp_path / "in" / "sub-01_T1w.nii.gz", image)

@@ -1,0 +1,115 @@
+"""What the tests put in: volumes of uneven shape, spacing and direction, and small bundles with made-up weights."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+
+from pipeline import bundle, network, spec
+from pipeline.engine import save_weights
+from pipeline.types import Affine, Array
+
+SHAPE = (17, 24, 21)
+SPACING = (0.9, 1.3, 2.1)
+ORIENTATIONS = [
+    "".join(pair[flip] for pair, flip in zip(axes, flips, strict=True))
+    for axes in permutations(("RL", "AP", "SI"))
+    for flips in product((0, 1), repeat=3)
+]
+LABELS = {"background": 0, "front": 7, "back": 300}
+CARD = {
+    "name": "Tiny",
+    "description": "Made-up weights for tests.",
+    "task": "nothing",
+    "authors": "the tests",
+    "copyright": "none",
+    "intended_use": "tests",
+    "data_source": "noise",
+    "data_type": "NIfTI",
+    "references": ["none"],
+    "eval_metrics": {"dice": 0.5},
+    "changelog": {"0.1.0": "first"},
+}
+RUN = {"bundle": ".", "dataset": ".", "epochs": 2, "batch_size": 2, "learning_rate": 0.01}
+
+
+def oblique(spacing: tuple[float, float, float] = SPACING, angles: tuple[float, float, float] = (9.0, -13.0, 6.0)) -> Affine:
+    """An affine that is turned about all three axes; its nearest orientation is RAS."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing
+    affine[:3, 3] = (-11.0, 7.5, 23.25)
+    return affine
+
+
+def smooth(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> NDArray[np.float32]:
+    """Blobs over noise: no value twice, as in an image."""
+    random = np.random.default_rng(seed)
+    blobs = gaussian_filter(random.normal(size=shape), 2.0)
+    return np.asarray(100 + 300 * blobs + random.normal(size=shape), dtype=np.float32)
+
+
+def nifti(array: Array | None = None, affine: Affine | None = None, *, codes: tuple[int, int] = (1, 1)) -> nib.Nifti1Image:
+    """An image with these sform and qform codes, in mm."""
+    affine = oblique() if affine is None else affine
+    image = nib.Nifti1Image(smooth() if array is None else array, affine)
+    image.set_sform(affine, code=codes[0])
+    image.set_qform(affine, code=codes[1])
+    image.header.set_xyzt_units("mm", "sec")
+    return image
+
+
+def save(path: Path, image: Any = None) -> Path:
+    """`image` (one like any other by default) as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nifti() if image is None else image, path)
+    return path
+
+
+def turn(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
+    """The same image stored in another order and direction of axes."""
+    now, then = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
+    return image.as_reoriented(nib.orientations.ornt_transform(now, then))
+
+
+def dice(a: Array, b: Array) -> float:
+    """The lowest Dice of any label that either has; 1 where they are equal."""
+    values = set(np.unique(a)) | set(np.unique(b)) - {0}
+    return min(2 * float(((a == v) & (b == v)).sum()) / float((a == v).sum() + (b == v).sum()) for v in values)
+
+
+def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
+    """A spec's YAML for a network of a few hundred weights; spacing differs from every file's."""
+    content: dict[str, Any] = {
+        "labels": dict(LABELS),
+        "channels": ["T1w"],
+        "spacing": [1.2, 1.1, 1.6],
+        "roi_size": [16, 12, 8] if dims == 3 else [12, 8],
+        "network": {"features": [4, 6], "norm": "instance"},
+    }
+    if dims == 2:
+        content["slice_axis"] = "R"
+    return content | changes
+
+
+def make_bundle(folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, Any] | None = None, **changes: Any) -> Path:
+    """A complete bundle with random weights that says all of its labels."""
+    configs = folder / "configs"
+    configs.mkdir(parents=True)
+    for name, content in {"spec": spec_content(dims, **changes), "card": CARD, "run": RUN | (run or {})}.items():
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    torch.manual_seed(seed)
+    net = network.from_spec(spec.load(configs / "spec.yaml"))
+    torch.nn.init.normal_(net.output.weight)
+    torch.nn.init.zeros_(net.output.bias)
+    save_weights(net, folder / "models" / "model.pt")
+    bundle.refresh(folder)
+    return folder
