@@ -6,7 +6,9 @@ The path of a volume, one module a step:
     check       whether it can be segmented, and what is doubtful
     preprocess  to the network's grid and intensities
     network     the U-Net, 2D or 3D
+    runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size
+    stitch      overlapping windows as finished blocks of it
     invert      logits to labels on the file's own grid
     write       the label map as a file, whole or not at all
     report      volumes, scores, tables

@@ -85,7 +85,15 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None, volume: int | None = None) -> Model:
+def open_model(
+    bundle: PathOrStr,
+    *,
+    device: str = "auto",
+    overlap: float | None = None,
+    volume: int | None = None,
+    runtime: str = "auto",
+    precision: str = "auto",
+) -> Model:
     """A bundle opened for inference, by its own wiring.
 
     Args:
@@ -93,6 +101,8 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
         device: auto, cpu, cuda or mps.
         overlap: of windows, instead of the spec's.
         volume: which volume of 4D files, from 0.
+        runtime: auto, torch or openvino; see `pipeline.runtime.Runtime`.
+        precision: auto, float32, bfloat16 or int8; likewise.
 
     Raises:
         ConfigError: no such bundle, or one whose parts do not fit together.
@@ -107,6 +117,10 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
     parser["dataset"]["data"] = []
     parser["inferer"]["overlap"] = overlap
     parser["preprocessing"]["volume"] = volume
+    if (runtime, precision) != ("auto", "auto"):
+        if "runtime" not in parser:
+            raise ConfigError(f"{root}: its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle")
+        parser["runtime"].update(runtime=runtime, precision=precision)
     try:
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")

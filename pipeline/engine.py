@@ -27,6 +27,7 @@ from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Run
 from pipeline.spec import Spec
 from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.window import NETWORK_SECONDS
 from pipeline.write import write_bytes
 
 MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # from malloc.h
@@ -154,12 +155,16 @@ def predict_case(model: Model, image: Any) -> Prediction:
             raise
         raise known from error
     ends = list(marks.values())
+    seconds = {step: end - start for step, start, end in zip(marks, [started, *ends], ends, strict=False)}
+    if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
+        network = float(pred.meta[NETWORK_SECONDS])
+        seconds |= {"network": network, "invert": seconds["network"] + seconds["invert"] - network}
     return Prediction(
         labels=pred[0].numpy(),
         affine=np.asarray(pred.affine, dtype=np.float64),
         header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
         warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
-        seconds={step: end - start for step, start, end in zip(marks, [started, *ends], ends, strict=False)},
+        seconds=seconds,
     )
 
 
