@@ -5,6 +5,7 @@ The path of a volume, one module a step:
     read        a file as an array, its affine and its header
     check       whether it can be segmented, and what is doubtful
     preprocess  to the network's grid and intensities
+    resample    between two grids whose axes run parallel
     network     the U-Net, 2D or 3D
     runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size

@@ -119,7 +119,9 @@ def open_model(
     parser["preprocessing"]["volume"] = volume
     if (runtime, precision) != ("auto", "auto"):
         if "runtime" not in parser:
-            raise ConfigError(f"{root}: its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle")
+            raise ConfigError(
+                f"{root}: its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle"
+            )
         parser["runtime"].update(runtime=runtime, precision=precision)
     try:
         parser.get_parsed_content("initialize")

@@ -7,24 +7,23 @@ The result is that of softmax → linear resampling → argmax. Classes that can
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from numpy.typing import NDArray
 from torch.nn import functional
 
 from pipeline.preprocess import IMAGE
+from pipeline.resample import Line, lines, parallel_axes, sample
 from pipeline.spec import Spec
 from pipeline.stitch import Block
 from pipeline.types import Affine, LabelMap, Logits
 
 PRED = "pred"
 ON_FILE_GRID = "on_file_grid"  # key of `meta`: the tensor holds class numbers on the file's grid
-OFF_GRID = 0.01  # voxels by which a position may miss a grid line and still count as on it
+SNAP = 0.001  # voxels by which a position may miss a voxel and still count as on it
 PIECE_VALUES = 2**24  # of scores that are looked at together: 64 MB, and as much again while they are
 FAR = 1e9  # voxels; where a block ends at the volume's edge, the nearest voxel's scores hold beyond it
 Slices = tuple[slice, ...]
@@ -100,7 +99,7 @@ def _fill(
 ) -> torch.Tensor:
     """The label map that blocks give together; `soft` scores are compared as they are, others after a softmax."""
     matrix = np.linalg.inv(affine) @ target_affine
-    axes = _parallel_axes(matrix, target_shape)
+    axes = parallel_axes(matrix, target_shape)
     index = None
     for block in blocks:
         if index is None:
@@ -110,7 +109,7 @@ def _fill(
             if axes is None:
                 _fill_any(index, piece, matrix, soft)
             else:
-                _fill_parallel(index, piece, _lines(matrix, axes, target_shape, piece.shape), soft)
+                _fill_parallel(index, piece, lines(matrix, axes, target_shape, piece.shape, snap=SNAP), soft)
     assert index is not None
     return index
 
@@ -125,68 +124,15 @@ def _pieces(block: Block) -> Iterator[Block]:
         yield Block(start=start, scores=block.scores[:, first:last], shape=block.shape)
 
 
-def _parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
-    """Which source axis each target axis runs along; None where the grids are turned against each other."""
-    linear = np.abs(matrix[:3, :3])
-    axes = [int(i) for i in linear.argmax(axis=0)]
-    along = np.zeros_like(linear)
-    along[axes, range(3)] = 1
-    drift = (linear * (1 - along) * (np.array(shape) - 1)).sum(axis=1).max()
-    return axes if sorted(axes) == [0, 1, 2] and drift < OFF_GRID else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """Where the voxels of one target axis lie along a source axis: between voxel `low` and the next, at `weight`."""
-
-    source: int
-    low: NDArray[np.int64]
-    weight: NDArray[np.float64]
-
-    def inside(self, start: int, size: int, whole: int) -> tuple[slice, _Line]:
-        """The part of the axis that a block decides, with its positions in the block."""
-        last = start + size - 1 if start + size == whole else start + size - 2
-        mine = np.flatnonzero((self.low >= start) & (self.low <= last))
-        part = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
-        return part, _Line(self.source, self.low[part] - start, self.weight[part])
-
-
-def _lines(matrix: Affine, axes: Sequence[int], target_shape: Sequence[int], shape: Sequence[int]) -> list[_Line]:
-    """One line a target axis; positions beyond the volume's edge are moved onto it."""
-    lines = []
-    for dim, source in enumerate(axes):
-        position = matrix[source, dim] * np.arange(target_shape[dim]) + matrix[source, 3]
-        nearest = np.rint(position)
-        position = np.where(np.abs(position - nearest) < OFF_GRID / 10, nearest, position).clip(0, shape[source] - 1)
-        low = np.floor(position).astype(np.int64)
-        lines.append(_Line(source, low, position - low))
-    return lines
-
-
-def _fill_parallel(index: torch.Tensor, block: Block, lines: Sequence[_Line], soft: bool) -> None:
+def _fill_parallel(index: torch.Tensor, block: Block, along: Sequence[Line], soft: bool) -> None:
     """A block's part of the label map by interpolation one axis at a time: what is left of it where axes are parallel."""
     sizes = block.scores.shape[1:]
-    parts = [line.inside(block.start[line.source], sizes[line.source], block.shape[line.source]) for line in lines]
+    parts = [line.inside(block.start[line.source], sizes[line.source], block.shape[line.source]) for line in along]
     part, own = tuple(p for p, _ in parts), [line for _, line in parts]
     if any(p.start == p.stop for p in part):
         return
     exact = not any(line.weight.any() for line in own)
-    index[part] = _winner(block.scores, lambda field: _sample(field, own), soft=soft or exact)
-
-
-def _sample(field: torch.Tensor, lines: Sequence[_Line]) -> torch.Tensor:
-    """(x, y, z) at the crossings of three lines."""
-    field = field.permute([line.source for line in lines])
-    for dim, line in enumerate(lines):
-        low = torch.as_tensor(line.low, device=field.device)
-        same = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
-        lower = field if same else field.index_select(dim, low)
-        if line.weight.any():
-            upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
-            weight = torch.as_tensor(line.weight, dtype=field.dtype, device=field.device)
-            lower = torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
-        field = lower
-    return field
+    index[part] = _winner(block.scores, lambda field: sample(field, own), soft=soft or exact)
 
 
 def _winner(scores: torch.Tensor, sample: Callable[[torch.Tensor], torch.Tensor], *, soft: bool) -> torch.Tensor | int:
@@ -217,20 +163,24 @@ def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, soft: bool) -> 
     if not soft:
         block = Block(start=block.start, scores=torch.softmax(block.scores, dim=0), shape=block.shape)
     area = _target_box(index.shape, block, matrix)
-    thickness = max(1, PIECE_VALUES // max(1, len(block.scores) * (area[1].stop - area[1].start) * (area[2].stop - area[2].start)))
+    thickness = max(
+        1, PIECE_VALUES // max(1, len(block.scores) * (area[1].stop - area[1].start) * (area[2].stop - area[2].start))
+    )
     for first in range(area[0].start, area[0].stop, thickness):
         part = (slice(first, min(first + thickness, area[0].stop)), *area[1:])
         grid, mine = _positions(part, block, matrix)
         if not mine.any():
             continue
 
-        def sample(field: torch.Tensor, grid: torch.Tensor = grid) -> torch.Tensor:
-            return functional.grid_sample(
-                field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True
-            )[0, 0]
+        def at_grid(field: torch.Tensor, grid: torch.Tensor = grid) -> torch.Tensor:
+            return functional.grid_sample(field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True)[
+                0, 0
+            ]
 
-        won = _winner(block.scores, sample, soft=True)
-        index[part] = torch.where(mine.to(index.device), torch.as_tensor(won, dtype=index.dtype, device=index.device), index[part])
+        won = _winner(block.scores, at_grid, soft=True)
+        index[part] = torch.where(
+            mine.to(index.device), torch.as_tensor(won, dtype=index.dtype, device=index.device), index[part]
+        )
 
 
 def _target_box(target_shape: Sequence[int], block: Block, matrix: Affine) -> Slices:

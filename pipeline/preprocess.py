@@ -12,11 +12,11 @@ from monai.transforms import (
     NormalizeIntensityd,
     Orientationd,
     ScaleIntensityRangePercentilesd,
-    Spacingd,
 )
 
 from pipeline.check import CheckVolumed
 from pipeline.read import ReadVolumed
+from pipeline.resample import spacing
 from pipeline.spec import Intensity, Spec
 
 IMAGE, LABEL = "image", "label"
@@ -39,12 +39,7 @@ def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
             ReadVolumed(KEYS, volume=volume),
             CheckVolumed(IMAGE),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
-            Spacingd(
-                KEYS,
-                pixdim=[-1.0 if mm is None else mm for mm in spec.spacing],
-                mode=("bilinear", "nearest"),
-                allow_missing_keys=True,
-            ),
+            spacing(spec, KEYS),
             normalisation(spec.intensity),
         ]
     )

@@ -185,7 +185,9 @@ def cached_model(network: nn.Module, spec: Spec, precision: str) -> tuple[ov.Mod
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
         except OSError as error:
-            warnings.warn(f"{folder.parent}: no cache there ({error.strerror}): the network is converted each time", stacklevel=2)
+            warnings.warn(
+                f"{folder.parent}: no cache there ({error.strerror}): the network is converted each time", stacklevel=2
+            )
             model = convert(network, spec)
             return model, disagreement(compare(network, openvino_forward(model, precision), spec), precision)
         try:
@@ -268,7 +270,9 @@ def _key(network: nn.Module, spec: Spec, precision: str) -> str:
 
 def _noise(spec: Spec) -> torch.Tensor:
     """One window (1, C, *roi_size) of smooth noise, always the same."""
-    coarse = torch.randn((1, len(spec.channels), *(max(1, n // 4) for n in spec.roi_size)), generator=torch.Generator().manual_seed(0))
+    coarse = torch.randn(
+        (1, len(spec.channels), *(max(1, n // 4) for n in spec.roi_size)), generator=torch.Generator().manual_seed(0)
+    )
     mode = "trilinear" if spec.spatial_dims == 3 else "bilinear"
     return functional.interpolate(coarse, size=spec.roi_size, mode=mode, align_corners=False)
 

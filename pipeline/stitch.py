@@ -168,7 +168,11 @@ def _done(windows: Lattice, axis: int, number: int) -> int:
 
 
 def _add(
-    total: torch.Tensor, scores: Sequence[torch.Tensor | None], starts: Sequence[tuple[int, ...]], weights: torch.Tensor, box: Box
+    total: torch.Tensor,
+    scores: Sequence[torch.Tensor | None],
+    starts: Sequence[tuple[int, ...]],
+    weights: torch.Tensor,
+    box: Box,
 ) -> None:
     for start, one in zip(starts, scores, strict=True):
         if one is None:

@@ -187,8 +187,10 @@ class _Look:
         output = self.network(patch)
         if not self.how.mirror:
             return output
-        sets = [[axis + 2 for axis, flip in zip(self.how.mirror, flips, strict=True) if flip]
-                for flips in product((False, True), repeat=len(self.how.mirror))][1:]
+        sets = [
+            [axis + 2 for axis, flip in zip(self.how.mirror, flips, strict=True) if flip]
+            for flips in product((False, True), repeat=len(self.how.mirror))
+        ][1:]
         for dims in sets:
             other = self.network(patch.flip(dims))
             output = _map(lambda a, b, dims=dims: a + b.flip(dims), output, other)
