@@ -10,14 +10,15 @@ The path of a volume, one module a step:
     runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size
     stitch      overlapping windows as finished blocks of it
+    outputs     networks that give several tensors
     invert      logits to labels on the file's own grid
     write       the label map as a file, whole or not at all
     report      volumes, scores, tables
 
 What it goes by: `spec` (what weights see and say), `run` (how a training run goes), `config` (YAML to either), `types`,
-`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `dataset`
-(labelled cases and folds), `augment` (random patches), `training` (one run), `score` (against labels), `picture` (overlays),
-`api` (for scripts), `cli` (the command).
+`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `header` and
+`memory` (what a case will take), `dataset` (labelled cases and folds), `augment` (random patches), `training` (one run),
+`score` (against labels), `picture` (overlays), `api` (for scripts), `cli` (the command).
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from collections import Counter
@@ -17,8 +16,9 @@ from typing import Any
 import nibabel as nib
 import torch
 
-from pipeline.engine import Model, Prediction, predict_case
+from pipeline.engine import Model, Prediction
 from pipeline.errors import ConfigError, PipelineError, WriteError
+from pipeline.memory import peak_bytes, predict_within, reset_peak
 from pipeline.read import suffix
 from pipeline.report import read_csv, sha256, volumes_mm3, write_csv, write_json
 from pipeline.spec import Spec
@@ -192,6 +192,7 @@ def _identity(model: Model) -> dict[str, str]:
         "weights_sha256": sha256(root / "models" / "model.pt"),
         "spec_sha256": sha256(root / "configs" / "spec.yaml"),
         "overlap": str(getattr(model.evaluator.inferer, "overlap", "")),
+        "precision": str(getattr(model.evaluator.network, "precision", "")),
     }
 
 
@@ -214,11 +215,11 @@ def _one(
     path = output_path(out, case["case"])
     if not overwrite and before is not None and before["status"] in ("done", "skipped") and path.is_file():
         return {**before, "status": "skipped"}, None
-    _reset_peak_memory()
+    reset_peak()
     try:
         if before is None and not overwrite:
             _refuse_foreign(path)
-        prediction = predict_case(model, case["image"])
+        prediction = predict_within(model, case["image"], model.max_memory)
         started = time.perf_counter()
         write_labels(path, as_nibabel(prediction.labels, prediction.affine, prediction.header))
         prediction.seconds["write"] = time.perf_counter() - started
@@ -244,22 +245,5 @@ def _row(case: Case, status: str, *, message: str = "", prediction: Prediction |
         "message": message,
         "warnings": "; ".join(prediction.warnings) if prediction else "",
         **{f"{step}_s": f"{seconds[step]:.3f}" if step in seconds else "" for step in STEPS},
-        "peak_memory_mb": f"{_peak_memory_mb():.0f}",
+        "peak_memory_mb": f"{peak_bytes() / 2**20:.0f}",
     }
-
-
-def _reset_peak_memory() -> None:
-    """Starts the peak anew, where the kernel lets it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_memory_mb() -> float:
-    """The process's largest resident memory since `_reset_peak_memory`, MB (since its start where that is not possible)."""
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

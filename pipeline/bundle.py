@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -93,6 +93,7 @@ def open_model(
     volume: int | None = None,
     runtime: str = "auto",
     precision: str = "auto",
+    max_memory: int | None = None,
 ) -> Model:
     """A bundle opened for inference, by its own wiring.
 
@@ -103,6 +104,7 @@ def open_model(
         volume: which volume of 4D files, from 0.
         runtime: auto, torch or openvino; see `pipeline.runtime.Runtime`.
         precision: auto, float32, bfloat16 or int8; likewise.
+        max_memory: bytes that the process may come to hold.
 
     Raises:
         ConfigError: no such bundle, or one whose parts do not fit together.
@@ -130,7 +132,7 @@ def open_model(
         raise mendable(error) or ConfigError(
             f"{root}: cannot be opened: {_root_cause(error)}; try `volseg check {root}`"
         ) from error
-    return model
+    return replace(model, max_memory=max_memory)
 
 
 def metadata(root: Path) -> dict[str, Any]:

@@ -103,12 +103,14 @@ class Model:
         spec: what its weights see and say.
         preprocessing: the way in; its first step reads.
         evaluator: MONAI's evaluator over the network, its inferer and the inversion.
+        max_memory: bytes that the process may come to hold; None for no limit.
     """
 
     root: PathOrStr
     spec: Spec
     preprocessing: Compose
     evaluator: SupervisedEvaluator
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,9 @@ def predict_case(model: Model, image: Any) -> Prediction:
         marks["read"] = time.perf_counter()
         case = model.preprocessing(case, start=1)
         marks["preprocess"] = time.perf_counter()
-        pred = _evaluate(model.evaluator, case, lambda: marks.update(network=time.perf_counter()))
+        batch = list_data_collate([case])
+        del case  # the batch holds the image now
+        pred = _evaluate(model.evaluator, batch, lambda: marks.update(network=time.perf_counter()))
         marks["invert"] = time.perf_counter()
     except Exception as error:
         known = mendable(error)
@@ -168,9 +172,9 @@ def predict_case(model: Model, image: Any) -> Prediction:
     )
 
 
-def _evaluate(evaluator: SupervisedEvaluator, case: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:
+def _evaluate(evaluator: SupervisedEvaluator, batch: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:
     """`pred` of one preprocessed case; the evaluator keeps nothing of it."""
-    evaluator.data_loader = [list_data_collate([case])]
+    evaluator.data_loader = [batch]
     evaluator.state.epoch_length = 1
     with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
         evaluator.run()

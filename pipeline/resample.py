@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import SpatialResample, Spacingd
+from monai.transforms import Spacingd, SpatialResample
 from monai.transforms.inverse import TraceableTransform
 from numpy.typing import NDArray
 

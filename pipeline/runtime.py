@@ -170,8 +170,7 @@ def convert(network: nn.Module, spec: Spec) -> ov.Model:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that sizes are traced as constants: windows have one size
-        model = ov.convert_model(network.eval(), example_input=_noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
-    return model
+        return ov.convert_model(network.eval(), example_input=_noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
 
 
 def cached_model(network: nn.Module, spec: Spec, precision: str) -> tuple[ov.Model, str]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
 
 import torch
 from monai.data import MetaTensor, decollate_batch
-from monai.data.utils import collate_meta_tensor, compute_importance_map
+from monai.data.utils import collate_meta_tensor
 from monai.inferers import Inferer
-from torch import nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigError, ShapeError
+from pipeline.outputs import map_tensors, several, split_batch
 from pipeline.spec import Spec
 from pipeline.stitch import Block, Lattice, Placement, blocks, fit, lattice
 
@@ -126,14 +126,15 @@ class WindowInferer(Inferer):
     def _attempt(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device) -> Any:
         image = _finite(_plain(item).to(device, torch.float32))
         margins = [max(0, r - n) for r, n in zip(self.roi, image.shape[1:], strict=True)]
-        image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
+        if any(margins):
+            image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
         look = _Look(self, image, network, item.device)
-        first = look.first
-        if not isinstance(first, torch.Tensor):
-            return _several(self.windows(image.shape[1:], 1), look, self.mode)
-        windows = self.windows(image.shape[1:], len(first))
-        weights = weight_map(self.roi, self.mode).to(device)
-        found = blocks(windows, look, weights, len(first), batch=self.sw_batch_size)
+        if not isinstance(look.first, torch.Tensor):
+            return several(self.windows(image.shape[1:], 1), look, look.first, lambda roi: weightmap_tensors(roi, self.mode))
+        channels = len(look.first)
+        windows = self.windows(image.shape[1:], channels)
+        weights = weightmap_tensors(self.roi, self.mode).to(device)
+        found = blocks(windows, look, weights, channels, batch=self.sw_batch_size)
         cut = (_cropped(block, margins) for block in _timed(found, look.seconds))
         result = (self.finish or whole)(cut, item)
         if isinstance(result, MetaTensor):
@@ -149,14 +150,14 @@ class _Look:
         self.batch = how.sw_batch_size
         self.seconds = [0.0]
         started = time.perf_counter()
-        self.first = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
+        self.first: Any = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
         self.seconds[0] += time.perf_counter() - started
 
     def __call__(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
         seen = [start for start in starts if any(start) and not self._is_air(start)]
         found: dict[tuple[int, ...], Any] = dict(zip(seen, self._scores(seen), strict=True))
         if not any(starts[0]):
-            found[starts[0]] = self.first
+            found[starts[0]], self.first = self.first, None
         return [found.get(start) for start in starts]
 
     def _is_air(self, start: tuple[int, ...]) -> bool:
@@ -172,7 +173,7 @@ class _Look:
             some = starts[len(results) : len(results) + self.batch]
             try:
                 patch = torch.stack([self.image[self._at(start)] for start in some]).to(self.device)
-                results += _items(self._mirrored(self._flat(patch)), self.how.slice_dim)
+                results += split_batch(self._mirrored(self._flat(patch)), self.how.slice_dim)
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
@@ -193,8 +194,8 @@ class _Look:
         ][1:]
         for dims in sets:
             other = self.network(patch.flip(dims))
-            output = _map(lambda a, b, dims=dims: a + b.flip(dims), output, other)
-        return _map(lambda a: a / (len(sets) + 1), output)
+            output = map_tensors(lambda a, b, dims=dims: a + b.flip(dims), output, other)
+        return map_tensors(lambda a: a / (len(sets) + 1), output)
 
 
 def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
@@ -210,53 +211,11 @@ def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=4)
-def weight_map(roi_size: tuple[int, ...], mode: str) -> torch.Tensor:
+def weightmap_tensors(roi_size: tuple[int, ...], mode: str) -> torch.Tensor:
     """The weight of each voxel of a window, (*roi_size) float32, as MONAI has it; axes of 1 do not count."""
     kept = tuple(n for n in roi_size if n > 1) or (1,)
     weights: torch.Tensor = compute_importance_map(kept, mode=mode, sigma_scale=0.125, device="cpu")
     return weights.reshape(roi_size)
-
-
-def _several(windows: Lattice, look: _Look, mode: str) -> Any:
-    """Whole scores of a network of several outputs, each at its own resolution, in the structure that the network gives."""
-    totals: list[torch.Tensor] = []
-    for start in product(*windows.starts):
-        (scores,) = look([start])
-        for number, one in enumerate(_leaves(scores)):
-            size = one.shape[1:]
-            if number == len(totals):
-                shape = [n * s // r for n, s, r in zip(windows.shape, size, windows.roi_size, strict=True)]
-                totals.append(one.new_zeros((len(one) + 1, *shape), dtype=torch.float32))
-            at = tuple(slice(i * s // r, i * s // r + s) for i, s, r in zip(start, size, windows.roi_size, strict=True))
-            weights = weight_map(tuple(size), mode).to(one.device)
-            totals[number][(slice(0, -1), *at)] += one * weights
-            totals[number][(-1, *at)] += weights
-    results = iter([total[:-1] / total[-1].clamp(min=torch.finfo().tiny) for total in totals])
-    return _map(lambda _: next(results), look.first)
-
-
-def _leaves(structure: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _map(lambda tensor: found.append(tensor), structure)
-    return found
-
-
-def _map(function: Callable[..., Any], *structures: Any) -> Any:
-    """A function of tensors, taken over tensors, sequences or mappings of them alike."""
-    first = structures[0]
-    if isinstance(first, Mapping):
-        return {key: _map(function, *(s[key] for s in structures)) for key in first}
-    if isinstance(first, list | tuple):
-        return type(first)(_map(function, *parts) for parts in zip(*structures, strict=True))
-    return function(*structures)
-
-
-def _items(output: Any, slice_dim: int | None) -> list[Any]:
-    """A batch's output as one result an item, with the slices' axis put back."""
-    if slice_dim is not None:
-        output = _map(lambda tensor: tensor.unsqueeze(slice_dim + 2), output)
-    count = len(_leaves(output)[0])
-    return [_map(lambda tensor, i=i: tensor[i], output) for i in range(count)]
 
 
 def _finite(image: torch.Tensor) -> torch.Tensor:
@@ -297,7 +256,7 @@ def _warn(item: torch.Tensor, line: str) -> None:
 def _collated(results: list[Any]) -> Any:
     """One result an image as a batch."""
     if not isinstance(results[0], torch.Tensor):
-        return _map(lambda *parts: torch.stack(parts), *results)
+        return map_tensors(lambda *parts: torch.stack(parts), *results)
     if len({tuple(result.shape) for result in results}) > 1:
         raise ShapeError("the images of one batch come from grids of different sizes: use a batch size of 1")
     batch: torch.Tensor = collate_meta_tensor(results) if isinstance(results[0], MetaTensor) else torch.stack(results)
