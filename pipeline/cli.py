@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError
 
 DONE, SOME_FAILED, WRONG = 0, 1, 2
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
+SHOWN = ("dice", "nsd", "hd95_mm")
 Advance = Callable[[str], None]
 
 
@@ -136,10 +137,13 @@ def check(bundle: str, as_json: bool) -> None:
 @main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
-def train(config: Path, changes: tuple[str, ...]) -> None:
+@click.option("--resume", is_flag=True, help="Go on where a run that was cut off had ended its last whole epoch.")
+@click.option("--restart", is_flag=True, help="Throw away a run that was cut off, and start anew.")
+def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -> None:
     """Train the bundle that a run configuration names, and leave it complete.
 
-    KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30.
+    KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30. A run that was killed goes on
+    with --resume and ends with the same weights as one that was not.
     """
     with refusals():
         from pipeline.training import read_run, train_bundle
@@ -147,7 +151,11 @@ def train(config: Path, changes: tuple[str, ...]) -> None:
         _quiet()
         run, content = read_run(config, changes)
         with _progress("training", run.epochs) as advance:
-            train_bundle(run, content, lambda epoch, loss: advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}"))
+
+            def epoch_done(epoch: int, loss: float) -> None:
+                advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}")
+
+            train_bundle(run, content, epoch_done, resume=resume, restart=restart)
     click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
 
 
@@ -157,31 +165,74 @@ def train(config: Path, changes: tuple[str, ...]) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for predictions and scores.")
 @click.option("--splits", help="JSON file of folds beside dataset.json; scores every case without it.")
 @click.option("--fold", type=int, default=0, show_default=True, help="Which fold's validation cases to score.")
+@click.option("--tolerance", type=float, default=1.0, show_default=True, help="Of surface Dice (nsd), mm.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
 @click.option("--overwrite", is_flag=True, help="Segment cases again that are done already.")
-def evaluate(bundle: str, dataset: str, output: Path, splits: str | None, fold: int, device: str, overwrite: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+def evaluate(
+    bundle: str,
+    dataset: str,
+    output: Path,
+    splits: str | None,
+    fold: int,
+    tolerance: float,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
     """Segment the labelled cases of a dataset and score them against the labels as read.
 
-    Writes scores.csv (Dice, one row a case and label) beside what `segment` leaves, and prints the mean of each label; a
-    case that failed counts as 0.
+    Writes beside what `segment` leaves: scores.csv (one row a case and label), summary.json (means with bootstrap 95 %
+    intervals) and dice.png. A case that failed is scored as one in which nothing was found.
     """
     with refusals():
-        from pipeline import batch
+        from pipeline import batch, score
         from pipeline.bundle import open_model
         from pipeline.dataset import fold_cases
-        from pipeline.report import write_csv
-        from pipeline.score import mean_dice, score_case
+        from pipeline.picture import dice_bars
+        from pipeline.report import write_csv, write_json
 
         _quiet()
         model = open_model(bundle, device=device)
         cases = fold_cases(dataset, splits, fold, "val")
         with _progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
-        scores = [row for case in cases for row in score_case(case, batch.output_path(output, case["case"]), model.spec.labels)]
+        scores = []
+        for case in cases:
+            prediction = batch.output_path(output, case["case"])
+            scores += score.score_case(case, prediction, model.spec.labels, tolerance_mm=tolerance)
+        summary = score.summary(scores)
         write_csv(output / "scores.csv", scores)
-    for name, mean in mean_dice(scores).items():
-        click.echo(f"{name}: Dice {mean:.4f} over {len(cases)} cases")
+        write_json(output / "summary.json", {"tolerance_mm": tolerance, "labels": summary})
+        dice_bars(scores, output / "dice.png", title=bundle)
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        _print_summary(summary)
     sys.exit(SOME_FAILED if any(row["status"] == "failed" for row in rows) else DONE)
+
+
+@main.command()
+@click.argument("ours", type=click.Path(path_type=Path))
+@click.argument("theirs", type=click.Path(path_type=Path))
+@click.option("--metric", default="dice", show_default=True, help="A column of scores.csv.")
+def compare(ours: Path, theirs: Path, metric: str) -> None:
+    """Compare two folders that `evaluate` left, case by case, by a paired Wilcoxon signed-rank test."""
+    with refusals():
+        from pipeline import score
+        from pipeline.report import read_csv
+
+        rows = [read_csv(folder / "scores.csv") for folder in (ours, theirs)]
+        for row in score.compare(*rows, metric=metric):
+            means = f"{row['ours']:.4f} against {row['theirs']:.4f}"
+            click.echo(f"{row['label']}: {metric} {means} over {row['cases']} cases, p = {row['p_value']:.3g}")
+
+
+def _print_summary(summary: Sequence[dict[str, Any]]) -> None:
+    """The means that a reader looks for first, with their 95 % intervals."""
+    for row in summary:
+        parts = [f"{metric} {row[metric]:.4f} [{row[metric + '_low']:.4f}, {row[metric + '_high']:.4f}]" for metric in SHOWN]
+        click.echo(f"{row['label']}: {', '.join(parts)} over {row['cases']} cases")
 
 
 def _line(row: dict[str, Any]) -> str:

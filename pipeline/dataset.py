@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.read import suffix
 from pipeline.types import Case, PathOrStr
 
 
@@ -25,11 +26,16 @@ def labelled_cases(dataset: PathOrStr) -> list[Case]:
     """
     folder = resolve(dataset)
     content = _json(folder / "dataset.json")
-    pairs = [{key: str(folder / item[key]) for key in ("image", "label")} for item in content["training"]]
+    try:
+        pairs = [{key: str(folder / item[key]) for key in ("image", "label")} for item in content["training"]]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{folder}/dataset.json: expected a list `training` of pairs, each with `image` and `label`"
+        ) from error
     missing = [path for pair in pairs for path in pair.values() if not Path(path).is_file()]
     if missing:
         raise ConfigError(f"{folder}/dataset.json lists {len(missing)} files that are missing: {', '.join(missing[:5])}")
-    return [{"case": Path(pair["image"]).name.split(".")[0], **pair} for pair in pairs]
+    return [{"case": _name(pair["image"]), **pair} for pair in pairs]
 
 
 def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> list[Case]:
@@ -42,8 +48,10 @@ def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> 
     if splits is None:
         return cases
     folds = _json(resolve(dataset) / splits)
+    if not isinstance(folds, list) or not all(isinstance(part, dict) and {"train", "val"} <= part.keys() for part in folds):
+        raise ConfigError(f"{splits}: expected a list of folds, each with the case names of `train` and `val`")
     if not 0 <= fold < len(folds):
-        raise ConfigError(f"fold {fold}: {splits} holds folds 0 to {len(folds) - 1}")
+        raise ConfigError(f"fold {fold}: {splits} holds " + (f"folds 0 to {len(folds) - 1}" if folds else "no folds"))
     by_name = {case["case"]: case for case in cases}
     unknown = [name for name in folds[fold][part] if name not in by_name]
     if unknown:
@@ -63,6 +71,12 @@ def resolve(dataset: PathOrStr) -> Path:
     if not Path(text).is_dir():
         raise ConfigError(f"{text}: no such folder; expected a dataset with a dataset.json")
     return Path(text)
+
+
+def _name(image: str) -> str:
+    """A file's name without its suffix; other dots belong to the name."""
+    name = Path(image).name
+    return name[: len(name) - len(suffix(Path(name)) or Path(name).suffix)]
 
 
 def _json(path: Path) -> Any:

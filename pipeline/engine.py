@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import pickle
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import Compose
 from torch import nn
 
-from pipeline.errors import mendable
+from pipeline.errors import ConfigError, VolumeError, mendable
 from pipeline.invert import PRED
 from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Run
@@ -67,6 +68,21 @@ def average(network: nn.Module, run: Run) -> EMAHandler:
     """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
     network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
     return EMAHandler(network, momentum=1 - run.ema_decay, handle_buffers="copy")
+
+
+def start_from(network: nn.Module, run: Run) -> None:
+    """Loads the weights that a run starts from, where it names some.
+
+    Raises:
+        ConfigError: the file is not there, or its weights do not fit the network.
+    """
+    if run.start is None:
+        return
+    try:
+        network.load_state_dict(torch.load(run.start, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"run.start: {run.start} holds no weights of this network: {reason}") from error
 
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:
@@ -147,6 +163,7 @@ def predict_case(model: Model, image: Any) -> Prediction:
     try:
         case = model.preprocessing({IMAGE: image}, end=1)
         marks["read"] = time.perf_counter()
+        _check_channels(case[IMAGE], model.spec)
         case = model.preprocessing(case, start=1)
         marks["preprocess"] = time.perf_counter()
         batch = list_data_collate([case])
@@ -170,6 +187,11 @@ def predict_case(model: Model, image: Any) -> Prediction:
         warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
         seconds=seconds,
     )
+
+
+def _check_channels(image: torch.Tensor, spec: Spec) -> None:
+    if len(image) != len(spec.channels):
+        raise VolumeError(f"got {len(image)} image, expected {len(spec.channels)}, one a channel: {', '.join(spec.channels)}")
 
 
 def _evaluate(evaluator: SupervisedEvaluator, batch: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:

@@ -7,6 +7,7 @@ The result is that of softmax → linear resampling → argmax. Classes that can
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ class InvertLabelsd(MapTransform):
         index = pred.as_tensor().cpu().numpy()
         plain = np.array_equal(self.values, np.arange(len(self.values)))
         labels = torch.from_numpy(index if plain and index.dtype == self.values.dtype else self.values[index])
-        case[PRED] = MetaTensor(labels, affine=pred.affine, meta={**image.meta, **pred.meta})
+        case[PRED] = MetaTensor(labels, meta={**image.meta, **pred.meta, "affine": pred.affine})
         return case
 
 
@@ -172,15 +173,16 @@ def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, soft: bool) -> 
         if not mine.any():
             continue
 
-        def at_grid(field: torch.Tensor, grid: torch.Tensor = grid) -> torch.Tensor:
-            return functional.grid_sample(field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True)[
-                0, 0
-            ]
-
-        won = _winner(block.scores, at_grid, soft=True)
+        won = _winner(block.scores, partial(_at, grid=grid), soft=True)
         index[part] = torch.where(
             mine.to(index.device), torch.as_tensor(won, dtype=index.dtype, device=index.device), index[part]
         )
+
+
+def _at(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """A field (x, y, z), linearly interpolated at the places that a grid (X, Y, Z, 3) names as `grid_sample` wants them."""
+    values = functional.grid_sample(field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True)
+    return values[0, 0]
 
 
 def _target_box(target_shape: Sequence[int], block: Block, matrix: Affine) -> Slices:

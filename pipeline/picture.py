@@ -1,8 +1,8 @@
-"""Pictures of a volume with its labels, in physical proportions; needs matplotlib (the extra `demo`)."""
+"""Pictures: a volume with its labels in physical proportions, and the Dice of many cases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +60,31 @@ def _canonical(image: Any, labels: LabelMap) -> tuple[Array, Array, Array]:
     upright = nib.as_closest_canonical(image)
     turned = nib.as_closest_canonical(nib.Nifti1Image(labels.astype(np.float32), image.affine))
     return np.asarray(upright.dataobj, dtype=np.float32), np.asarray(turned.dataobj), np.array(upright.header.get_zooms()[:3])
+
+
+def dice_bars(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:
+    """Writes a PNG of each label's Dice, one bar a case from worst to best, with lines at mean and median.
+
+    Args:
+        rows: of `score.score_case`: case, label, dice; cases with nan are not drawn.
+        path: the PNG.
+        title: the picture's heading.
+    """
+    labels = list(dict.fromkeys(str(row["label"]) for row in rows))
+    count = len({row["case"] for row in rows})
+    figure = Figure(figsize=(5 * len(labels), max(3.0, 0.14 * count + 1.2)), layout="constrained")
+    for panel, label in zip(np.atleast_1d(figure.subplots(1, len(labels))), labels, strict=True):
+        scored = sorted(
+            (float(row["dice"]), str(row["case"])) for row in rows if row["label"] == label and row["dice"] == row["dice"]
+        )
+        values = np.array([value for value, _ in scored])
+        panel.barh(range(len(scored)), values, color="tab:blue", height=0.8)
+        panel.set_yticks(range(len(scored)), [case for _, case in scored], fontsize=5)
+        if len(scored):
+            panel.axvline(values.mean(), color="tab:red", label=f"mean {values.mean():.3f}")
+            panel.axvline(float(np.median(values)), color="tab:green", ls="--", label=f"median {np.median(values):.3f}")
+            panel.legend(loc="lower left", fontsize=7)
+        panel.set(title=label, xlabel="Dice", xlim=(0, 1), ylim=(-0.6, len(scored) - 0.4))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

@@ -63,6 +63,7 @@ class Run:
         learning_rate, weight_decay: AdamW's, at the top of the schedule.
         warmup: the fraction of the steps over which the learning rate rises, before it falls along a cosine.
         ema_decay: of the exponential moving average of the weights, a step; 0 keeps the last weights as they are.
+        start: a state dict to start from instead of random weights, as another run or bundle left it.
         seed: of the weights, the order of cases and the augmentation.
     """
 
@@ -77,6 +78,7 @@ class Run:
     weight_decay: float = 1e-4
     warmup: float = 0.05
     ema_decay: float = 0.0
+    start: str | None = None
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
 

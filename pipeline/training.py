@@ -13,10 +13,12 @@ from monai.bundle import ConfigParser
 
 from pipeline import bundle, config
 from pipeline.errors import ConfigError, mendable
+from pipeline.resume import checkpoint_of
 from pipeline.run import Run
 from pipeline.types import PathOrStr
 from pipeline.write import write_bytes
 
+CHECKPOINT = Path("models") / "checkpoint.pt"
 EpochDone = Callable[[int, float], None]
 
 
@@ -54,7 +56,9 @@ def _change(content: dict[str, Any], change: str) -> None:
         raise ConfigError(f"{change}: the value is not YAML: {error}") from error
 
 
-def train_bundle(run: Run, content: dict[str, Any], epoch_done: EpochDone | None = None) -> None:
+def train_bundle(
+    run: Run, content: dict[str, Any], epoch_done: EpochDone | None = None, *, resume: bool = False, restart: bool = False
+) -> None:
     """Trains the weights of the bundle that a run names, and refreshes all that is generated in it.
 
     The bundle's folder needs configs/spec.yaml and configs/card.yaml; the run is kept beside them as run.yaml.
@@ -63,13 +67,19 @@ def train_bundle(run: Run, content: dict[str, Any], epoch_done: EpochDone | None
         run: how it goes.
         content: the YAML that gives it.
         epoch_done: called after each epoch with its number and the loss of its last step.
+        resume: go on where a run that was cut off had ended its last whole epoch.
+        restart: throw such a run away.
 
     Raises:
-        ConfigError: no spec, or a dataset that cannot be used.
+        ConfigError: no spec, a dataset that cannot be used, or an unfinished run and neither `resume` nor `restart`.
     """
     root = Path(run.bundle)
     if not (root / "configs" / "spec.yaml").is_file():
         raise ConfigError(f"{root}/configs/spec.yaml: no such file; write down there what the weights are to see and to say")
+    if not (resume or restart) and (root / CHECKPOINT).is_file():
+        raise ConfigError(
+            f"{root / CHECKPOINT}: an unfinished run is there; go on with --resume, or throw it away with --restart"
+        )
     write_bytes(root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode())
     bundle.refresh(root)
     parser = ConfigParser()
@@ -82,6 +92,8 @@ def train_bundle(run: Run, content: dict[str, Any], epoch_done: EpochDone | None
         trainer: Engine = parser.get_parsed_content("train::trainer")
         if epoch_done is not None:
             trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(trainer.state.epoch, _loss(trainer)))
+        if resume:
+            checkpoint_of(parser.get_parsed_content("train::handlers")).load(trainer)
         parser.get_parsed_content("run")
         parser.get_parsed_content("finalize")
     except Exception as error:

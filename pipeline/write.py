@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
 
     Args:
         labels: (X, Y, Z), of an unsigned type.
-        affine: voxel → RAS+ world, mm; used where there is no header.
+        affine: voxel → RAS+ world, mm; with a header, that header's own.
         header: the input's own NIfTI header: qform and sform with their codes and the units are kept to the bit.
     """
     if not header:
@@ -47,7 +48,7 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
     own.set_intent("label", (), "", allow_unknown=True)
     own["cal_min"] = own["cal_max"] = 0
     own["descrip"] = DESCRIPTION
-    return kind(labels, None, own)
+    return kind(labels, affine, own)
 
 
 def write_labels(path: Path, image: nib.Nifti1Image) -> None:
@@ -73,8 +74,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}; is the disk full or read-only?") from error
 
 

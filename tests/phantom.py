@@ -10,13 +10,18 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
+from monai.engines import SupervisedEvaluator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from pipeline import bundle, network, spec
-from pipeline.engine import save_weights
+from pipeline import bundle, config, network, spec
+from pipeline.engine import Model, save_weights
+from pipeline.invert import inversion
+from pipeline.preprocess import preprocessing
+from pipeline.spec import Spec
 from pipeline.types import Affine, Array
+from pipeline.window import inferer
 
 SHAPE = (17, 24, 21)
 SPACING = (0.9, 1.3, 2.1)
@@ -92,7 +97,7 @@ def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
         "labels": dict(LABELS),
         "channels": ["T1w"],
         "spacing": [1.2, 1.1, 1.6],
-        "roi_size": [16, 12, 8] if dims == 3 else [12, 8],
+        "roi_size": [16, 20, 12] if dims == 3 else [20, 12],
         "network": {"features": [4, 6], "norm": "instance"},
     }
     if dims == 2:
@@ -113,3 +118,16 @@ def make_bundle(folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, An
     save_weights(net, folder / "models" / "model.pt")
     bundle.refresh(folder)
     return folder
+
+
+def parse_spec(dims: int = 3, **changes: Any) -> Spec:
+    """The tiny bundles' spec, changed."""
+    return config.parse(Spec, spec_content(dims, **changes), "spec")
+
+
+def model_of(net: torch.nn.Module, tiny: Spec) -> Model:
+    """A network that the tests made up, with the rest of the path around it."""
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"), val_data_loader=[], network=net, inferer=inferer(tiny), postprocessing=inversion(tiny)
+    )
+    return Model(root=".", spec=tiny, preprocessing=preprocessing(tiny), evaluator=evaluator)

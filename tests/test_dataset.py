@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import dataset
+from pipeline.errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pairs that dataset.json lists, an orphan that it does not, and two folds."""
+    names = ["a_1", "a_2", "b.x_1", "b.x_2", "c"]
+    for sub in ("imagesTr", "labelsTr"):
+        (tmp_path / sub).mkdir()
+        for name in [*names, "orphan"]:
+            (tmp_path / sub / f"{name}.nii.gz").touch()
+    pairs = [{"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"} for name in names]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": pairs}))
+    folds = [{"train": names[:4], "val": names[4:]}, {"train": names[1:], "val": names[:1]}]
+    (tmp_path / "splits.json").write_text(json.dumps(folds))
+    return tmp_path
+
+
+def names_of(cases: list[dict[str, Any]]) -> list[str]:
+    return [case["case"] for case in cases]
+
+
+def test_cases_are_those_that_are_listed(folder: Path) -> None:
+    """In the order of dataset.json, named by the image without its suffix; orphans are no cases."""
+    cases = dataset.labelled_cases(folder)
+    assert names_of(cases) == ["a_1", "a_2", "b.x_1", "b.x_2", "c"]
+    assert all(Path(case[key]).is_file() for case in cases for key in ("image", "label"))
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_training_and_validation_never_meet(folder: Path, fold: int) -> None:
+    """The parts of a fold are those that the file names; together they are all cases."""
+    train, val = (names_of(dataset.fold_cases(folder, "splits.json", fold, part)) for part in ("train", "val"))
+    assert not set(train) & set(val)
+    assert set(train) | set(val) == set(names_of(dataset.labelled_cases(folder)))
+    assert names_of(dataset.fold_cases(folder, None, 0, "val")) == names_of(dataset.labelled_cases(folder))
+
+
+def test_environment_variables_are_filled_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`$NAME/sub` is a path; a variable that is not set is named."""
+    monkeypatch.setenv("SOME_DATA", str(folder.parent))
+    assert dataset.resolve(f"$SOME_DATA/{folder.name}") == folder
+    monkeypatch.delenv("SOME_DATA")
+    with pytest.raises(ConfigError, match="SOME_DATA/x: set the environment variable"):
+        dataset.resolve("$SOME_DATA/x")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda folder: (folder / "dataset.json").unlink(), "dataset.json: cannot be read"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json: is not JSON"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "dataset.json: expected a list `training` of pairs"),
+        (lambda folder: (folder / "dataset.json").write_text('{"training": [{"image": "x"}]}'), "expected a list `training`"),
+        (lambda folder: (folder / "labelsTr" / "c.nii.gz").unlink(), "lists 1 files that are missing: .*labelsTr/c.nii.gz"),
+        (
+            lambda folder: (folder / "splits.json").write_text('[{"train": ["z"], "val": []}]'),
+            "does not list: z",
+        ),
+        (lambda folder: (folder / "splits.json").write_text("[]"), "fold 0: splits.json holds no folds"),
+        (lambda folder: (folder / "splits.json").write_text('{"train": []}'), "splits.json: expected a list of folds"),
+        (lambda folder: (folder / "splits.json").write_text('[{"val": []}]'), "splits.json: expected a list of folds"),
+    ],
+)
+def test_a_dataset_that_cannot_be_is_refused(folder: Path, change: Any, says: str) -> None:
+    """With the file and what is wrong in it."""
+    change(folder)
+    with pytest.raises(ConfigError, match=says):
+        dataset.fold_cases(folder, "splits.json", 0, "train")
+
+
+def test_a_fold_that_is_not_there_is_refused(folder: Path) -> None:
+    """With those that are."""
+    with pytest.raises(ConfigError, match=r"fold 2: splits\.json holds folds 0 to 1"):
+        dataset.fold_cases(folder, "splits.json", 2, "val")
+    with pytest.raises(ConfigError, match="no such folder; expected a dataset"):
+        dataset.labelled_cases(folder / "none")
+
+
+def test_the_real_folds(data: Path) -> None:
+    """260 pairs in five folds of 52, no case in two."""
+    parts = [names_of(dataset.fold_cases(data / "hippocampus", "splits_5fold.json", fold, "val")) for fold in range(5)]
+    assert [len(part) for part in parts] == [52] * 5
+    assert len({name for part in parts for name in part}) == 260

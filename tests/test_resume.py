@@ -1,0 +1,92 @@
+"""A run that was cut off and gone on with is the run that was not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from phantom import make_bundle, save, smooth
+
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.report import sha256, write_json
+from pipeline.training import CHECKPOINT, read_run, train_bundle
+
+EPOCHS = 4
+
+
+class Cut(KeyboardInterrupt):
+    """What stands for a kill."""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four labelled volumes of noise whose bright half is the label."""
+    folder = tmp_path_factory.mktemp("dataset")
+    pairs = []
+    for i in range(4):
+        image = smooth(seed=i)
+        label = (image > np.median(image)).astype(np.uint8)
+        pair = {"image": f"images/case_{i}.nii.gz", "label": f"labels/case_{i}.nii.gz"}
+        save(folder / pair["image"], nib.Nifti1Image(image, np.eye(4)))
+        save(folder / pair["label"], nib.Nifti1Image(label, np.eye(4)))
+        pairs.append(pair)
+    write_json(folder / "dataset.json", {"training": pairs})
+    return folder
+
+
+def run_of(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
+    """The settings of a run over the tiny dataset, as KEY=VALUE."""
+    settings = {"dataset": dataset, "epochs": EPOCHS, "batch_size": 2, "learning_rate": 0.01, "ema_decay": 0.5, **changes}
+    return [f"bundle={bundle}", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def train(bundle: Path, dataset: Path, *, cut_after: int | None = None, resume: bool = False, **changes: Any) -> str:
+    """The hash of the weights that a run leaves; with `cut_after` it is cut off when that epoch has begun to report."""
+
+    def epoch_done(epoch: int, loss: float) -> None:
+        if epoch == cut_after:
+            raise Cut
+
+    run, content = read_run(bundle / "configs" / "run.yaml", run_of(bundle, dataset, **changes))
+    train_bundle(run, content, epoch_done, resume=resume)
+    return sha256(bundle / "models" / "model.pt")
+
+
+@pytest.mark.parametrize("dims", [3, 2])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path, dims: int) -> None:
+    """Weight for weight: optimizer, schedule, average and every random number go on."""
+    labels = {"background": 0, "bright": 1}
+    whole = train(make_bundle(tmp_path / "whole", dims, labels=labels), dataset)
+    bundle = make_bundle(tmp_path / "cut", dims, labels=labels)
+    with pytest.raises(Cut):
+        train(bundle, dataset, cut_after=2)
+    assert (bundle / CHECKPOINT).is_file()
+    torch.rand(7), np.random.rand(7)
+    assert train(bundle, dataset, resume=True) == whole
+    assert not (bundle / CHECKPOINT).exists()
+
+
+def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path) -> None:
+    """It is gone on with or thrown away on purpose, and only with the settings that it was made with."""
+    bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
+    with pytest.raises(ConfigError, match="there is no unfinished run to resume"):
+        train(bundle, dataset, resume=True)
+    with pytest.raises(Cut):
+        train(bundle, dataset, cut_after=1)
+    with pytest.raises(ConfigError, match=r"an unfinished run is there; go on with --resume, or throw it away with --restart"):
+        train(bundle, dataset)
+    with pytest.raises(ConfigError, match=r"made with other settings \(learning_rate\)"):
+        train(bundle, dataset, resume=True, learning_rate=0.02)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -> None:
+    """The message says where the last good weights are."""
+    bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
+    before = sha256(bundle / "models" / "model.pt")
+    with pytest.raises(PipelineError, match=r"the loss became nan in epoch \d, expected a number: .*lower learning_rate"):
+        train(bundle, dataset, learning_rate="1.0e+30")
+    assert sha256(bundle / "models" / "model.pt") == before
