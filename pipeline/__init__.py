@@ -18,8 +18,8 @@ The path of a volume, one module a step:
 What it goes by: `spec` (what weights see and say), `run` (how a training run goes), `config` (YAML to either), `types`,
 `errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `header` and
 `memory` (what a case will take), `dataset` (labelled cases and folds), `augment` (random patches), `training` (one run),
-`resume` (that run, cut off and gone on), `score` (against labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the
-command).
+`resume` (that run, cut off and gone on), `score` (against labels), `picture` (overlays, charts), `api` (for scripts), `cli` (its
+command line).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor, decollate_batch
-from monai.data.utils import collate_meta_tensor
+from monai.data.utils import collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
 from torch.nn import functional
 
