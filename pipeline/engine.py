@@ -6,7 +6,8 @@ import ctypes
 import io
 import pickle
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,19 @@ class Prediction:
     seconds: dict[str, float]
 
 
+@dataclass(kw_only=True)
+class Prepared:
+    """A case that was read and brought to the network's grid.
+
+    Attributes:
+        batch: what MONAI's evaluator takes, of one case; None once the network has taken it.
+        seconds: wall time of each step.
+    """
+
+    batch: dict[Hashable, Any] | None
+    seconds: dict[str, float]
+
+
 def predict_case(model: Model, image: Any) -> Prediction:
     """One case through the whole path, file to labels; the command line, the bundle and the Python API all come here.
 
@@ -158,35 +172,57 @@ def predict_case(model: Model, image: Any) -> Prediction:
     Raises:
         PipelineError: the case cannot be read or segmented; the message says why.
     """
+    return compute(model, prepare(model, image))
+
+
+def prepare(model: Model, image: Any) -> Prepared:
+    """The first half of `predict_case`: reading and preprocessing, which may go on beside another case's second half.
+
+    Raises:
+        PipelineError: the case cannot be read; the message says why.
+    """
     started = time.perf_counter()
-    marks: dict[str, float] = {}
-    try:
+    with _mendable():
         case = model.preprocessing({IMAGE: image}, end=1)
-        marks["read"] = time.perf_counter()
+        read = time.perf_counter()
         _check_channels(case[IMAGE], model.spec)
-        case = model.preprocessing(case, start=1)
-        marks["preprocess"] = time.perf_counter()
-        batch = list_data_collate([case])
-        del case  # the batch holds the image now
-        pred = _evaluate(model.evaluator, batch, lambda: marks.update(network=time.perf_counter()))
-        marks["invert"] = time.perf_counter()
-    except Exception as error:
-        known = mendable(error)
-        if known is None:
-            raise
-        raise known from error
-    ends = list(marks.values())
-    seconds = {step: end - start for step, start, end in zip(marks, [started, *ends], ends, strict=False)}
+        batch = list_data_collate([model.preprocessing(case, start=1)])
+    return Prepared(batch=batch, seconds={"read": read - started, "preprocess": time.perf_counter() - read})
+
+
+def compute(model: Model, prepared: Prepared) -> Prediction:
+    """The second half of `predict_case`: the network and the inversion.
+
+    Raises:
+        PipelineError: the case cannot be segmented; the message says why.
+    """
+    batch, prepared.batch = prepared.batch, None
+    assert batch is not None
+    marks = [time.perf_counter()]
+    with _mendable():
+        pred = _evaluate(model.evaluator, batch, lambda: marks.append(time.perf_counter()))
+    started, network, ended = *marks, time.perf_counter()
     if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
-        network = float(pred.meta[NETWORK_SECONDS])
-        seconds |= {"network": network, "invert": seconds["network"] + seconds["invert"] - network}
+        network = started + float(pred.meta[NETWORK_SECONDS])
     return Prediction(
         labels=pred[0].numpy(),
         affine=np.asarray(pred.affine, dtype=np.float64),
         header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
         warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
-        seconds=seconds,
+        seconds=prepared.seconds | {"network": network - started, "invert": ended - network},
     )
+
+
+@contextmanager
+def _mendable() -> Iterator[None]:
+    """Raises the PipelineError behind what MONAI's transforms and engines raise, where there is one."""
+    try:
+        yield
+    except Exception as error:
+        known = mendable(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _check_channels(image: torch.Tensor, spec: Spec) -> None:

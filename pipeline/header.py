@@ -11,7 +11,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 from pipeline.errors import ReadError
-from pipeline.read import SITK_SUFFIXES, suffix
+from pipeline.read import SITK_READERS, suffix
 from pipeline.types import Affine
 
 
@@ -37,7 +37,7 @@ def peek(source: Any) -> Header:
         ReadError: there is no header to be read.
     """
     try:
-        if isinstance(source, str | Path) and suffix(Path(source)) in SITK_SUFFIXES:
+        if isinstance(source, str | Path) and suffix(Path(source)) in SITK_READERS:
             import SimpleITK as sitk
 
             reader = sitk.ImageFileReader()
