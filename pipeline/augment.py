@@ -101,7 +101,7 @@ def augmentation(augment: Augment, spec: Spec) -> list[MapTransform]:
             mode=("bilinear", "nearest"),
             padding_mode="zeros",
         ),
-        *[RandFlipd(KEYS, prob=0.5, spatial_axis=axis) for axis in mirrored],
+        *[RandFlipd(KEYS, prob=a.mirror_chance, spatial_axis=axis) for axis in mirrored],
         RandGaussianSmoothd(IMAGE, prob=a.blur_chance, **{f"sigma_{x}": (0.3, a.blur) for x in "xyz"}),
         RandGaussianNoised(IMAGE, prob=a.noise_chance, std=a.noise),
         RandScaleIntensityd(IMAGE, prob=a.intensity_chance, factors=a.brightness),

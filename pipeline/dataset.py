@@ -29,9 +29,7 @@ def labelled_cases(dataset: PathOrStr) -> list[Case]:
     try:
         pairs = [{key: str(folder / item[key]) for key in ("image", "label")} for item in content["training"]]
     except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder}/dataset.json: expected a list `training` of pairs, each with `image` and `label`"
-        ) from error
+        raise ConfigError(f"{folder}/dataset.json: expected a list `training` of pairs of `image` and `label`") from error
     missing = [path for pair in pairs for path in pair.values() if not Path(path).is_file()]
     if missing:
         raise ConfigError(f"{folder}/dataset.json lists {len(missing)} files that are missing: {', '.join(missing[:5])}")

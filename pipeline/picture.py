@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.types import Array, LabelMap
 
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
-COLOURS = "tab20"
+COLOURS = "tab10"
 
 
 def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, *, title: str = "") -> None:
@@ -42,7 +42,7 @@ def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, 
         panel.imshow(grey.take(centre[axis], axis=axis).T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=aspect)
         part = found.take(centre[axis], axis=axis).T
         index = np.ma.masked_equal(sum((part == value) * (i + 1) for i, value in enumerate(values)), 0)
-        panel.imshow(index, cmap=COLOURS, origin="lower", alpha=0.45, vmin=1, vmax=20, aspect=aspect, interpolation="nearest")
+        panel.imshow(index, cmap=COLOURS, origin="lower", alpha=0.45, vmin=1, vmax=10, aspect=aspect, interpolation="nearest")
         if axis != 0:
             panel.invert_xaxis()
         panel.set_title(f"{plane} {centre[axis]}", fontsize=9)

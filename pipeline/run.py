@@ -18,7 +18,7 @@ class Augment:
         rotation: largest angle, degrees, about each axis.
         scaling: largest relative change of size.
         shift: largest shift, voxels.
-        mirror: anatomical directions along which a mirror image is as good as the original.
+        mirror: anatomical directions along which a mirror image is as good as the original; mirror_chance: of each.
         noise: largest standard deviation of added noise, in units of the normalised image.
         blur: largest sigma of a Gaussian blur, voxels.
         contrast, brightness: largest relative change.
@@ -30,6 +30,7 @@ class Augment:
     scaling: float = 0.15
     shift: float = 4.0
     mirror: tuple[str, ...] = ()
+    mirror_chance: float = 0.5
     noise_chance: float = 0.2
     noise: float = 0.15
     blur_chance: float = 0.15
@@ -40,7 +41,7 @@ class Augment:
     gamma: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("affine_chance", "noise_chance", "blur_chance", "intensity_chance"):
+        for name in ("affine_chance", "mirror_chance", "noise_chance", "blur_chance", "intensity_chance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"run.augment.{name}: expected a probability, 0 to 1, got {getattr(self, name)}")
         unknown = [direction for direction in self.mirror if direction not in ("R", "A", "S")]
