@@ -5,20 +5,26 @@ The path of a volume, one module a step:
     read        a file as an array, its affine and its header
     check       whether it can be segmented, and what is doubtful
     preprocess  to the network's grid and intensities
+    resample    between two grids whose axes run parallel
     network     the U-Net, 2D or 3D
+    runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size
+    stitch      overlapping windows as finished blocks of it
+    outputs     networks that give several tensors
     invert      logits to labels on the file's own grid
     write       the label map as a file, whole or not at all
     report      volumes, scores, tables
 
 What it goes by: `spec` (what weights see and say), `run` (how a training run goes), `config` (YAML to either), `types`,
-`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `dataset`
-(labelled cases and folds), `augment` (random patches), `training` (one run), `resume` (that run, cut off and gone on), `score`
-(against labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the command).
+`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `ahead`
+(one beside the next), `header` and `memory` (what a case will take), `export` (for other runtimes), `dataset` (labelled cases
+and folds), `augment` (random patches), `training` (one run), `resume` (that run, cut off and gone on), `score` (against
+labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the command).
 
 What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
-(what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `border`
-(weights between objects), `elastic` (deformation), `loss`, `recipe` (initialisation, optimizer, learning rate, time).
+(what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `regions`
+(parts kept), `border` (weights between objects), `elastic` (deformation), `loss`, `recipe` (initialisation, optimizer,
+learning rate, time).
 """
 
 from __future__ import annotations

@@ -34,18 +34,22 @@ class Segmentation:
     seconds: dict[str, float]
 
 
-def load(bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None) -> Model:
+def load(
+    bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None, runtime: str = "auto", precision: str = "auto"
+) -> Model:
     """A bundle opened for `segment`; open it once and use it for many images.
 
     Args:
         bundle: a folder, or the name of a bundle that ships.
         device: auto, cpu, cuda or mps.
         overlap: of neighbouring windows, a fraction, instead of the bundle's own.
+        runtime: auto, torch or openvino.
+        precision: auto, float32, bfloat16 or int8.
 
     Raises:
         PipelineError: no such bundle or device.
     """
-    return open_model(bundle, device=device, overlap=overlap)
+    return open_model(bundle, device=device, overlap=overlap, runtime=runtime, precision=precision)
 
 
 def segment(model: Model, image: Any) -> Segmentation:

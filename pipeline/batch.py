@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from glob import glob, has_magic
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any
 import nibabel as nib
 import torch
 
-from pipeline.engine import Model, Prediction, predict_case
+from pipeline.ahead import ahead, behind
+from pipeline.engine import Model, Prediction, Prepared, compute, prepare
 from pipeline.errors import ConfigError, PipelineError, WriteError
+from pipeline.memory import peak_bytes, predict_within, reset_peak
 from pipeline.read import suffix
 from pipeline.report import read_csv, sha256, volumes_mm3, write_csv, write_json
 from pipeline.spec import Spec
@@ -29,6 +31,7 @@ CASES, VOLUMES, RUN = "cases.csv", "volumes.csv", "run.json"
 STEPS = ("read", "preprocess", "network", "invert", "write")
 PACKAGES = ("volseg", "monai", "torch", "nibabel", "SimpleITK", "pytorch-ignite", "numpy")
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
+FAILURES = (PipelineError, MemoryError, torch.OutOfMemoryError)  # of one case; the next one goes on
 Progress = Callable[[Case, dict[str, Any]], None]
 
 
@@ -60,6 +63,8 @@ def segment(
 ) -> list[dict[str, Any]]:
     """Segments each case; a case that fails is recorded and the next one goes on.
 
+    The next case is read, and the last one written, while the network computes; not so under a memory limit.
+
     Leaves `<case>_seg.nii.gz` a case, `volumes.csv` (mm³), `cases.csv` (one row a case) and `run.json`; the tables are
     rewritten after each case, so a killed run loses nothing, and a run started again goes on where it stopped.
 
@@ -79,24 +84,44 @@ def segment(
     out = Path(output_dir)
     identity = _identity(model)
     _refuse_mixing(out, identity, overwrite)
-    done = {row["case"]: row for row in read_csv(out / CASES)}
-    volumes: dict[str, dict[str, Any]] = {row["case"]: dict(row) for row in read_csv(out / VOLUMES)}
-    rows: list[dict[str, Any]] = []
+    before = {row["case"]: row for row in read_csv(out / CASES)}
     write_json(out / RUN, identity | {"command": sys.argv, "versions": {name: version(name) for name in PACKAGES}})
-    for case in cases:
-        name = case.get("case") or _name_of(case)
-        row, sizes = _one(model, {**case, "case": name}, out, done.get(name), overwrite=overwrite)
+    rows: list[dict[str, Any]] = []
+    record = _recorder(out, before, rows, progress)
+
+    def start(case: Case) -> Prepared | None:
+        return _start(model, case, out, before.get(case["case"]), overwrite=overwrite)
+
+    def finish(one: tuple[Case, Prediction | dict[str, Any]]) -> None:
+        record(one[0], *_written(model, *one, out))
+
+    named = [{**case, "case": case.get("case") or _name_of(case)} for case in cases]
+    beside = model.max_memory is None
+    begun = ahead(start, named, beside=beside)
+    behind(finish, ((case, _predict(model, case, later, before.get(case["case"]))) for case, later in begun), beside=beside)
+    return rows
+
+
+def _recorder(
+    out: Path, before: Mapping[str, Any], rows: list[dict[str, Any]], progress: Progress | None
+) -> Callable[[Case, dict[str, Any], dict[str, float] | None], None]:
+    """Keeps the tables: a function of a case, its row and its volumes (None where they stay as they are)."""
+    done = dict(before)
+    volumes: dict[str, dict[str, Any]] = {row["case"]: dict(row) for row in read_csv(out / VOLUMES)}
+
+    def record(case: Case, row: dict[str, Any], sizes: dict[str, float] | None) -> None:
         rows.append(row)
-        done[name] = row
+        done[case["case"]] = row
         if sizes is not None:
-            volumes[name] = {"case": name, **sizes}
+            volumes[case["case"]] = {"case": case["case"], **sizes}
         elif row["status"] == "failed":
-            volumes.pop(name, None)
+            volumes.pop(case["case"], None)
         write_csv(out / CASES, done.values())
         write_csv(out / VOLUMES, volumes.values())
         if progress is not None:
             progress(case, row)
-    return rows
+
+    return record
 
 
 def run_bundle(model: Model, cases: Sequence[Case], output_dir: PathOrStr) -> None:
@@ -199,6 +224,7 @@ def _identity(model: Model) -> dict[str, str]:
         "weights_sha256": sha256(root / "models" / "model.pt"),
         "spec_sha256": sha256(root / "configs" / "spec.yaml"),
         "overlap": str(getattr(model.evaluator.inferer, "overlap", "")),
+        "precision": str(getattr(model.evaluator.network, "precision", "")),
     }
 
 
@@ -214,25 +240,47 @@ def _refuse_mixing(out: Path, identity: dict[str, str], overwrite: bool) -> None
         )
 
 
-def _one(
-    model: Model, case: Case, out: Path, before: dict[str, Any] | None, *, overwrite: bool
-) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """The row of one case and its volumes; (row, None) where there is nothing new to measure."""
+def _start(model: Model, case: Case, out: Path, before: dict[str, Any] | None, *, overwrite: bool) -> Prepared | None:
+    """A case, read; None where it is done already. Under a memory limit it is read when its turn comes.
+
+    Raises:
+        PipelineError: it cannot be read, or its output is there and is not ours.
+    """
     path = output_path(out, case["case"])
     if not overwrite and before is not None and before["status"] in ("done", "skipped") and path.is_file():
-        return {**before, "status": "skipped"}, None
-    _reset_peak_memory()
+        return None
+    if before is None and not overwrite:
+        _refuse_foreign(path)
+    return prepare(model, case["image"]) if model.max_memory is None else Prepared(batch=None, seconds={})
+
+
+def _predict(
+    model: Model, case: Case, begun: Future[Prepared | None], before: dict[str, Any] | None
+) -> Prediction | dict[str, Any]:
+    """What the network says of a case, or the row of one that was done before or failed."""
     try:
-        if before is None and not overwrite:
-            _refuse_foreign(path)
-        prediction = predict_case(model, case["image"])
-        started = time.perf_counter()
-        write_labels(path, as_nibabel(prediction.labels, prediction.affine, prediction.header))
-        prediction.seconds["write"] = time.perf_counter() - started
-    except (PipelineError, MemoryError, torch.OutOfMemoryError) as error:
+        prepared = begun.result()
+        reset_peak()
+        if prepared is None:
+            return {**(before or {}), "status": "skipped"}
+        return compute(model, prepared) if prepared.batch else predict_within(model, case["image"], model.max_memory)
+    except FAILURES as error:
+        return _row(case, "failed", message=str(error) or "out of memory")
+
+
+def _written(
+    model: Model, case: Case, found: Prediction | dict[str, Any], out: Path
+) -> tuple[dict[str, Any], dict[str, float] | None]:
+    """The row of a case and its volumes, once its labels are a file; (row, None) where there is nothing new to write."""
+    if isinstance(found, dict):
+        return found, None
+    started = time.perf_counter()
+    try:
+        write_labels(output_path(out, case["case"]), as_nibabel(found.labels, found.affine, found.header))
+    except FAILURES as error:
         return _row(case, "failed", message=str(error) or "out of memory"), None
-    sizes = volumes_mm3(prediction.labels, prediction.affine, model.spec.labels)
-    return _row(case, "done", prediction=prediction), sizes
+    found.seconds["write"] = time.perf_counter() - started
+    return _row(case, "done", prediction=found), volumes_mm3(found.labels, found.affine, model.spec.labels)
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -251,22 +299,5 @@ def _row(case: Case, status: str, *, message: str = "", prediction: Prediction |
         "message": message,
         "warnings": "; ".join(prediction.warnings) if prediction else "",
         **{f"{step}_s": f"{seconds[step]:.3f}" if step in seconds else "" for step in STEPS},
-        "peak_memory_mb": f"{_peak_memory_mb():.0f}",
+        "peak_memory_mb": f"{peak_bytes() / 2**20:.0f}",
     }
-
-
-def _reset_peak_memory() -> None:
-    """Starts the peak anew, where the kernel lets it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_memory_mb() -> float:
-    """The process's largest resident memory since `_reset_peak_memory`, MB (since its start where that is not possible)."""
-    try:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

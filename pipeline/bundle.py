@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
 from math import prod
@@ -87,7 +87,16 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None, volume: int | None = None) -> Model:
+def open_model(
+    bundle: PathOrStr,
+    *,
+    device: str = "auto",
+    overlap: float | None = None,
+    volume: int | None = None,
+    runtime: str = "auto",
+    precision: str = "auto",
+    max_memory: int | None = None,
+) -> Model:
     """A bundle opened for inference, by its own wiring.
 
     Args:
@@ -95,6 +104,9 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
         device: auto, cpu, cuda or mps.
         overlap: of windows, instead of the spec's.
         volume: which volume of 4D files, from 0.
+        runtime: auto, torch or openvino; see `pipeline.runtime.Runtime`.
+        precision: auto, float32, bfloat16 or int8; likewise.
+        max_memory: bytes that the process may come to hold.
 
     Raises:
         ConfigError: no such bundle, or one whose parts do not fit together.
@@ -109,6 +121,12 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
     parser["dataset"]["data"] = []
     parser["inferer"]["overlap"] = overlap
     parser["preprocessing"]["volume"] = volume
+    if (runtime, precision) != ("auto", "auto"):
+        if "runtime" not in parser:
+            raise ConfigError(
+                f"{root}: its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle"
+            )
+        parser["runtime"].update(runtime=runtime, precision=precision)
     try:
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
@@ -116,7 +134,7 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
         raise mendable(error) or ConfigError(
             f"{root}: cannot be opened: {_root_cause(error)}; try `volseg check {root}`"
         ) from error
-    return model
+    return replace(model, max_memory=max_memory)
 
 
 def metadata(root: Path) -> dict[str, Any]:

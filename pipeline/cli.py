@@ -49,6 +49,23 @@ def main() -> None:
 @click.option("-b", "--bundle", required=True, help="Bundle to use: a folder, or the name of one that ships.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
 @click.option("--overlap", type=float, help="Of neighbouring windows, a fraction; the bundle's own by default.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["auto", "torch", "openvino"]),
+    default="auto",
+    show_default=True,
+    help="What runs the network.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Of its arithmetic.",
+)
+@click.option(
+    "--max-memory", metavar="SIZE", help="Memory that the process may come to hold, such as 4G; the labels are the same."
+)
 @click.option("--volume", type=int, help="Which volume of 4D files to segment, from 0.")
 @click.option("--overwrite", is_flag=True, help="Do cases again that are done already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows of cases.csv as JSON on stdout.")
@@ -58,6 +75,9 @@ def segment(
     bundle: str,
     device: str,
     overlap: float | None,
+    runtime: str,
+    precision: str,
+    max_memory: str | None,
     volume: int | None,
     overwrite: bool,
     as_json: bool,
@@ -71,9 +91,18 @@ def segment(
     with refusals():
         from pipeline import batch
         from pipeline.bundle import open_model
+        from pipeline.memory import parse_size
 
         _quiet()
-        model = open_model(bundle, device=device, overlap=overlap, volume=volume)
+        model = open_model(
+            bundle,
+            device=device,
+            overlap=overlap,
+            volume=volume,
+            runtime=runtime,
+            precision=precision,
+            max_memory=parse_size(max_memory) if max_memory else None,
+        )
         cases = batch.find_cases(inputs, model.spec)
         with _progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))

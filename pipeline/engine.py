@@ -6,7 +6,8 @@ import ctypes
 import io
 import pickle
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Run
 from pipeline.spec import Spec
 from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.window import NETWORK_SECONDS
 from pipeline.write import write_bytes
 
 MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # from malloc.h
@@ -103,12 +105,14 @@ class Model:
         spec: what its weights see and say.
         preprocessing: the way in; its first step reads.
         evaluator: MONAI's evaluator over the network, its inferer and the inversion.
+        max_memory: bytes that the process may come to hold; None for no limit.
     """
 
     root: PathOrStr
     spec: Spec
     preprocessing: Compose
     evaluator: SupervisedEvaluator
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +134,19 @@ class Prediction:
     seconds: dict[str, float]
 
 
+@dataclass(kw_only=True)
+class Prepared:
+    """A case that was read and brought to the network's grid.
+
+    Attributes:
+        batch: what MONAI's evaluator takes, of one case; None once the network has taken it.
+        seconds: wall time of each step.
+    """
+
+    batch: dict[Hashable, Any] | None
+    seconds: dict[str, float]
+
+
 def predict_case(model: Model, image: Any) -> Prediction:
     """One case through the whole path, file to labels; the command line, the bundle and the Python API all come here.
 
@@ -140,29 +157,57 @@ def predict_case(model: Model, image: Any) -> Prediction:
     Raises:
         PipelineError: the case cannot be read or segmented; the message says why.
     """
+    return compute(model, prepare(model, image))
+
+
+def prepare(model: Model, image: Any) -> Prepared:
+    """The first half of `predict_case`: reading and preprocessing, which may go on beside another case's second half.
+
+    Raises:
+        PipelineError: the case cannot be read; the message says why.
+    """
     started = time.perf_counter()
-    marks: dict[str, float] = {}
-    try:
+    with _mendable():
         case = model.preprocessing({IMAGE: image}, end=1)
-        marks["read"] = time.perf_counter()
+        read = time.perf_counter()
         _check_channels(case[IMAGE], model.spec)
-        case = model.preprocessing(case, start=1)
-        marks["preprocess"] = time.perf_counter()
-        pred = _evaluate(model.evaluator, case, lambda: marks.update(network=time.perf_counter()))
-        marks["invert"] = time.perf_counter()
-    except Exception as error:
-        known = mendable(error)
-        if known is None:
-            raise
-        raise known from error
-    ends = list(marks.values())
+        batch = list_data_collate([model.preprocessing(case, start=1)])
+    return Prepared(batch=batch, seconds={"read": read - started, "preprocess": time.perf_counter() - read})
+
+
+def compute(model: Model, prepared: Prepared) -> Prediction:
+    """The second half of `predict_case`: the network and the inversion.
+
+    Raises:
+        PipelineError: the case cannot be segmented; the message says why.
+    """
+    batch, prepared.batch = prepared.batch, None
+    assert batch is not None
+    marks = [time.perf_counter()]
+    with _mendable():
+        pred = _evaluate(model.evaluator, batch, lambda: marks.append(time.perf_counter()))
+    started, network, ended = *marks, time.perf_counter()
+    if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
+        network = started + float(pred.meta[NETWORK_SECONDS])
     return Prediction(
         labels=pred[0].numpy(),
         affine=np.asarray(pred.affine, dtype=np.float64),
         header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
         warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
-        seconds={step: end - start for step, start, end in zip(marks, [started, *ends], ends, strict=False)},
+        seconds=prepared.seconds | {"network": network - started, "invert": ended - network},
     )
+
+
+@contextmanager
+def _mendable() -> Iterator[None]:
+    """Raises the PipelineError behind what MONAI's transforms and engines raise, where there is one."""
+    try:
+        yield
+    except Exception as error:
+        known = mendable(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _check_channels(image: torch.Tensor, spec: Spec) -> None:
@@ -170,9 +215,9 @@ def _check_channels(image: torch.Tensor, spec: Spec) -> None:
         raise VolumeError(f"got {len(image)} image, expected {len(spec.channels)}, one a channel: {', '.join(spec.channels)}")
 
 
-def _evaluate(evaluator: SupervisedEvaluator, case: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:
+def _evaluate(evaluator: SupervisedEvaluator, batch: Mapping[Hashable, Any], forward_done: Callable[[], None]) -> MetaTensor:
     """`pred` of one preprocessed case; the evaluator keeps nothing of it."""
-    evaluator.data_loader = [list_data_collate([case])]
+    evaluator.data_loader = [batch]
     evaluator.state.epoch_length = 1
     with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
         evaluator.run()

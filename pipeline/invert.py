@@ -1,28 +1,34 @@
-"""From the network's logits to a label map on the file's own grid.
+"""From the network's logits to a label map on the file's own grid, block by block as they come.
 
 Soft scores are interpolated one class at a time and the running maximum kept, so that no second C × volume array is made.
-The result is that of softmax → linear resampling → argmax.
+The result is that of softmax → linear resampling → argmax. Classes that cannot win anywhere in a block are left out of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from scipy import ndimage
 from torch.nn import functional
 
 from pipeline.preprocess import IMAGE
+from pipeline.regions import kept
+from pipeline.resample import Line, lines, parallel_axes, sample
 from pipeline.spec import Spec
-from pipeline.types import Affine, Logits
+from pipeline.stitch import Block
+from pipeline.types import Affine, LabelMap, Logits
 
 PRED = "pred"
-OFF_GRID = 0.01  # voxels by which a position may miss a grid line and still count as on it
-SLAB_VOXELS = 2**21  # of one slab where axes are not parallel: its coordinates take 24 bytes a voxel
+ON_FILE_GRID = "on_file_grid"  # key of `meta`: the tensor holds class numbers on the file's grid
+SNAP = 0.001  # voxels by which a position may miss a voxel and still count as on it
+PIECE_VALUES = 2**24  # of scores that are looked at together: 64 MB, and as much again while they are
+FAR = 1e9  # voxels; where a block ends at the volume's edge, the nearest voxel's scores hold beyond it
+Slices = tuple[slice, ...]
 
 
 def inversion(spec: Spec) -> MapTransform:
@@ -31,54 +37,48 @@ def inversion(spec: Spec) -> MapTransform:
 
 
 class InvertLabelsd(MapTransform):
-    """Turns `pred` (classes, X, Y, Z) into (1, X', Y', Z') output values on the grid of the file that `image` came from.
+    """Turns `pred` into (1, X', Y', Z') output values on the grid of the file that `image` came from.
 
-    The type is the smallest unsigned one that holds the spec's labels.
+    It takes logits (classes, X, Y, Z) on the network's grid, from any inferer, or what `labels_of_blocks` made of them. The
+    type is the smallest unsigned one that holds the spec's labels.
     """
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(PRED)
         values = list(spec.labels.values())
-        self.values = np.array(values, dtype=np.min_scalar_type(max(values)))
         self.spec = spec
+        self.values: LabelMap = np.array(values, dtype=np.min_scalar_type(max(values)))
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
-        image: MetaTensor = case[IMAGE]
-        affine = np.asarray(image.meta["file_affine"], dtype=np.float64)
-        shape = [int(n) for n in image.meta["file_shape"]]
-        scores = torch.softmax(torch.as_tensor(case[PRED].as_tensor()).float(), dim=0)
-        own = np.asarray(image.affine, dtype=np.float64)
-        index = labels_on_grid(scores, own, affine, shape)
-        if self.spec.fit is not None:
-            index[outside(scores.shape[1:], own, affine, shape).to(index.device)] = 0
-        if self.spec.largest_component:
-            index = largest_components(index)
-        labels = torch.from_numpy(self.values[index.cpu().numpy()][None])
-        case[PRED] = MetaTensor(labels, meta={**image.meta, "affine": torch.as_tensor(affine)})
+        image, pred = case[IMAGE], case[PRED]
+        if not (isinstance(pred, MetaTensor) and pred.meta.get(ON_FILE_GRID)):
+            logits = pred.as_tensor() if isinstance(pred, MetaTensor) else pred
+            whole = Block(start=(0, 0, 0), scores=logits.float(), shape=tuple(logits.shape[1:]))
+            pred = labels_of_blocks(iter([whole]), image)
+        index = kept(pred.as_tensor(), image, self.spec).cpu().numpy()
+        plain = np.array_equal(self.values, np.arange(len(self.values)))
+        labels = torch.from_numpy(index if plain and index.dtype == self.values.dtype else self.values[index])
+        case[PRED] = MetaTensor(labels, meta={**image.meta, **pred.meta, "affine": pred.affine})
         return case
 
 
-def largest_components(index: torch.Tensor) -> torch.Tensor:
-    """(X, Y, Z) class numbers with only the largest connected part of each class; voxels that share a face are connected."""
-    kept = index.cpu().numpy().copy()
-    for number in range(1, int(kept.max()) + 1):
-        parts, count = ndimage.label(kept == number)
-        if count > 1:
-            sizes = np.bincount(parts.ravel())
-            kept[(parts > 0) & (parts != 1 + sizes[1:].argmax())] = 0
-    return torch.from_numpy(kept).to(index.device)
+def labels_of_blocks(blocks: Iterator[Block], image: MetaTensor) -> MetaTensor:
+    """Class numbers on the grid of the file that an image came from, made of logits while they come.
 
+    Args:
+        blocks: of logits (C, x, y, z), in any order; changed in place.
+        image: (C, X, Y, Z) on the network's grid, with `file_affine` and `file_shape` in its `meta`.
 
-def outside(shape: Sequence[int], affine: Affine, target_affine: Affine, target_shape: Sequence[int]) -> torch.Tensor:
-    """Which voxels (X', Y', Z') of a target grid lie beyond the voxels of another: where a part was cut out, background."""
-    matrix = np.linalg.inv(affine) @ target_affine
-    beyond = torch.zeros(tuple(target_shape), dtype=torch.bool)
-    for axis, size in enumerate(shape):
-        terms = [torch.from_numpy(matrix[axis, dim] * np.arange(n)).float() for dim, n in enumerate(target_shape)]
-        place = (terms[0][:, None, None] + terms[1][None, :, None] + terms[2]) + float(matrix[axis, 3])
-        beyond |= (place < -0.5 - OFF_GRID) | (place > size - 0.5 + OFF_GRID)
-    return beyond
+    Returns:
+        (1, X', Y', Z'), uint8 for up to 256 classes, else int32.
+    """
+    affine = np.asarray(image.meta["file_affine"], dtype=np.float64)
+    shape = [int(n) for n in image.meta["file_shape"]]
+    index = _fill(blocks, np.asarray(image.affine, dtype=np.float64), affine, shape, soft=False)
+    keys = ("warnings", "filename_or_obj")
+    meta = {ON_FILE_GRID: True} | {key: image.meta[key] for key in keys if key in image.meta}
+    return MetaTensor(index[None], affine=torch.as_tensor(affine), meta=meta)
 
 
 def labels_on_grid(scores: Logits, affine: Affine, target_affine: Affine, target_shape: Sequence[int]) -> torch.Tensor:
@@ -93,63 +93,122 @@ def labels_on_grid(scores: Logits, affine: Affine, target_affine: Affine, target
     Returns:
         (X', Y', Z') class numbers, uint8 for up to 256 classes, else int32.
     """
+    whole = Block(start=(0, 0, 0), scores=scores, shape=tuple(scores.shape[1:]))
+    return _fill(iter([whole]), affine, target_affine, target_shape, soft=True)
+
+
+def _fill(
+    blocks: Iterator[Block], affine: Affine, target_affine: Affine, target_shape: Sequence[int], *, soft: bool
+) -> torch.Tensor:
+    """The label map that blocks give together; `soft` scores are compared as they are, others after a softmax."""
     matrix = np.linalg.inv(affine) @ target_affine
-    axes = _parallel_axes(matrix, target_shape)
-    sample = _sample_any if axes is None else _sample_parallel
-    best = sample(scores[0], matrix, target_shape)
-    index = torch.zeros(best.shape, dtype=torch.uint8 if len(scores) <= 256 else torch.int32, device=scores.device)
-    for number in range(1, len(scores)):
-        field = sample(scores[number], matrix, target_shape)
+    axes = parallel_axes(matrix, target_shape)
+    index = None
+    for block in blocks:
+        if index is None:
+            dtype = torch.uint8 if len(block.scores) <= 256 else torch.int32
+            index = torch.zeros(tuple(target_shape), dtype=dtype, device=block.scores.device)
+        for piece in _pieces(block):
+            if axes is None:
+                _fill_any(index, piece, matrix, soft)
+            else:
+                _fill_parallel(index, piece, lines(matrix, axes, target_shape, piece.shape, snap=SNAP), soft)
+    assert index is not None
+    return index
+
+
+def _pieces(block: Block) -> Iterator[Block]:
+    """A block in thinner ones along its first axis, each repeating the last voxel of the one before."""
+    rows = block.scores.shape[1]
+    step = max(1, PIECE_VALUES // max(1, block.scores[:, 0].numel()))
+    for first in range(0, max(1, rows - 1), step):
+        last = min(rows, first + step + 1)
+        start = (block.start[0] + first, *block.start[1:])
+        yield Block(start=start, scores=block.scores[:, first:last], shape=block.shape)
+
+
+def _fill_parallel(index: torch.Tensor, block: Block, along: Sequence[Line], soft: bool) -> None:
+    """A block's part of the label map by interpolation one axis at a time: what is left of it where axes are parallel."""
+    sizes = block.scores.shape[1:]
+    parts = [line.inside(block.start[line.source], sizes[line.source], block.shape[line.source]) for line in along]
+    part, own = tuple(p for p, _ in parts), [line for _, line in parts]
+    if any(p.start == p.stop for p in part):
+        return
+    exact = not any(line.weight.any() for line in own)
+    index[part] = _winner(block.scores, lambda field: sample(field, own), soft=soft or exact)
+
+
+def _winner(scores: torch.Tensor, sample: Callable[[torch.Tensor], torch.Tensor], *, soft: bool) -> torch.Tensor | int:
+    """The number of the class whose sampled score is highest, after a softmax unless `soft`; one number where it always is.
+
+    A class that stays below another throughout the block cannot win, nor one whose probability stays below 1/classes.
+    """
+    able = scores.amax((1, 2, 3)) >= scores.amin((1, 2, 3)).max()
+    if not soft and able.sum() > 1:
+        if len(scores) == 2:
+            return (sample(torch.sigmoid(scores[1] - scores[0])) > 0.5).to(torch.uint8)
+        scores = torch.softmax(scores, dim=0)
+        able &= scores.amax((1, 2, 3)) >= 0.999 / len(scores)
+    numbers = able.nonzero().flatten().tolist()
+    if len(numbers) == 1:
+        return int(numbers[0])
+    best = sample(scores[numbers[0]]).clone()
+    index = torch.full(best.shape, numbers[0], dtype=torch.uint8 if len(scores) <= 256 else torch.int32, device=best.device)
+    for number in numbers[1:]:
+        field = sample(scores[number])
         index.masked_fill_(field > best, number)
         torch.maximum(best, field, out=best)
     return index
 
 
-def _parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
-    """Which source axis each target axis runs along; None where the grids are turned against each other."""
-    linear = np.abs(matrix[:3, :3])
-    axes = [int(i) for i in linear.argmax(axis=0)]
-    along = np.zeros_like(linear)
-    along[axes, range(3)] = 1
-    drift = (linear * (1 - along) * (np.array(shape) - 1)).sum(axis=1).max()
-    return axes if sorted(axes) == [0, 1, 2] and drift < OFF_GRID else None
+def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, soft: bool) -> None:
+    """A block's part of the label map by trilinear interpolation at any affine map, some target planes at a time."""
+    if not soft:
+        block = Block(start=block.start, scores=torch.softmax(block.scores, dim=0), shape=block.shape)
+    area = _target_box(index.shape, block, matrix)
+    thickness = max(
+        1, PIECE_VALUES // max(1, len(block.scores) * (area[1].stop - area[1].start) * (area[2].stop - area[2].start))
+    )
+    for first in range(area[0].start, area[0].stop, thickness):
+        part = (slice(first, min(first + thickness, area[0].stop)), *area[1:])
+        grid, mine = _positions(part, block, matrix)
+        if not mine.any():
+            continue
+
+        won = _winner(block.scores, partial(_at, grid=grid), soft=True)
+        index[part] = torch.where(
+            mine.to(index.device), torch.as_tensor(won, dtype=index.dtype, device=index.device), index[part]
+        )
 
 
-def _sample_parallel(field: torch.Tensor, matrix: Affine, shape: Sequence[int]) -> torch.Tensor:
-    """Linear interpolation one axis at a time: what is left of it where axes are parallel."""
-    axes = _parallel_axes(matrix, shape)
-    assert axes is not None
-    field = field.permute(axes)
-    for dim, source in enumerate(axes):
-        position = matrix[source, dim] * np.arange(shape[dim]) + matrix[source, 3]
-        field = _interpolate(field, dim, position)
-    return field.clone(memory_format=torch.contiguous_format)
+def _at(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """A field (x, y, z), linearly interpolated at the places that a grid (X, Y, Z, 3) names as `grid_sample` wants them."""
+    values = functional.grid_sample(field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True)
+    return values[0, 0]
 
 
-def _interpolate(field: torch.Tensor, dim: int, position: np.ndarray[Any, np.dtype[np.float64]]) -> torch.Tensor:
-    """(…, n, …) at fractional positions along one axis, clamped to its ends."""
-    nearest = np.rint(position)
-    position = np.where(np.abs(position - nearest) < OFF_GRID / 10, nearest, position).clip(0, field.shape[dim] - 1)
-    low = torch.as_tensor(np.floor(position).astype(np.int64), device=field.device)
-    lower = field if torch.equal(low, torch.arange(field.shape[dim], device=low.device)) else field.index_select(dim, low)
-    weight = torch.as_tensor(position, dtype=field.dtype, device=field.device) - low
-    if not weight.any():
-        return lower
-    upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
-    return torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
+def _target_box(target_shape: Sequence[int], block: Block, matrix: Affine) -> Slices:
+    """The box of target voxels that may lie in a block; beyond the volume's edge, its outermost blocks decide."""
+    sizes = block.scores.shape[1:]
+    low = [-FAR if s == 0 else s - 1 for s in block.start]
+    high = [FAR if s + n == w else s + n for s, n, w in zip(block.start, sizes, block.shape, strict=True)]
+    corners = np.array([[(low, high)[bit][axis] for axis, bit in enumerate(bits)] + [1.0] for bits in np.ndindex(2, 2, 2)])
+    mapped = (corners @ np.linalg.inv(matrix).T)[:, :3]
+    first, last = np.floor(mapped.min(axis=0)), np.ceil(mapped.max(axis=0)) + 1
+    return tuple(slice(int(max(0, a)), int(max(0, min(b, n)))) for a, b, n in zip(first, last, target_shape, strict=True))
 
 
-def _sample_any(field: torch.Tensor, matrix: Affine, shape: Sequence[int]) -> torch.Tensor:
-    """Trilinear interpolation at any affine map, in slabs along the first axis."""
-    sizes = torch.tensor(field.shape, dtype=torch.float64)
-    linear, offset = torch.as_tensor(matrix[:3, :3]), torch.as_tensor(matrix[:3, 3])
-    rest = [torch.arange(n, dtype=torch.float64) for n in shape[1:]]
-    thickness = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
-    slabs = []
-    for start in range(0, shape[0], thickness):
-        first = torch.arange(start, min(start + thickness, shape[0]), dtype=torch.float64)
-        voxels = torch.stack(torch.meshgrid(first, *rest, indexing="ij"), dim=-1)
-        position = voxels @ linear.T + offset
-        grid = (2 * position / (sizes - 1).clamp(min=1) - 1).flip(-1).to(field)
-        slabs.append(functional.grid_sample(field[None, None], grid[None], padding_mode="border", align_corners=True)[0, 0])
-    return torch.cat(slabs)
+def _positions(part: Slices, block: Block, matrix: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of target voxels: their places in a block, as `grid_sample` wants them, and whether it is this block that decides."""
+    voxels = torch.meshgrid(*(torch.arange(s.start, s.stop, dtype=torch.float64) for s in part), indexing="ij")
+    grid, mine = [], torch.ones(voxels[0].shape, dtype=torch.bool)
+    for axis in range(3):
+        row = [float(value) for value in matrix[axis]]
+        position = (voxels[0] * row[0] + voxels[1] * row[1] + voxels[2] * row[2] + row[3]).clamp(0, block.shape[axis] - 1)
+        start, size = block.start[axis], block.scores.shape[axis + 1]
+        if start:
+            mine &= position >= start
+        if start + size < block.shape[axis]:
+            mine &= position < start + size - 1
+        grid.append((2 * (position - start) / max(1, size - 1) - 1).float())
+    return torch.stack(grid[::-1], dim=-1), mine

@@ -16,12 +16,12 @@ from monai.transforms import (
     NormalizeIntensityd,
     Orientationd,
     ScaleIntensityRangePercentilesd,
-    Spacingd,
 )
 
 from pipeline.check import CheckVolumed
 from pipeline.fit import ClippedZscored, FitSlicesd
 from pipeline.read import ReadVolumed
+from pipeline.resample import spacing
 from pipeline.spec import Intensity, Spec
 
 IMAGE, LABEL = "image", "label"
@@ -45,12 +45,7 @@ def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
             CheckVolumed(IMAGE),
             *([OneForAlld(IMAGE, len(spec.channels))] if spec.stand_in else []),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
-            Spacingd(
-                KEYS,
-                pixdim=[-1.0 if mm is None else mm for mm in spec.spacing],
-                mode=("bilinear", "nearest"),
-                allow_missing_keys=True,
-            ),
+            spacing(spec, KEYS),
             *([FitSlicesd(KEYS, spec.fit, spec.orientation)] if spec.fit else []),
             normalisation(spec.intensity),
         ]

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from monai.inferers import Inferer, SliceInferer, SlidingWindowInferer
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import Any
 
-from pipeline.errors import ConfigError
+import torch
+from monai.data import MetaTensor, decollate_batch
+from monai.data.utils import collate_meta_tensor, compute_importance_map
+from monai.inferers import Inferer
+from torch.nn import functional
+
+from pipeline.errors import ConfigError, ShapeError
+from pipeline.outputs import map_tensors, several, split_batch
 from pipeline.rotate import rotations
 from pipeline.spec import Spec
+from pipeline.stitch import Block, Lattice, Placement, blocks, fit, lattice
 from pipeline.tile import BackgroundInferer, tile_inferer
 
+Finish = Callable[[Iterator[Block], MetaTensor], torch.Tensor]
+SLICES = 16  # of a volume that a 2D network sees at once
+HELD_BYTES = 2**30  # of sums that are held without a memory limit; more gains no time
+NETWORK_SECONDS = "network_seconds"  # key of `meta`: how much of the inferer's time went to windows
 
-def inferer(spec: Spec, overlap: float | None = None, sw_batch_size: int | None = None) -> Inferer:
+
+def inferer(
+    spec: Spec, overlap: float | None = None, sw_batch_size: int | None = None, *, finish: Finish | None = None
+) -> Inferer:
     """The inferer of a spec: volumes by 3D windows, or slice by slice where roi_size has two numbers.
 
     A network without padding gets mirror-extended tiles whose outputs abut; one with a sigmoid output gets a background before
@@ -20,6 +39,7 @@ def inferer(spec: Spec, overlap: float | None = None, sw_batch_size: int | None 
         spec: gives roi_size, overlap and the axis of slices.
         overlap: of neighbouring windows, a fraction of roi_size, instead of the spec's.
         sw_batch_size: windows that go through the network together; 1 in 3D and 16 in 2D by default.
+        finish: what is made of each image's blocks while they come; whole logits by default.
 
     Shapes: (B, C, X, Y, Z) of any size, (padded where smaller than the window) → logits (B, labels, X, Y, Z).
 
@@ -27,19 +47,234 @@ def inferer(spec: Spec, overlap: float | None = None, sw_batch_size: int | None 
         ConfigError: an overlap that is not 0 ≤ overlap < 1.
     """
     overlap = spec.overlap if overlap is None else overlap
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"overlap: expected a fraction, 0 ≤ overlap < 1, got {overlap}")
-    plain = _plain(spec, overlap, sw_batch_size)
+    if spec.rotations > 1:  # averages whole volumes
+        finish = None
+    plain = _plain(spec, overlap, sw_batch_size, finish)
     return rotations(spec, BackgroundInferer(plain) if spec.output == "sigmoid" else plain)
 
 
-def _plain(spec: Spec, overlap: float, sw_batch_size: int | None) -> Inferer:
+def _plain(spec: Spec, overlap: float, sw_batch_size: int | None, finish: Finish | None) -> Inferer:
     if not spec.network.padding:
         if overlap:
             raise ConfigError(f"overlap: expected 0 for a network without padding, whose tiles abut, got {overlap}")
         return tile_inferer(spec, sw_batch_size)
-    if spec.slice_dim is None:
-        return SlidingWindowInferer(spec.roi_size, sw_batch_size or 1, overlap, mode="gaussian")
-    return SliceInferer(
-        spatial_dim=spec.slice_dim, roi_size=spec.roi_size, sw_batch_size=sw_batch_size or 16, overlap=overlap, mode="gaussian"
+    return WindowInferer(
+        spec.roi_size,
+        overlap,
+        slice_dim=spec.slice_dim,
+        sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
+        finish=finish,
     )
+
+
+class WindowInferer(Inferer):
+    """A MONAI inferer that holds only what later windows still touch.
+
+    Args:
+        roi_size: of a window, voxels; the network's input.
+        overlap: of neighbouring windows, a fraction of roi_size.
+        slice_dim: the spatial axis that 2D windows are stacked along in a volume; None where the network has the image's rank.
+        sw_batch_size: windows that go through the network together.
+        placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
+        mode: `gaussian` or `constant`, the weight of a window's voxels.
+        mirror: spatial axes of the window along which mirror images are averaged in.
+        air: windows whose values lie below this level in the normalised image are not looked at and become background; None
+            looks at all.
+        held_bytes: of sums that may be held at a time; the result does not depend on it.
+        finish: what is made of each image's blocks while they come; whole logits by default.
+
+    Shapes: (B, C, *spatial) of any size, padded by 0 where smaller than the window → (B, classes, *spatial) float32, or what
+        `finish` gives. A network of several outputs (a sequence or a mapping) gives the same structure of whole logits, those
+        of a lower resolution at theirs.
+    """
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        overlap: float = 0.25,
+        *,
+        slice_dim: int | None = None,
+        sw_batch_size: int = 1,
+        placement: Placement = "even",
+        mode: str = "gaussian",
+        mirror: Sequence[int] = (),
+        air: float | None = None,
+        held_bytes: float = HELD_BYTES,
+        finish: Finish | None = None,
+    ) -> None:
+        if not 0 <= overlap < 1:
+            raise ConfigError(f"overlap: expected a fraction, 0 ≤ overlap < 1, got {overlap}")
+        if sw_batch_size < 1:
+            raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
+        self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
+        self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
+        self.mirror, self.air, self.held_bytes, self.finish = tuple(mirror), air, held_bytes, finish
+        self.roi = self.roi_size if slice_dim is None else (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """See the class.
+
+        Raises:
+            ShapeError: an input whose rank does not fit roi_size.
+            VolumeError: scores that are NaN or infinite.
+        """
+        if inputs.ndim != len(self.roi) + 2:
+            raise ShapeError(
+                f"input has shape {tuple(inputs.shape)}, expected (B, C, *spatial) with {len(self.roi)} spatial axes"
+            )
+        items = decollate_batch(inputs, detach=False) if isinstance(inputs, MetaTensor) else list(inputs)
+        return _collated([self._one(item, lambda patch: network(patch, *args, **kwargs)) for item in items])
+
+    def windows(self, shape: Sequence[int], channels: int) -> Lattice:
+        """Where windows lie over a volume of (*spatial) voxels, and how they are grouped for so many classes."""
+        padded = [max(n, r) for n, r in zip(shape, self.roi, strict=True)]
+        return fit(lattice(padded, self.roi, self.overlap, self.placement), channels, self.held_bytes)
+
+    def _one(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device | None = None) -> Any:
+        """One image; where a GPU's memory does not do, once more with image and sums on the host."""
+        try:
+            return self._attempt(item, network, device or item.device)
+        except torch.OutOfMemoryError:
+            if device is not None or item.device.type == "cpu":
+                raise
+        _warn(item, "the GPU's memory did not do for the whole image: windows were put together on the host")
+        return self._attempt(item, network, torch.device("cpu"))
+
+    def _attempt(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device) -> Any:
+        image = _finite(_plain(item).to(device, torch.float32))
+        margins = [max(0, r - n) for r, n in zip(self.roi, image.shape[1:], strict=True)]
+        if any(margins):
+            image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
+        look = _Look(self, image, network, item.device)
+        if not isinstance(look.first, torch.Tensor):
+            return several(self.windows(image.shape[1:], 1), look, look.first, lambda roi: weightmap_tensors(roi, self.mode))
+        channels = len(look.first)
+        windows = self.windows(image.shape[1:], channels)
+        weights = weightmap_tensors(self.roi, self.mode).to(device)
+        found = blocks(windows, look, weights, channels, batch=self.sw_batch_size)
+        cut = (_cropped(block, margins) for block in _timed(found, look.seconds))
+        result = (self.finish or whole)(cut, item)
+        if isinstance(result, MetaTensor):
+            result.meta[NETWORK_SECONDS] = sum(look.seconds)
+        return result
+
+
+class _Look:
+    """The network's scores in windows of one image, for `stitch.blocks`."""
+
+    def __init__(self, how: WindowInferer, image: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device):
+        self.how, self.image, self.network, self.device = how, image, network, device
+        self.batch = how.sw_batch_size
+        self.seconds = [0.0]
+        started = time.perf_counter()
+        self.first: Any = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
+        self.seconds[0] += time.perf_counter() - started
+
+    def __call__(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
+        seen = [start for start in starts if any(start) and not self._is_air(start)]
+        found: dict[tuple[int, ...], Any] = dict(zip(seen, self._scores(seen), strict=True))
+        if not any(starts[0]):
+            found[starts[0]], self.first = self.first, None
+        return [found.get(start) for start in starts]
+
+    def _is_air(self, start: tuple[int, ...]) -> bool:
+        return self.how.air is not None and bool((self.image[self._at(start)] < self.how.air).all())
+
+    def _at(self, start: tuple[int, ...]) -> tuple[slice, ...]:
+        return (slice(None), *(slice(i, i + n) for i, n in zip(start, self.how.roi, strict=True)))
+
+    def _scores(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
+        """One result a window; half as many windows at once where the GPU's memory does not do."""
+        results: list[Any] = []
+        while len(results) < len(starts):
+            some = starts[len(results) : len(results) + self.batch]
+            try:
+                patch = torch.stack([self.image[self._at(start)] for start in some]).to(self.device)
+                results += split_batch(self._mirrored(self._flat(patch)), self.how.slice_dim)
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch //= 2
+        return results
+
+    def _flat(self, patch: torch.Tensor) -> torch.Tensor:
+        return patch if self.how.slice_dim is None else patch.squeeze(self.how.slice_dim + 2)
+
+    def _mirrored(self, patch: torch.Tensor) -> Any:
+        """The network's output, averaged over the patch and its mirror images."""
+        output = self.network(patch)
+        if not self.how.mirror:
+            return output
+        sets = [
+            [axis + 2 for axis, flip in zip(self.how.mirror, flips, strict=True) if flip]
+            for flips in product((False, True), repeat=len(self.how.mirror))
+        ][1:]
+        for dims in sets:
+            other = self.network(patch.flip(dims))
+            output = map_tensors(lambda a, b, dims=dims: a + b.flip(dims), output, other)
+        return map_tensors(lambda a: a / (len(sets) + 1), output)
+
+
+def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
+    """All blocks as one tensor (C, *spatial) float32, a MetaTensor like the image where that is one."""
+    scores = None
+    for block in pieces:
+        if scores is None:
+            scores = block.scores.new_empty((len(block.scores), *block.shape))
+        at = tuple(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True))
+        scores[(slice(None), *at)] = block.scores
+    assert scores is not None
+    return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores
+
+
+@lru_cache(maxsize=4)
+def weightmap_tensors(roi_size: tuple[int, ...], mode: str) -> torch.Tensor:
+    """The weight of each voxel of a window, (*roi_size) float32, as MONAI has it; axes of 1 do not count."""
+    kept = tuple(n for n in roi_size if n > 1) or (1,)
+    weights: torch.Tensor = compute_importance_map(kept, mode=mode, sigma_scale=0.125, device="cpu")
+    return weights.reshape(roi_size)
+
+
+def _finite(image: torch.Tensor) -> torch.Tensor:
+    """NaN and infinities become the smallest finite value, or one such voxel would spoil its windows."""
+    if torch.isfinite(image.sum()):
+        return image
+    good = torch.isfinite(image)
+    return torch.where(good, image, image[good].min() if good.any() else torch.zeros(()))
+
+
+def _cropped(block: Block, margins: Sequence[int]) -> Block:
+    """A block without the padding of a small image; along a padded axis there is one window."""
+    cut = tuple(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True))
+    shape = tuple(n - m for n, m in zip(block.shape, margins, strict=True))
+    return Block(start=block.start, scores=block.scores[(slice(None), *cut)], shape=shape)
+
+
+def _timed(pieces: Iterator[Block], seconds: list[float]) -> Iterator[Block]:
+    while True:
+        started = time.perf_counter()
+        block = next(pieces, None)
+        seconds.append(time.perf_counter() - started)
+        if block is None:
+            return
+        yield block
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    plain: torch.Tensor = tensor.as_tensor() if isinstance(tensor, MetaTensor) else tensor
+    return plain
+
+
+def _warn(item: torch.Tensor, line: str) -> None:
+    if isinstance(item, MetaTensor):
+        item.meta["warnings"] = "\n".join(filter(None, [str(item.meta.get("warnings", "")), line]))
+
+
+def _collated(results: list[Any]) -> Any:
+    """One result an image as a batch."""
+    if not isinstance(results[0], torch.Tensor):
+        return map_tensors(lambda *parts: torch.stack(parts), *results)
+    if len({tuple(result.shape) for result in results}) > 1:
+        raise ShapeError("the images of one batch come from grids of different sizes: use a batch size of 1")
+    batch: torch.Tensor = collate_meta_tensor(results) if isinstance(results[0], MetaTensor) else torch.stack(results)
+    return batch

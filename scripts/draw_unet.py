@@ -2,7 +2,7 @@
 
 The network is built from the bundle's spec and run once on a window; hooks on its layers tell what went where.
 
-    python scripts/draw_unet.py bundles/unet_2015_2d -o unet.png
+    python scripts/draw_unet.py configs/classics/unet_2015_2d -o unet.png
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from skimage.exposure import rescale_intensity
 from skimage.measure import label as label_components
 from skimage.transform import resize
 
-from pipeline import fit, invert
+from pipeline import fit, regions
 from pipeline.errors import VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.spec import Fit, Intensity, Network, Spec
@@ -186,12 +186,12 @@ def test_the_largest_component_is_scikit_images() -> None:
     noise = np.random.default_rng(1).uniform(size=(17, 18, 19)) > 0.72
     parts = label_components(noise, connectivity=1)
     expected = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
-    assert np.array_equal(invert.largest_components(torch.from_numpy(noise.astype(np.uint8))).numpy() > 0, expected)
+    assert np.array_equal(regions.largest_components(torch.from_numpy(noise.astype(np.uint8))).numpy() > 0, expected)
 
 
 def test_each_structure_keeps_its_own_largest_component() -> None:
     index = torch.tensor([1, 0, 1, 1, 0, 2, 2, 0, 2, 1], dtype=torch.uint8).view(-1, 1, 1)
-    assert invert.largest_components(index).flatten().tolist() == [0, 0, 1, 1, 0, 2, 2, 0, 0, 0]
+    assert regions.largest_components(index).flatten().tolist() == [0, 0, 1, 1, 0, 2, 2, 0, 0, 0]
 
 
 def test_a_sigmoid_finds_a_structure_above_one_half() -> None:

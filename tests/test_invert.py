@@ -11,9 +11,11 @@ from phantom import SHAPE, nifti, oblique, smooth, spec_content, turn
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from pipeline import config
-from pipeline.invert import _parallel_axes, _sample_any, _sample_parallel, inversion, labels_on_grid
+from pipeline.invert import _at, _positions, inversion, labels_on_grid
 from pipeline.preprocess import preprocessing
+from pipeline.resample import lines, parallel_axes, sample
 from pipeline.spec import Spec
+from pipeline.stitch import Block
 from pipeline.types import Affine, Array
 
 SHEARED = oblique()
@@ -30,6 +32,19 @@ def scores(shape: tuple[int, ...], classes: int = 3) -> torch.Tensor:
     random = np.random.default_rng(3)
     fields = [gaussian_filter(random.normal(size=shape), 2.5) * 40 for _ in range(classes)]
     return torch.from_numpy(np.stack(fields).astype(np.float32))
+
+
+def sample_parallel(field: torch.Tensor, matrix: Affine, shape: tuple[int, ...]) -> torch.Tensor:
+    axes = parallel_axes(matrix, shape)
+    assert axes is not None
+    return sample(field, lines(matrix, axes, shape, field.shape, snap=0.001))
+
+
+def sample_any(field: torch.Tensor, matrix: Affine, shape: tuple[int, ...]) -> torch.Tensor:
+    whole = Block(start=(0, 0, 0), scores=field[None], shape=tuple(field.shape))
+    grid, mine = _positions(tuple(slice(0, n) for n in shape), whole, matrix)
+    assert mine.all()
+    return _at(field, grid)
 
 
 def by_scipy(field: Array, matrix: Affine, shape: tuple[int, ...]) -> Array:
@@ -70,10 +85,10 @@ GRIDS = {
 def test_equals_scipys_interpolation(name: str) -> None:
     """At every voxel, on grids parallel, permuted, turned and sheared, reaching beyond the edge."""
     field, shape = smooth(), (19, 14, 23)
-    parallel = _parallel_axes(GRIDS[name], shape) is not None
+    parallel = parallel_axes(GRIDS[name], shape) is not None
     assert parallel == (name in ("same", "finer", "permuted"))
-    sample = _sample_parallel if parallel else _sample_any
-    ours = sample(torch.from_numpy(field), GRIDS[name], shape)
+    take = sample_parallel if parallel else sample_any
+    ours = take(torch.from_numpy(field), GRIDS[name], shape)
     np.testing.assert_allclose(np.asarray(ours), by_scipy(field, GRIDS[name], shape), atol=0.02, rtol=1e-4)
 
 
@@ -82,7 +97,7 @@ def test_equals_scipys_interpolation(name: str) -> None:
 def test_the_short_way_equals_the_long_one(name: str, size: tuple[int, int, int]) -> None:
     """One axis at a time is the same interpolation, also in volumes one voxel thick."""
     field, shape = torch.from_numpy(smooth(size)), (19, 14, 23)
-    short, long = (sample(field, GRIDS[name], shape) for sample in (_sample_parallel, _sample_any))
+    short, long = (take(field, GRIDS[name], shape) for take in (sample_parallel, sample_any))
     torch.testing.assert_close(short, long, atol=0.02, rtol=1e-4)
 
 
