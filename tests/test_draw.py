@@ -28,9 +28,8 @@ def test_the_papers_figure(script: Any) -> None:
     """Sizes as they stand in the figure of 2015."""
     found = script.maps(UNet(2, 1, 2, (2, 4, 8, 16, 32), padding=False), (572, 572))
     sizes = [m.size[0] for m in found]
-    assert sizes == [572, 570, 568, 284, 282, 280, 140, 138, 136, 68, 66, 64, 32, 30, 28] + [
-        *(56, 54, 52, 104, 102, 100, 200, 198, 196, 392, 390, 388, 388)
-    ]
+    down = [572, 570, 568, 284, 282, 280, 140, 138, 136, 68, 66, 64, 32, 30, 28]
+    assert sizes == [*down, 56, 54, 52, 104, 102, 100, 200, 198, 196, 392, 390, 388, 388]
     assert [m.skip for m in found if m.kind == "up"] == [16, 8, 4, 2]
     assert found[-1].features == 2
 

@@ -17,7 +17,7 @@ from skimage.exposure import rescale_intensity
 from skimage.measure import label as label_components
 from skimage.transform import resize
 
-from pipeline import fit, regions
+from pipeline import fit, invert, regions
 from pipeline.errors import VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.spec import Fit, Intensity, Network, Spec
