@@ -238,8 +238,7 @@ def compare(ours: Path, theirs: Path, metric: str) -> None:
         from pipeline import score
         from pipeline.report import read_csv
 
-        rows = [read_csv(folder / "scores.csv") for folder in (ours, theirs)]
-        for row in score.compare(*rows, metric=metric):
+        for row in score.compare(read_csv(ours / "scores.csv"), read_csv(theirs / "scores.csv"), metric):
             means = f"{row['ours']:.4f} against {row['theirs']:.4f}"
             click.echo(f"{row['label']}: {metric} {means} over {row['cases']} cases, p = {row['p_value']:.3g}")
 

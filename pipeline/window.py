@@ -49,11 +49,11 @@ def inferer(
     overlap = spec.overlap if overlap is None else overlap
     if spec.rotations > 1:  # averages whole volumes
         finish = None
-    plain = _plain(spec, overlap, sw_batch_size, finish)
+    plain = _windows_or_tiles(spec, overlap, sw_batch_size, finish)
     return rotations(spec, BackgroundInferer(plain) if spec.output == "sigmoid" else plain)
 
 
-def _plain(spec: Spec, overlap: float, sw_batch_size: int | None, finish: Finish | None) -> Inferer:
+def _windows_or_tiles(spec: Spec, overlap: float, sw_batch_size: int | None, finish: Finish | None) -> Inferer:
     if not spec.network.padding:
         if overlap:
             raise ConfigError(f"overlap: expected 0 for a network without padding, whose tiles abut, got {overlap}")
@@ -221,8 +221,9 @@ def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
     for block in pieces:
         if scores is None:
             scores = block.scores.new_empty((len(block.scores), *block.shape))
-        at = tuple(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True))
-        scores[(slice(None), *at)] = block.scores
+        within = (slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True))
+        at = (slice(None), *within)
+        scores[at] = block.scores
     assert scores is not None
     return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores
 
@@ -245,9 +246,10 @@ def _finite(image: torch.Tensor) -> torch.Tensor:
 
 def _cropped(block: Block, margins: Sequence[int]) -> Block:
     """A block without the padding of a small image; along a padded axis there is one window."""
-    cut = tuple(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True))
+    within = (slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True))
+    cut = (slice(None), *within)
     shape = tuple(n - m for n, m in zip(block.shape, margins, strict=True))
-    return Block(start=block.start, scores=block.scores[(slice(None), *cut)], shape=shape)
+    return Block(start=block.start, scores=block.scores[cut], shape=shape)
 
 
 def _timed(pieces: Iterator[Block], seconds: list[float]) -> Iterator[Block]:
