@@ -18,7 +18,7 @@ import nibabel as nib
 import torch
 
 from pipeline.engine import Model, Prediction, predict_case
-from pipeline.errors import ConfigError, PipelineError, WriteError
+from pipeline.errors import ConfigError, PipelineError, WriteError, mendable
 from pipeline.read import suffix
 from pipeline.report import read_csv, sha256, volumes_mm3, write_csv, write_json
 from pipeline.spec import Spec
@@ -35,8 +35,9 @@ Progress = Callable[[Case, dict[str, Any]], None]
 def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
     """The cases that files, folders and globs hold, in order.
 
-    A folder is searched with all below it. A model of several channels takes one file a channel, told apart by an ending
-    before the suffix: the channel's name (`sub-01_FLAIR.nii.gz`) or its number (`sub-01_0001.nii.gz`).
+    A folder is searched with all below it; label maps that volseg wrote there are passed over. A model of several channels
+    takes one file a channel, told apart by an ending before the suffix: the channel's name (`sub-01_FLAIR.nii.gz`) or its
+    number (`sub-01_0001.nii.gz`).
 
     Returns:
         dicts of `case` (the output's name, relative, without suffix) and `image` (a path, or one a channel).
@@ -44,9 +45,7 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
     Raises:
         ConfigError: an input that is not there, nothing to do, a channel without a file, or two inputs with one output.
     """
-    files = [pair for item in inputs for pair in _files(item)]
-    if not files:
-        raise ConfigError(f"{', '.join(map(str, inputs))}: no image files there; expected names such as scan.nii.gz")
+    files = dict.fromkeys(pair for item in inputs for pair in _files(item))
     cases = [{"case": name, "image": str(path)} for name, path in files]
     if len(spec.channels) > 1:
         cases = _grouped(cases, spec.channels)
@@ -77,9 +76,9 @@ def segment(
     """
     out = Path(output_dir)
     identity = _identity(model)
-    _refuse_mixing(out, identity, overwrite)
-    done = {row["case"]: row for row in read_csv(out / CASES)}
-    volumes: dict[str, dict[str, Any]] = {row["case"]: dict(row) for row in read_csv(out / VOLUMES)}
+    anew = _is_of_another_model(out, identity, overwrite)
+    done = {} if anew else {row["case"]: row for row in read_csv(out / CASES)}
+    volumes: dict[str, dict[str, Any]] = {} if anew else {row["case"]: dict(row) for row in read_csv(out / VOLUMES)}
     rows: list[dict[str, Any]] = []
     write_json(out / RUN, identity | {"command": sys.argv, "versions": {name: version(name) for name in PACKAGES}})
     for case in cases:
@@ -118,24 +117,44 @@ def output_path(output_dir: Path, case: str) -> Path:
 def _files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
     """Each image file of one input, with the name of its output."""
     path = Path(item)
+    if path.is_file():
+        yield _stem(Path(path.name)), _header_of(path)
+        return
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_image(p))
-        yield from ((_stem(p.relative_to(path)), p) for p in found)
-    elif path.exists():
-        yield _stem(Path(path.name)), path
+        root, found = path, list(path.rglob("*"))
     elif has_magic(str(item)):
-        parts = Path(item).parts
+        parts = path.parts
         root = Path(*parts[: next(i for i, part in enumerate(parts) if has_magic(part))])
-        found = sorted(p for p in map(Path, glob(str(item), recursive=True)) if p.is_file() and _is_image(p))
-        yield from ((_stem(p.relative_to(root)), p) for p in found)
+        found = [Path(match) for match in glob(str(item), recursive=True)]
     else:
         raise ConfigError(f"{path}: no such file or folder")
+    images = sorted(p for p in found if p.is_file() and _is_image(p))
+    if not images:
+        raise ConfigError(f"{path}: no image files there; expected names such as scan.nii.gz")
+    yield from ((_stem(p.relative_to(root)), p) for p in images)
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file found in a folder is an input; the .img of a pair is read with its .hdr."""
+    """Whether a file found in a folder is an input: the .img of a pair is read with its .hdr, and our results are none."""
     kind = suffix(path)
-    return kind is not None and not path.name.startswith(".") and kind not in (".img", ".img.gz")
+    if kind is None or path.name.startswith(".") or kind in (".img", ".img.gz"):
+        return False
+    return not (path.name.endswith("_seg.nii.gz") and _is_ours(path))
+
+
+def _header_of(path: Path) -> Path:
+    """The .hdr of a pair that is named by its .img, so that both are one input."""
+    kind = suffix(path) or ""
+    header = path.with_name(path.name[: len(path.name) - len(kind)] + kind.replace("img", "hdr"))
+    return header if header.is_file() else path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether volseg wrote a file."""
+    try:
+        return bool(nib.load(path).header.get("descrip") == DESCRIPTION)
+    except Exception:  # a damaged file, of which nibabel says so in many ways
+        return False
 
 
 def _stem(path: Path) -> str:
@@ -153,7 +172,10 @@ def _grouped(cases: Sequence[Case], channels: Sequence[str]) -> list[Case]:
     groups: dict[str, dict[str, str]] = {}
     for case in cases:
         name, channel = _channel_of(case["case"], channels)
-        groups.setdefault(name, {})[channel] = case["image"]
+        files = groups.setdefault(name, {})
+        if channel in files:
+            raise ConfigError(f"{name}: two files for channel {channel}, {files[channel]} and {case['image']}; keep one")
+        files[channel] = case["image"]
     for name, files in groups.items():
         missing = [channel for channel in channels if channel not in files]
         if missing:
@@ -192,19 +214,22 @@ def _identity(model: Model) -> dict[str, str]:
         "weights_sha256": sha256(root / "models" / "model.pt"),
         "spec_sha256": sha256(root / "configs" / "spec.yaml"),
         "overlap": str(getattr(model.evaluator.inferer, "overlap", "")),
+        "volume": str(getattr(model.preprocessing.transforms[0], "volume", None)),
     }
 
 
-def _refuse_mixing(out: Path, identity: dict[str, str], overwrite: bool) -> None:
-    if overwrite or not (out / RUN).is_file():
-        return
+def _is_of_another_model(out: Path, identity: dict[str, str], overwrite: bool) -> bool:
+    """Whether a folder's tables tell of other results than ours, which must not be mixed with them."""
+    if not (out / RUN).is_file():
+        return False
     before = json.loads((out / RUN).read_text(encoding="utf-8"))
     other = [key for key, value in identity.items() if before.get(key) != value]
-    if other:
+    if other and not overwrite:
         raise ConfigError(
             f"{out}: holds results of another model or setting ({', '.join(f'{key} {before.get(key)}' for key in other)}); "
             "choose another folder, or --overwrite"
         )
+    return bool(other)
 
 
 def _one(
@@ -216,22 +241,28 @@ def _one(
         return {**before, "status": "skipped"}, None
     _reset_peak_memory()
     try:
-        if before is None and not overwrite:
-            _refuse_foreign(path)
+        if not overwrite and path.is_file() and not _is_ours(path):
+            raise WriteError(f"{path}: is there already and was not written by volseg; move it away, or --overwrite")
         prediction = predict_case(model, case["image"])
         started = time.perf_counter()
         write_labels(path, as_nibabel(prediction.labels, prediction.affine, prediction.header))
         prediction.seconds["write"] = time.perf_counter() - started
-    except (PipelineError, MemoryError, torch.OutOfMemoryError) as error:
-        return _row(case, "failed", message=str(error) or "out of memory"), None
+    except Exception as error:
+        return _row(case, "failed", message=_reason(error)), None
     sizes = volumes_mm3(prediction.labels, prediction.affine, model.spec.labels)
     return _row(case, "done", prediction=prediction), sizes
 
 
-def _refuse_foreign(path: Path) -> None:
-    """A file that we did not write is not ours to replace."""
-    if path.is_file() and nib.load(path).header.get("descrip") != DESCRIPTION:
-        raise WriteError(f"{path}: is there already and was not written by volseg; move it away, or --overwrite")
+def _reason(error: BaseException) -> str:
+    """Why a case failed; whatever it was, the other cases go on."""
+    known = mendable(error)
+    if known is not None:
+        return str(known)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return f"out of memory ({error}); free some, or use a machine with more"
+    return f"unexpected {type(error).__name__}: {error} (a bug of volseg: please report it)"
 
 
 def _row(case: Case, status: str, *, message: str = "", prediction: Prediction | None = None) -> dict[str, Any]:
