@@ -6,29 +6,26 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser
 
-from pipeline import augment, config, network
-from pipeline import run as runs
+from pipeline import config
 from pipeline import spec as specs
 from pipeline.engine import Model
 from pipeline.errors import ConfigError, mendable
 from pipeline.report import write_json
 from pipeline.sizes import smallest_size
 from pipeline.spec import Spec
-from pipeline.types import Case, PathOrStr
+from pipeline.types import PathOrStr
 
+VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of where it was made
 WIRING = ("inference.yaml", "train.yaml")
 SCHEMA = "metadata_schema.json"
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -55,7 +52,11 @@ class Card:
     data_type: str
     references: tuple[str, ...]
     eval_metrics: dict[str, float]
-    changelog: dict[str, str] = field(default_factory=dict)
+    changelog: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.changelog:
+            raise ConfigError("card.changelog: expected at least one version, got none")
 
 
 def find(name: PathOrStr) -> Path:
@@ -132,7 +133,7 @@ def open_model(
         model: Model = parser.get_parsed_content("model")
     except Exception as error:
         raise mendable(error) or ConfigError(
-            f"{root}: cannot be opened: {_root_cause(error)}; try `volseg check {root}`"
+            f"{root}: cannot be opened: {root_cause(error)}; try `volseg check {root}`"
         ) from error
     return replace(model, max_memory=max_memory)
 
@@ -205,113 +206,9 @@ def refresh(root: Path) -> None:
     write_json(root / "configs" / "metadata.json", metadata(root))
 
 
-def check(bundle: PathOrStr) -> dict[str, str]:
-    """What is wrong with a bundle: check → the reason, empty where it passed.
-
-    MONAI's own checks (workflow properties for inference and training, metadata against its schema, the network's inputs and
-    outputs), and ours (weights against the spec, generated files as they would be generated now).
-
-    Raises:
-        ConfigError: no such bundle.
-    """
-    root = find(bundle)
-    checks: dict[str, Callable[[Path], None]] = {
-        "spec": _check_spec,
-        "weights fit the spec": _check_weights,
-        "inference properties": lambda root: _check_properties(root, "inference"),
-        "training properties": lambda root: _check_properties(root, "train"),
-        "metadata against the schema": _check_metadata,
-        "network input and output": _check_net,
-        "generated files": _check_generated,
-    }
-    return {name: _reason(test, root) for name, test in checks.items()}
-
-
-def _reason(test: Callable[[Path], None], root: Path) -> str:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            test(root)
-    except Exception as error:
-        return _root_cause(error)
-    return ""
-
-
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of wrapped errors, in one line."""
     known = mendable(error)
     while known is None and error.__cause__ is not None:
         error = error.__cause__
     return str(known or f"{type(error).__name__}: {error}")
-
-
-def _check_spec(root: Path) -> None:
-    specs.load(root / "configs" / "spec.yaml")
-
-
-def _check_weights(root: Path) -> None:
-    state = torch.load(root / "models" / "model.pt", map_location="cpu", weights_only=True)
-    network.from_spec(specs.load(root / "configs" / "spec.yaml")).load_state_dict(state, strict=True)
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ConfigError(f"models/model.pt: NaN or infinity in {', '.join(broken)}")
-
-
-def _check_properties(root: Path, kind: str) -> None:
-    """MONAI's `check_properties`, which makes every part of the workflow: training needs a case, so it gets a made-up one."""
-    names = ["inference.yaml"] if kind == "inference" else list(WIRING)
-    cases: list[Any] = [] if kind == "inference" else _made_up_cases(root)
-    workflow = ConfigWorkflow(
-        config_file=[str(root / "configs" / name) for name in names],
-        meta_file=str(root / "configs" / "metadata.json"),
-        logging_file=False,
-        workflow_type=kind,
-        **{
-            "bundle_root": str(root),
-            "dataset_dir": str(root),
-            "dataset::data" if kind == "inference" else "train::dataset::data": cases,
-        },
-    )
-    workflow.initialize()
-    missing = workflow.check_properties()
-    if missing:
-        raise ConfigError(f"{kind}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced")
-
-
-def _made_up_cases(root: Path) -> list[Case]:
-    """As many cases of noise as one step mixes, each with a label in its middle."""
-    spec = specs.load(root / "configs" / "spec.yaml")
-    affine = np.diag([mm or 1.0 for mm in spec.spacing] + [1.0])
-    shape = augment.crop_size(spec)
-    noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    label = np.zeros(shape, dtype=np.int16)
-    label[tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in shape)] = list(spec.labels.values())[1]
-    image, reference = nib.Nifti1Image(noise, affine), nib.Nifti1Image(label, affine)
-    run = runs.load(root / "configs" / "run.yaml")
-    return [{"case": str(i), "image": [image] * len(spec.channels), "label": reference} for i in range(run.cases_per_step)]
-
-
-def _check_metadata(root: Path) -> None:
-    schema = str(files("pipeline") / "wiring" / SCHEMA)
-    verify_metadata(meta_file=str(root / "configs" / "metadata.json"), filepath=schema)
-
-
-def _check_net(root: Path) -> None:
-    verify_net_in_out(
-        net_id="network_def",
-        meta_file=str(root / "configs" / "metadata.json"),
-        config_file=str(root / "configs" / "inference.yaml"),
-        device="cpu",
-        n=2,
-        bundle_root=str(root),
-    )
-
-
-def _check_generated(root: Path) -> None:
-    for name in WIRING:
-        if (root / "configs" / name).read_text("utf-8") != (files("pipeline") / "wiring" / name).read_text("utf-8"):
-            raise ConfigError(f"configs/{name} differs from the one that volseg {version('volseg')} writes")
-    stored = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
-    fresh = metadata(root)
-    changed = sorted(key for key in stored.keys() | fresh.keys() if stored.get(key) != fresh.get(key) and "version" not in key)
-    if changed:
-        raise ConfigError(f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card")

@@ -91,6 +91,7 @@ def segment(
     with refusals():
         from pipeline import batch
         from pipeline.bundle import open_model
+        from pipeline.cases import find_cases
         from pipeline.memory import parse_size
 
         _quiet()
@@ -103,7 +104,7 @@ def segment(
             precision=precision,
             max_memory=parse_size(max_memory) if max_memory else None,
         )
-        cases = batch.find_cases(inputs, model.spec)
+        cases = find_cases(inputs, model.spec)
         with _progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
     failed = [row for row in rows if row["status"] == "failed"]
@@ -122,7 +123,7 @@ def segment(
 def check(bundle: str, as_json: bool) -> None:
     """Check a bundle: MONAI's own checks, offline, and the weights against the spec."""
     with refusals():
-        from pipeline.bundle import check as check_bundle
+        from pipeline.verify import check as check_bundle
 
         _quiet()
         results = check_bundle(bundle)

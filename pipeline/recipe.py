@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from pipeline.errors import ConfigError
 from pipeline.run import Run
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
@@ -103,6 +104,14 @@ class Schedule(WarmupCosineSchedule):
 
 
 def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int, budget: Budget) -> Schedule:
-    """The learning rate over a run, a step at a time."""
+    """The learning rate over a run, a step at a time.
+
+    Raises:
+        ConfigError: an epoch without steps.
+    """
+    if steps_per_epoch < 1:
+        raise ConfigError(
+            f"run.batch_size: a step mixes {run.cases_per_step} cases, more than the dataset gives; take a smaller batch_size"
+        )
     steps = run.epochs * steps_per_epoch
     return Schedule(optimizer, max(1, round(run.warmup * steps)), steps, budget)

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 from references import Buda, Tutorial, trained
 
-from pipeline import bundle, run, spec
-from pipeline.batch import find_cases
+from pipeline import run, spec, verify
+from pipeline.cases import find_cases
 from pipeline.cli import main
 from pipeline.errors import ConfigError
 
@@ -32,7 +32,7 @@ def imported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
 
 def test_the_bundle_is_complete(imported: tuple[str, Path]) -> None:
     kind, root = imported
-    assert bundle.check(root) == dict.fromkeys(bundle.check(root), "")
+    assert verify.check(root) == dict.fromkeys(verify.check(root), "")
     said = spec.load(root / "configs" / "spec.yaml")
     assert len(said.channels) == 3
     assert said.outputs == ("abnormality" if kind == "buda" else "structure",)

@@ -1,0 +1,130 @@
+"""Whether a bundle is whole: MONAI's own checks, offline, and what only volseg can know."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+
+from pipeline import augment, network
+from pipeline import run as runs
+from pipeline import spec as specs
+from pipeline.bundle import SCHEMA, WIRING, find, metadata, root_cause
+from pipeline.errors import ConfigError
+from pipeline.types import Case, PathOrStr
+
+VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of where it was made
+
+
+def check(bundle: PathOrStr) -> dict[str, str]:
+    """What is wrong with a bundle: check → the reason, empty where it passed.
+
+    MONAI's own checks (workflow properties for inference and training, metadata against its schema, the network's inputs and
+    outputs), and ours (weights against the spec, generated files as they would be generated now).
+
+    Raises:
+        ConfigError: no such bundle.
+    """
+    root = find(bundle)
+    checks: dict[str, Callable[[Path], None]] = {
+        "spec": _check_spec,
+        "weights fit the spec": _check_weights,
+        "inference properties": lambda root: _check_properties(root, "inference"),
+        "training properties": lambda root: _check_properties(root, "train"),
+        "metadata against the schema": _check_metadata,
+        "network input and output": _check_net,
+        "generated files": _check_generated,
+    }
+    return {name: _reason(test, root) for name, test in checks.items()}
+
+
+def _reason(test: Callable[[Path], None], root: Path) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            test(root)
+    except Exception as error:
+        return root_cause(error)
+    return ""
+
+
+def _check_spec(root: Path) -> None:
+    specs.load(root / "configs" / "spec.yaml")
+
+
+def _check_weights(root: Path) -> None:
+    state = torch.load(root / "models" / "model.pt", map_location="cpu", weights_only=True)
+    network.from_spec(specs.load(root / "configs" / "spec.yaml")).load_state_dict(state, strict=True)
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ConfigError(f"models/model.pt: NaN or infinity in {', '.join(broken)}")
+
+
+def _check_properties(root: Path, kind: str) -> None:
+    """MONAI's `check_properties`, which makes every part of the workflow: training needs a case, so it gets a made-up one."""
+    names = ["inference.yaml"] if kind == "inference" else list(WIRING)
+    overrides: dict[str, Any] = {"dataset::data": []}
+    if kind == "train":  # without what starts a run: the weights that it started from need not be here
+        overrides = {"train::dataset::data": _made_up_cases(root), "initialize": []}
+    workflow = ConfigWorkflow(
+        config_file=[str(root / "configs" / name) for name in names],
+        meta_file=str(root / "configs" / "metadata.json"),
+        logging_file=False,
+        workflow_type=kind,
+        bundle_root=str(root),
+        dataset_dir=str(root),
+        **overrides,
+    )
+    workflow.initialize()
+    missing = workflow.check_properties()
+    if missing:
+        raise ConfigError(f"{kind}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced")
+
+
+def _made_up_cases(root: Path) -> list[Case]:
+    """As many cases of noise as one step mixes, each with a label in its middle."""
+    spec = specs.load(root / "configs" / "spec.yaml")
+    affine = np.diag([mm or 1.0 for mm in spec.spacing] + [1.0])
+    shape = augment.crop_size(spec)
+    noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    label = np.zeros(shape, dtype=np.int16)
+    label[tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in shape)] = list(spec.labels.values())[1]
+    image, reference = nib.Nifti1Image(noise, affine), nib.Nifti1Image(label, affine)
+    run = runs.load(root / "configs" / "run.yaml")
+    return [{"case": str(i), "image": [image] * len(spec.channels), "label": reference} for i in range(run.cases_per_step)]
+
+
+def _check_metadata(root: Path) -> None:
+    schema = str(files("pipeline") / "wiring" / SCHEMA)
+    verify_metadata(meta_file=str(root / "configs" / "metadata.json"), filepath=schema)
+
+
+def _check_net(root: Path) -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(root / "configs" / "metadata.json"),
+        config_file=str(root / "configs" / "inference.yaml"),
+        device="cpu",
+        n=2,
+        bundle_root=str(root),
+    )
+
+
+def _check_generated(root: Path) -> None:
+    for name in WIRING:
+        if (root / "configs" / name).read_text("utf-8") != (files("pipeline") / "wiring" / name).read_text("utf-8"):
+            raise ConfigError(f"configs/{name} differs from the one that volseg {version('volseg')} writes")
+    stored = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
+    fresh = metadata(root)
+    changed = sorted(key for key in stored.keys() | fresh.keys() if stored.get(key) != fresh.get(key) and key not in VERSIONS)
+    if changed:
+        raise ConfigError(f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card")
