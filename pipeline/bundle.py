@@ -21,7 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_n
 from pipeline import augment, config, network
 from pipeline import run as runs
 from pipeline import spec as specs
-from pipeline.engine import Model
+from pipeline.engine import Model, device_of
 from pipeline.errors import ConfigError, mendable
 from pipeline.report import write_json
 from pipeline.spec import Spec
@@ -69,20 +69,6 @@ def find(name: PathOrStr) -> Path:
         p.parent.parent.name for root in (CHECKOUT_BUNDLES, INSTALLED_BUNDLES) for p in root.glob("*/configs/spec.yaml")
     )
     raise ConfigError(f"{name}: no such bundle; expected a folder with configs/inference.yaml, or one of {', '.join(shipped)}")
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name: `auto` takes a GPU where there is one.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if has[device])
-    if not has.get(name.split(":")[0], False):
-        raise ConfigError(f"device {name}: not on this machine; it has {', '.join(d for d in has if has[d])}")
-    return torch.device(name)
 
 
 def open_model(
