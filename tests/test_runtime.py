@@ -126,7 +126,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> Non
 def test_int8_needs_its_model(tiny_bundle_3d: Path) -> None:
     """The message says how to make it."""
     net, spec = made()
-    with pytest.raises(ConfigError, match="volseg export .* --to openvino --precision int8 --calibrate FOLDER"):
+    with pytest.raises(ConfigError, match=r"volseg export .* --to openvino --precision int8 --calibrate FOLDER"):
         Runtime(net, spec, bundle_root=tiny_bundle_3d, precision="int8")(torch.zeros(1, 1, *spec.roi_size))
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 
 import pytest
@@ -60,7 +60,7 @@ def test_blocks_repeat_one_voxel_of_their_neighbours(size: tuple[int, ...]) -> N
         ends = sorted({(start[axis], start[axis] + shape[axis]) for start, shape in found})
         assert ends[0][0] == 0
         assert ends[-1][1] == n
-        assert all(after[0] == before[1] - HALO for before, after in zip(ends, ends[1:], strict=False))
+        assert all(after[0] == before[1] - HALO for before, after in pairwise(ends))
 
 
 @pytest.mark.parametrize("placement", ["even", "monai"])
@@ -71,10 +71,7 @@ def test_windows_cover_the_volume_and_stay_in_it(placement: str, overlap: float)
         (starts,) = lattice((n,), (6,), overlap, placement).starts  # type: ignore[arg-type]
         assert starts[0] == 0
         assert starts[-1] == n - 6
-        assert all(
-            0 < b - a <= max(1, int(6 * (1 - overlap))) + (placement == "even")
-            for a, b in zip(starts, starts[1:], strict=False)
-        )
+        assert all(0 < b - a <= max(1, int(6 * (1 - overlap))) + (placement == "even") for a, b in pairwise(starts))
 
 
 def test_both_placements_need_equally_many_windows() -> None:
