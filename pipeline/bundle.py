@@ -13,21 +13,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.bundle import ConfigParser
 
 from pipeline import config
 from pipeline import spec as specs
-from pipeline.engine import Model
+from pipeline.engine import Model, device_of
 from pipeline.errors import ConfigError, mendable
 from pipeline.report import write_json
 from pipeline.sizes import smallest_size
 from pipeline.spec import Spec
 from pipeline.types import PathOrStr
 
-VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of where it was made
 WIRING = ("inference.yaml", "train.yaml")
-SCHEMA = "metadata_schema.json"
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 CHECKOUT_BUNDLES = Path(__file__).parent.parent / "bundles"
 INSTALLED_BUNDLES = Path(sys.prefix) / "share" / "volseg" / "bundles"
@@ -72,20 +69,6 @@ def find(name: PathOrStr) -> Path:
         p.parent.parent.name for root in (CHECKOUT_BUNDLES, INSTALLED_BUNDLES) for p in root.glob("*/configs/spec.yaml")
     )
     raise ConfigError(f"{name}: no such bundle; expected a folder with configs/inference.yaml, or one of {', '.join(shipped)}")
-
-
-def device_of(name: str) -> torch.device:
-    """The device of a name: `auto` takes a GPU where there is one.
-
-    Raises:
-        ConfigError: a device that this machine does not have.
-    """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if has[device])
-    if not has.get(name.split(":")[0], False):
-        raise ConfigError(f"device {name}: not on this machine; it has {', '.join(d for d in has if has[d])}")
-    return torch.device(name)
 
 
 def open_model(

@@ -15,6 +15,8 @@ from pipeline.errors import PipelineError
 
 DONE, SOME_FAILED, WRONG = 0, 1, 2
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
+RUNTIMES = click.Choice(["auto", "torch", "openvino"])
+PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
 SHOWN = ("dice", "nsd", "hd95_mm")
 Advance = Callable[[str], None]
 
@@ -49,20 +51,8 @@ def main() -> None:
 @click.option("-b", "--bundle", required=True, help="Bundle to use: a folder, or the name of one that ships.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
 @click.option("--overlap", type=float, help="Of neighbouring windows, a fraction; the bundle's own by default.")
-@click.option(
-    "--runtime",
-    type=click.Choice(["auto", "torch", "openvino"]),
-    default="auto",
-    show_default=True,
-    help="What runs the network.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "int8"]),
-    default="auto",
-    show_default=True,
-    help="Of its arithmetic.",
-)
+@click.option("--runtime", type=RUNTIMES, default="auto", show_default=True, help="What runs the network.")
+@click.option("--precision", type=PRECISIONS, default="auto", show_default=True, help="Of the network's arithmetic.")
 @click.option(
     "--max-memory", metavar="SIZE", help="Memory that the process may come to hold, such as 4G; the labels are the same."
 )
@@ -152,6 +142,26 @@ def import_(checkpoint: Path, output: Path) -> None:
 
 
 @main.command()
+@click.argument("bundle")
+@click.option("--to", type=click.Choice(["openvino", "onnx", "torchscript"]), required=True, help="What is to load it.")
+@click.option(
+    "--precision", type=click.Choice(["float32", "int8"]), default="float32", show_default=True, help="Of its numbers."
+)
+@click.option("--calibrate", multiple=True, metavar="FOLDER", help="Real volumes to calibrate int8 on, and to compare on.")
+def export(bundle: str, to: Any, precision: Any, calibrate: tuple[str, ...]) -> None:
+    """Write a bundle's network for another runtime into its models/, with a report of how far it agrees with torch.
+
+    The int8 model is what `segment --precision int8` runs.
+    """
+    with refusals():
+        from pipeline.export import export as export_bundle
+
+        _quiet()
+        report = export_bundle(bundle, to, precision=precision, calibrate=calibrate)
+    click.echo(json.dumps(report, indent=2))
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on where a run that was cut off had ended its last whole epoch.")
@@ -184,6 +194,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
 @click.option("--fold", type=int, default=0, show_default=True, help="Which fold's validation cases to score.")
 @click.option("--tolerance", type=float, default=1.0, show_default=True, help="Of surface Dice (nsd), mm.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
+@click.option("--precision", type=PRECISIONS, default="auto", show_default=True, help="Of the network's arithmetic.")
 @click.option("--overwrite", is_flag=True, help="Segment cases again that are done already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 def evaluate(
@@ -194,6 +205,7 @@ def evaluate(
     fold: int,
     tolerance: float,
     device: str,
+    precision: str,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -210,7 +222,7 @@ def evaluate(
         from pipeline.report import write_csv, write_json
 
         _quiet()
-        model = open_model(bundle, device=device)
+        model = open_model(bundle, device=device, precision=precision)
         cases = fold_cases(dataset, splits, fold, "val")
         with _progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))

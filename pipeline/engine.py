@@ -96,6 +96,20 @@ def _is_3d(network: nn.Module) -> bool:
     return any(isinstance(module, nn.Conv3d) for module in network.modules())
 
 
+def device_of(name: str) -> torch.device:
+    """The device of a name: `auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if has[device])
+    if not has.get(name.split(":")[0], False):
+        raise ConfigError(f"device {name}: not on this machine; it has {', '.join(d for d in has if has[d])}")
+    return torch.device(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A bundle opened for inference: all that one case needs, loaded once.

@@ -170,7 +170,7 @@ def convert(network: nn.Module, spec: Spec) -> ov.Model:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that sizes are traced as constants: windows have one size
-        return ov.convert_model(network.eval(), example_input=_noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
+        return ov.convert_model(network.eval(), example_input=noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
 
 
 def cached_model(network: nn.Module, spec: Spec, precision: str) -> tuple[ov.Model, str]:
@@ -188,7 +188,7 @@ def cached_model(network: nn.Module, spec: Spec, precision: str) -> tuple[ov.Mod
                 f"{folder.parent}: no cache there ({error.strerror}): the network is converted each time", stacklevel=2
             )
             model = convert(network, spec)
-            return model, disagreement(compare(network, openvino_forward(model, precision), spec), precision)
+            return model, disagreement(compare(network, openvino_forward(model, precision), noise(spec)), precision)
         try:
             _make(temporary, network, spec, precision)
             _settle(temporary, folder)
@@ -203,7 +203,7 @@ def _make(folder: Path, network: nn.Module, spec: Spec, precision: str) -> None:
 
     model = convert(network, spec)
     ov.save_model(model, folder / "model.xml", compress_to_fp16=False)
-    report = compare(network, openvino_forward(model, precision), spec)
+    report = compare(network, openvino_forward(model, precision), noise(spec))
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
@@ -216,14 +216,13 @@ def _settle(temporary: Path, folder: Path) -> None:
             raise
 
 
-def compare(network: nn.Module, other: Forward, spec: Spec) -> dict[str, float]:
-    """How far another runtime's logits lie from torch's in one window of smooth noise.
+def compare(network: nn.Module, other: Forward, x: torch.Tensor) -> dict[str, float]:
+    """How far another runtime's logits lie from torch's in one window (1, C, *roi_size).
 
     Returns:
         `logit_difference` (the largest, as a fraction of the standard deviation of torch's logits) and `label_agreement`
         (the fraction of voxels whose highest class is the same).
     """
-    x = _noise(spec)
     with torch.inference_mode():
         ours, theirs = network.eval()(x), other(x)
     scale = max(float(ours.std()), 1e-6)
@@ -267,7 +266,7 @@ def _key(network: nn.Module, spec: Spec, precision: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _noise(spec: Spec) -> torch.Tensor:
+def noise(spec: Spec) -> torch.Tensor:
     """One window (1, C, *roi_size) of smooth noise, always the same."""
     coarse = torch.randn(
         (1, len(spec.channels), *(max(1, n // 4) for n in spec.roi_size)), generator=torch.Generator().manual_seed(0)

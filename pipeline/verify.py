@@ -18,10 +18,11 @@ from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 from pipeline import augment, network
 from pipeline import run as runs
 from pipeline import spec as specs
-from pipeline.bundle import SCHEMA, WIRING, find, metadata, root_cause
+from pipeline.bundle import WIRING, find, metadata, root_cause
 from pipeline.errors import ConfigError
 from pipeline.types import Case, PathOrStr
 
+SCHEMA = "metadata_schema.json"
 VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of where it was made
 
 

@@ -13,6 +13,7 @@ from phantom import make_bundle, nifti, save
 
 from pipeline.bundle import open_model
 from pipeline.engine import Model
+from pipeline.runtime import CACHE_VARIABLE
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +21,20 @@ def _few_threads() -> Iterator[None]:
     """Tiny networks are slower on many threads, and sums in another order are other sums."""
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted networks of tests are kept from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Spacingd
+from phantom import oblique, parse_spec, smooth
+
+from pipeline import resample
+from pipeline.types import Affine
+
+AFFINES = {
+    "finer": np.diag([2.0, 1.9, 2.6, 1.0]),
+    "coarser": np.diag([0.5, 0.45, 0.7, 1.0]),
+    "mirrored": np.diag([-0.8, 1.3, -2.0, 1.0]),
+    "turned": oblique((0.8, 1.4, 2.2)),
+    "same": np.diag([1.2, 1.1, 1.6, 1.0]),
+}
+
+
+def case(affine: Affine) -> dict[str, MetaTensor]:
+    image = torch.from_numpy(np.stack([smooth(), smooth(seed=1)]))
+    return {
+        "image": MetaTensor(image, affine=torch.from_numpy(affine)),
+        "label": MetaTensor((image[:1] > 100).float(), affine=torch.from_numpy(affine)),
+    }
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_equals_monais_spacing(name: str) -> None:
+    """Image and label, values and affine; and MONAI's inverse undoes it as it undoes its own."""
+    ours = resample.spacing(parse_spec(), ("image", "label"))
+    theirs = Spacingd(("image", "label"), pixdim=[1.2, 1.1, 1.6], mode=("bilinear", "nearest"))
+    found, expected = ours(case(AFFINES[name])), theirs(case(AFFINES[name]))
+    for key in ("image", "label"):
+        np.testing.assert_allclose(found[key].affine, expected[key].affine, atol=1e-12)
+        np.testing.assert_allclose(found[key].numpy(), expected[key].numpy(), rtol=1e-5, atol=1e-3)
+    back, again = ours.inverse(found), theirs.inverse(expected)
+    np.testing.assert_allclose(back["image"].numpy(), again["image"].numpy(), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(back["image"].affine, AFFINES[name], atol=1e-12)
+
+
+def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI's resampling of an image is not called where axes run parallel."""
+    monkeypatch.setattr("monai.transforms.spatial.array.spatial_resample", None)
+    resample.spacing(parse_spec(), ("image",))({"image": case(AFFINES["turned"])["image"]})
