@@ -14,7 +14,7 @@ import torch
 from pipeline import network as networks
 from pipeline import runtime
 from pipeline import spec as specs
-from pipeline.batch import find_cases
+from pipeline.cases import find_cases
 from pipeline.bundle import find
 from pipeline.errors import ConfigError
 from pipeline.preprocess import IMAGE, preprocessing
