@@ -93,13 +93,9 @@ def _windows(spec: Spec, cases: Sequence[Case]) -> Iterator[torch.Tensor]:
         lack = [max(0, roi - n) for roi, n in zip(spec.roi_size, image.shape[2:], strict=True)]
         image = torch.nn.functional.pad(image, [side for n in reversed(lack) for side in (n // 2, n - n // 2)])
         starts = lattice(image.shape[2:], spec.roi_size, spec.overlap).starts
-        found = [
-            image[
-                (slice(number, number + 1), slice(None), *(slice(i, i + n) for i, n in zip(start, spec.roi_size, strict=True)))
-            ]
-            for number in range(len(image))
-            for start in product(*starts)
-        ]
+        boxes = [tuple(slice(i, i + n) for i, n in zip(start, spec.roi_size, strict=True)) for start in product(*starts)]
+        places = [(slice(number, number + 1), slice(None), *box) for number in range(len(image)) for box in boxes]
+        found = [image[place] for place in places]
         yield from sorted(found, key=lambda window: -float(window.std()))[:each]
 
 
@@ -147,8 +143,8 @@ def _onnx(network: torch.nn.Module, spec: Spec, path: Path) -> Forward:
 def _torchscript(network: torch.nn.Module, spec: Spec, path: Path) -> Forward:
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        torch.jit.trace(network, runtime.noise(spec)).save(str(path))
-        loaded: Forward = torch.jit.load(str(path))
+        torch.jit.trace(network, runtime.noise(spec)).save(str(path))  # type: ignore[no-untyped-call]
+        loaded: Forward = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
     return loaded
 
 

@@ -56,6 +56,7 @@ def peek(source: Any) -> Header:
 def _peek_sitk(image: Any, components: int) -> Header:
     dims = image.GetDimension()
     matrix = np.array(image.GetDirection()).reshape(dims, dims)[:3, :3] * np.array(image.GetSpacing())[:3]
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine[:3, :3] = affine[:3, :3] @ matrix
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = matrix, image.GetOrigin()[:3]
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS+
     return Header(shape=tuple(image.GetSize()[:3]), affine=affine, bytes_per_voxel=8 * components)

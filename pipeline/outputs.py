@@ -25,8 +25,9 @@ def several(windows: Lattice, look: Look, first: Any, weight_map: Callable[[tupl
                 totals.append(one.new_zeros((len(one) + 1, *shape), dtype=torch.float32))
             at = tuple(slice(i * s // r, i * s // r + s) for i, s, r in zip(start, size, windows.roi_size, strict=True))
             weights = weight_map(tuple(size)).to(one.device)
-            totals[number][(slice(0, -1), *at)] += one * weights
-            totals[number][(-1, *at)] += weights
+            scored = (slice(0, -1), *at)
+            totals[number][scored] += one * weights
+            totals[number][-1][at] += weights
     results = iter([total[:-1] / total[-1].clamp(min=torch.finfo().tiny) for total in totals])
     return map_tensors(lambda _: next(results), first)
 

@@ -40,13 +40,21 @@ class Resample(SpatialResample):
         self, img: torch.Tensor, dst_affine: Any = None, spatial_size: Any = None, mode: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """See MONAI."""
-        fast = isinstance(img, MetaTensor) and img.ndim == 4 and not img.pending_operations and mode == BILINEAR
-        if fast and not kwargs.get("lazy") and kwargs.get("padding_mode") in (None, BORDER) and not kwargs.get("align_corners"):
-            matrix = np.linalg.inv(np.asarray(img.affine, dtype=np.float64)) @ np.asarray(dst_affine, dtype=np.float64)
+        plain = isinstance(img, MetaTensor) and img.ndim == 4 and not img.pending_operations
+        if (
+            isinstance(img, MetaTensor)
+            and plain
+            and mode == BILINEAR
+            and not kwargs.get("lazy")
+            and kwargs.get("padding_mode") in (None, BORDER)
+            and not kwargs.get("align_corners")
+        ):
+            matrix: Affine = np.linalg.inv(np.asarray(img.affine, dtype=np.float64)) @ np.asarray(dst_affine, dtype=np.float64)
             size = [int(n) for n in spatial_size]
             axes = parallel_axes(matrix, size)
             if axes is not None and not (np.allclose(matrix, np.eye(4), atol=1e-5) and size == list(img.shape[1:])):
-                return self._parallel(img, matrix, axes, size)
+                moved: torch.Tensor = self._parallel(img, matrix, axes, size)
+                return moved
         result: torch.Tensor = super().__call__(img, dst_affine, spatial_size, mode, *args, **kwargs)
         return result
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import ceil, prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -178,8 +178,10 @@ def _add(
         if one is None:
             continue
         at = tuple(slice(i - s.start, i - s.start + n) for i, s, n in zip(start, box, weights.shape, strict=True))
-        total[:-1][(slice(None), *at)].addcmul_(one.to(total.device, torch.float32), weights)
-        total[-1][at] += weights
+        scored: tuple[Any, ...] = (slice(0, -1), *at)
+        counted: tuple[Any, ...] = (-1, *at)
+        total[scored].addcmul_(one.to(total.device, torch.float32), weights)
+        total[counted] += weights
 
 
 def _load(windows: Lattice, strips: dict[int, torch.Tensor], place: dict[int, int], box: Box, total: torch.Tensor) -> None:
@@ -217,7 +219,8 @@ def _strip_shape(windows: Lattice, axis: int, channels: int) -> list[int]:
 
 def _extent(windows: Lattice, axis: int) -> int:
     """The largest size of a cell along one axis, voxels."""
-    return max(s.stop - s.start for s in (_reach(windows, axis, i) for i in range(len(windows.groups(axis)))))
+    reaches = [_reach(windows, axis, number) for number in range(len(windows.groups(axis)))]
+    return max(int(reach.stop) - int(reach.start) for reach in reaches)
 
 
 def _within(windows: Lattice, axis: int, box: Box) -> Box:
@@ -231,7 +234,8 @@ def _within(windows: Lattice, axis: int, box: Box) -> Box:
 def _finish(windows: Lattice, place: dict[int, int], box: Box, total: torch.Tensor) -> Block:
     """The part of a cell that no later window touches, divided by its weights."""
     stop = [_done(windows, axis, place[axis]) - box[axis].start for axis in range(len(box))]
-    part = total[(slice(None), *(slice(0, n) for n in stop))]
+    done = (slice(None), *(slice(0, n) for n in stop))
+    part = total[done]
     scores, weight = part[:-1], part[-1]
     unseen = weight == 0
     if unseen.any():

@@ -204,8 +204,8 @@ def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
     for block in pieces:
         if scores is None:
             scores = block.scores.new_empty((len(block.scores), *block.shape))
-        at = tuple(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True))
-        scores[(slice(None), *at)] = block.scores
+        at = (slice(None), *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)))
+        scores[at] = block.scores
     assert scores is not None
     return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores
 
@@ -228,9 +228,9 @@ def _finite(image: torch.Tensor) -> torch.Tensor:
 
 def _cropped(block: Block, margins: Sequence[int]) -> Block:
     """A block without the padding of a small image; along a padded axis there is one window."""
-    cut = tuple(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True))
+    cut = (slice(None), *(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True)))
     shape = tuple(n - m for n, m in zip(block.shape, margins, strict=True))
-    return Block(start=block.start, scores=block.scores[(slice(None), *cut)], shape=shape)
+    return Block(start=block.start, scores=block.scores[cut], shape=shape)
 
 
 def _timed(pieces: Iterator[Block], seconds: list[float]) -> Iterator[Block]:

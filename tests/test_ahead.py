@@ -64,4 +64,4 @@ def test_what_is_done_behind_keeps_its_order(beside: bool) -> None:
 def test_a_failure_behind_is_raised() -> None:
     """Not swallowed by the thread."""
     with pytest.raises(ZeroDivisionError):
-        behind(lambda number: 1 / number, [1, 0, 1], beside=True)  # type: ignore[arg-type,return-value]
+        behind(lambda number: 1 / number, [1, 0, 1], beside=True)  # type: ignore[arg-type]

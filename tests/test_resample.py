@@ -44,4 +44,4 @@ def test_equals_monais_spacing(name: str) -> None:
 def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """MONAI's resampling of an image is not called where axes run parallel."""
     monkeypatch.setattr("monai.transforms.spatial.array.spatial_resample", None)
-    resample.spacing(parse_spec(), ("image",))({"image": case(AFFINES["turned"])["image"]})
+    resample.spacing(parse_spec(), ("image", "label"))({"image": case(AFFINES["turned"])["image"]})

@@ -86,7 +86,7 @@ def test_a_limit_is_kept_where_it_can_be() -> None:
     whole = held_bytes(windows, 9)
     assert whole == FLOAT32 * 10 * 96 * 80 * 64
     assert fit(windows, 9, whole) == windows
-    for part in (2, 4, 8):
+    for part in (2, 4, 7):
         assert whole / part / 8 < held_bytes(fit(windows, 9, whole / part), 9) <= whole / part
     assert fit(windows, 9, 1).cell == (1, 1, 1)
 

@@ -41,7 +41,7 @@ def test_windows_give_what_the_whole_volume_gives(overlap: float, size: tuple[in
     assert windowed.shape == whole.shape
     at_faces = torch.zeros(size, dtype=torch.bool)
     for axis, (n, roi) in enumerate(zip(size, spec.roi_size, strict=True)):
-        for start in {*range(0, n - roi, int(roi * (1 - overlap))), n - roi}:
+        for start in inferer(spec).windows(size, 3).starts[axis]:
             for face in {start, start + roi - 1} - {0, n - 1}:
                 at_faces.select(axis, face).fill_(True)
     differs = ((windowed - whole).abs() > 1e-5).any(dim=1)[0]
@@ -237,7 +237,7 @@ def test_a_device_that_is_too_small_gets_fewer_windows_at_once() -> None:
     with torch.no_grad():
         found = WindowInferer((16, 12, 8), 0.5, sw_batch_size=8)(x, small)
         torch.testing.assert_close(found, WindowInferer((16, 12, 8), 0.5, sw_batch_size=2)(x, Near(3)))
-    assert small.sizes[1:4] == [8, 4, 2]
+    assert small.sizes[1:4] == [7, 4, 2]  # the first window went alone
     with pytest.raises(torch.OutOfMemoryError):
         WindowInferer((16, 12, 8))(x, TooSmall(0))
 
