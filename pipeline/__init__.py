@@ -16,10 +16,10 @@ The path of a volume, one module a step:
     report      volumes, scores, tables
 
 What it goes by: `spec` (what weights see and say), `run` (how a training run goes), `config` (YAML to either), `types`,
-`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `batch` (many cases), `ahead`
-(one beside the next), `header` and `memory` (what a case will take), `export` (for other runtimes), `dataset` (labelled cases
-and folds), `augment` (random patches), `training` (one run), `resume` (that run, cut off and gone on), `score` (against
-labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the command).
+`errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `cases` (what is to be done),
+`batch` (all of it), `ahead` (one case beside the next), `header` and `memory` (what a case will take), `export` (for other
+runtimes), `dataset` (labelled cases and folds), `augment` (random patches), `training` (one run), `resume` (that run, cut off
+and gone on), `score` (against labels), `picture` (overlays, charts), `api` (for scripts), `cli` (the command).
 """
 
 from __future__ import annotations

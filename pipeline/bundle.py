@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,7 @@ from pipeline.report import write_json
 from pipeline.spec import Spec
 from pipeline.types import Case, PathOrStr
 
+VERSIONS = ("monai_version", "pytorch_version", "numpy_version", "required_packages_version")  # of where it was made
 WIRING = ("inference.yaml", "train.yaml")
 SCHEMA = "metadata_schema.json"
 SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -53,7 +54,11 @@ class Card:
     data_type: str
     references: tuple[str, ...]
     eval_metrics: dict[str, float]
-    changelog: dict[str, str] = field(default_factory=dict)
+    changelog: dict[str, str]
+
+    def __post_init__(self) -> None:
+        if not self.changelog:
+            raise ConfigError("card.changelog: expected at least one version, got none")
 
 
 def find(name: PathOrStr) -> Path:
@@ -237,17 +242,17 @@ def _check_weights(root: Path) -> None:
 def _check_properties(root: Path, kind: str) -> None:
     """MONAI's `check_properties`, which makes every part of the workflow: training needs a case, so it gets a made-up one."""
     names = ["inference.yaml"] if kind == "inference" else list(WIRING)
-    cases: list[Any] = [] if kind == "inference" else _made_up_cases(root)
+    overrides: dict[str, Any] = {"dataset::data": []}
+    if kind == "train":  # without what starts a run: the weights that it started from need not be here
+        overrides = {"train::dataset::data": _made_up_cases(root), "initialize": []}
     workflow = ConfigWorkflow(
         config_file=[str(root / "configs" / name) for name in names],
         meta_file=str(root / "configs" / "metadata.json"),
         logging_file=False,
         workflow_type=kind,
-        **{
-            "bundle_root": str(root),
-            "dataset_dir": str(root),
-            "dataset::data" if kind == "inference" else "train::dataset::data": cases,
-        },
+        bundle_root=str(root),
+        dataset_dir=str(root),
+        **overrides,
     )
     workflow.initialize()
     missing = workflow.check_properties()
@@ -290,6 +295,6 @@ def _check_generated(root: Path) -> None:
             raise ConfigError(f"configs/{name} differs from the one that volseg {version('volseg')} writes")
     stored = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
     fresh = metadata(root)
-    changed = sorted(key for key in stored.keys() | fresh.keys() if stored.get(key) != fresh.get(key) and "version" not in key)
+    changed = sorted(key for key in stored.keys() | fresh.keys() if stored.get(key) != fresh.get(key) and key not in VERSIONS)
     if changed:
         raise ConfigError(f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card")

@@ -32,6 +32,7 @@ from pipeline.types import Affine, LabelMap, PathOrStr
 from pipeline.window import NETWORK_SECONDS
 from pipeline.write import write_bytes
 
+ALL_NEW = 1 - 1e-9  # Ignite's average asks for a momentum below 1; in float32 this is 1
 MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # from malloc.h
 
 
@@ -60,7 +61,15 @@ def loss(spec: Spec) -> nn.Module:
 
 
 def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int) -> WarmupCosineSchedule:
-    """A learning rate that rises over the warm-up and falls to 0 along a cosine, a step at a time."""
+    """A learning rate that rises over the warm-up and falls to 0 along a cosine, a step at a time.
+
+    Raises:
+        ConfigError: an epoch without steps.
+    """
+    if steps_per_epoch < 1:
+        raise ConfigError(
+            f"run.batch_size: a step mixes {run.cases_per_step} cases, more than the dataset gives; take a smaller batch_size"
+        )
     steps = run.epochs * steps_per_epoch
     return WarmupCosineSchedule(optimizer, warmup_steps=max(1, round(run.warmup * steps)), t_total=steps)
 
@@ -68,7 +77,7 @@ def schedule(optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int) -
 def average(network: nn.Module, run: Run) -> EMAHandler:
     """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
     network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
-    return EMAHandler(network, momentum=1 - run.ema_decay, handle_buffers="copy")
+    return EMAHandler(network, momentum=min(1 - run.ema_decay, ALL_NEW), handle_buffers="copy")
 
 
 def start_from(network: nn.Module, run: Run) -> None:
@@ -248,8 +257,11 @@ def _evaluate(evaluator: SupervisedEvaluator, batch: Mapping[Hashable, Any], for
     """`pred` of one preprocessed case; the evaluator keeps nothing of it."""
     evaluator.data_loader = [batch]
     evaluator.state.epoch_length = 1
-    with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
-        evaluator.run()
-    pred: MetaTensor = evaluator.state.output[0][PRED]
-    evaluator.data_loader, evaluator.state.output, evaluator.state.batch = [], None, None
-    return pred
+    try:
+        with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
+            evaluator.run()
+        pred: MetaTensor = evaluator.state.output[0][PRED]
+        return pred
+    finally:
+        evaluator.data_loader, evaluator.state.output, evaluator.state.batch = [], None, None
+        evaluator._internal_run_generator = None  # Ignite keeps that of a run that failed: the next case would not run

@@ -31,11 +31,11 @@ def volumes_mm3(labels: LabelMap, affine: Affine, names: Mapping[str, int]) -> d
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table, whole or not at all; the columns are those of the first row."""
+    """A table, whole or not at all; the columns are those of the rows, in the order in which they come up."""
     rows = list(rows)
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())

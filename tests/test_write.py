@@ -11,7 +11,6 @@ import pytest
 import SimpleITK as sitk
 from phantom import SHAPE, nifti, oblique, save, smooth
 
-from pipeline import write
 from pipeline.errors import WriteError
 from pipeline.read import read
 from pipeline.types import LabelMap
@@ -114,7 +113,7 @@ def test_a_file_is_whole_or_as_it_was(
     def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr(write.os, step, fail)
+    monkeypatch.setattr(os, step, fail)
     expected = WriteError if isinstance(fault, OSError) else type(fault)
     with pytest.raises(expected) as raised:
         write_bytes(path, b"new" * 1000)
@@ -129,9 +128,9 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
     def replace(source: Path, target: Path) -> None:
         seen.append((Path(source).read_bytes(), Path(source).parent == Path(target).parent, Path(target).exists()))
-        os.rename(source, target)
+        Path(source).rename(target)
 
-    monkeypatch.setattr(write.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     write_bytes(tmp_path / "out", b"content")
     assert seen == [(b"content", True, False)]
     assert (tmp_path / "out").read_bytes() == b"content"

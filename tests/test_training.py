@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from phantom import CARD, nifti, oblique, save, smooth, spec_content
+
+from pipeline import bundle
+from pipeline.cli import main
+
+CASES = 6
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Volumes whose label follows from their intensity, on grids of several sizes."""
+    root = tmp_path_factory.mktemp("dataset")
+    names = [f"case_{i}" for i in range(CASES)]
+    for i, name in enumerate(names):
+        array = smooth((17 + i, 24, 21), seed=i)
+        label = np.select([array > 130, array > 110], [300, 7], 0).astype(np.int16)
+        save(root / "images" / f"{name}.nii.gz", nifti(array))
+        save(root / "labels" / f"{name}.nii.gz", nib.Nifti1Image(label, oblique()))
+    pairs = [{"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz"} for name in names]
+    (root / "dataset.json").write_text(json.dumps({"training": pairs}))
+    (root / "splits.json").write_text(json.dumps([{"train": names[:-2], "val": names[-2:]}]))
+    return root
+
+
+def train(folder: Path, dataset: Path, dims: int, *changes: str, **settings: Any) -> Result:
+    """`volseg train` on a bundle that has a spec and a card only."""
+    configs = folder / "bundle" / "configs"
+    configs.mkdir(parents=True, exist_ok=True)
+    network = {"features": [6, 8], "norm": "batch"}
+    for name, content in {"spec": spec_content(dims, network=network, overlap=0.0), "card": CARD}.items():
+        (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    run = {
+        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": 6, "batch_size": 4,
+        "patches_per_case": 2, "learning_rate": 0.02, "ema_decay": 0.5, "augment": {"mirror": ["R"]},
+    } | settings  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    threads = torch.get_num_threads()
+    result = CliRunner().invoke(main, ["train", str(folder / "run.yaml"), *changes], catch_exceptions=False)
+    torch.set_num_threads(threads)
+    return result
+
+
+def digest(folder: Path) -> str:
+    state = torch.load(folder / "bundle" / "models" / "model.pt", weights_only=True)
+    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_training_leaves_a_complete_bundle_that_segments(dims: int, dataset: Path, tmp_path: Path) -> None:
+    """The loss falls, the bundle passes its checks, and its labels agree with those of cases that it never saw."""
+    result = train(tmp_path, dataset, dims)
+    assert result.exit_code == 0, result.output
+    losses = [float(loss) for loss in re.findall(r"epoch \d+ of 6: loss ([\d.]+)", result.stderr)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    root = tmp_path / "bundle"
+    assert not any(bundle.check(root).values())
+    evaluated = CliRunner().invoke(
+        main,
+        ["evaluate", str(root), str(dataset), "-o", str(tmp_path / "out"), "--splits", "splits.json", "--device", "cpu"],
+    )
+    assert evaluated.exit_code == 0, evaluated.output
+    assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
+    labels = nib.load(tmp_path / "out" / "case_5_seg.nii.gz")
+    reference = np.asarray(nib.load(dataset / "labels" / "case_5.nii.gz").dataobj)
+    found, there = np.asarray(labels.dataobj) > 0, reference > 0
+    assert 2 * (found & there).sum() / (found.sum() + there.sum()) > 2 * there.mean() / (1 + there.mean())
+
+
+def test_the_same_seed_gives_the_same_weights(dataset: Path, tmp_path: Path) -> None:
+    """To the bit; another seed gives others."""
+    weights = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        (tmp_path / name).mkdir()
+        assert train(tmp_path / name, dataset, 3, "epochs=1", f"seed={seed}").exit_code == 0
+        weights.append(digest(tmp_path / name))
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: Path) -> None:
+    """ema_decay 0, the default, trains as well."""
+    assert train(tmp_path, dataset, 2, "epochs=1", "ema_decay=0").exit_code == 0
+    assert (tmp_path / "bundle" / "models" / "model.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "says"),
+    [
+        (["epochs=0"], {}, "run.epochs: expected 1 or more, got 0"),
+        (["epoch=3"], {}, "unknown key run.epoch; did you mean epochs?"),
+        ([], {"dataset": "$NOT_SET_ANYWHERE/x"}, "$NOT_SET_ANYWHERE/x: set the environment variable that it names"),
+        ([], {"fold": 5}, "fold 5: splits.json holds folds 0 to 0"),
+        ([], {"batch_size": 100}, "run.batch_size: a step mixes 50 cases, more than the dataset gives; take"),
+        ([], {"bundle": "nowhere"}, "nowhere/configs/spec.yaml: no such file; write down there what the weights are to see"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(
+    changes: list[str], settings: dict[str, Any], says: str, dataset: Path, tmp_path: Path
+) -> None:
+    """Exit status 2 and a message without a traceback."""
+    result = train(tmp_path, dataset, 3, *changes, **settings)
+    assert result.exit_code == 2
+    assert says in " ".join(result.stderr.split())
