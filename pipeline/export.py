@@ -14,8 +14,8 @@ import torch
 from pipeline import network as networks
 from pipeline import runtime
 from pipeline import spec as specs
-from pipeline.cases import find_cases
 from pipeline.bundle import find
+from pipeline.cases import find_cases
 from pipeline.errors import ConfigError
 from pipeline.preprocess import IMAGE, preprocessing
 from pipeline.report import write_json

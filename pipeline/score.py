@@ -192,7 +192,8 @@ def _nanmean(values: Array, axis: int) -> Array:
     """The mean without nan; nan where there is nothing else."""
     counted = ~np.isnan(values)
     total = np.where(counted, values, 0).sum(axis=axis)
-    return np.divide(total, counted.sum(axis=axis), out=np.full(total.shape, nan), where=counted.any(axis=axis))
+    mean: Array = np.divide(total, counted.sum(axis=axis), out=np.full(total.shape, nan), where=counted.any(axis=axis))
+    return mean
 
 
 def compare(

@@ -37,8 +37,8 @@ def test_shipped_bundles_are_complete(root: Path) -> None:
     """Their generated files are those of this version; the wiring says no number and is the same for all."""
     stored = json.loads((root / "configs" / "metadata.json").read_text())
     fresh = bundle.metadata(root)
-    assert {key: value for key, value in stored.items() if key not in bundle.VERSIONS} == {
-        key: value for key, value in fresh.items() if key not in bundle.VERSIONS
+    assert {key: value for key, value in stored.items() if key not in verify.VERSIONS} == {
+        key: value for key, value in fresh.items() if key not in verify.VERSIONS
     }
     for name in bundle.WIRING:
         assert (root / "configs" / name).read_text() == (files("pipeline") / "wiring" / name).read_text()
