@@ -20,7 +20,7 @@ What it goes by: `spec` (what weights see and say), `run` (how a training run go
 whole), `cases` and `batch` (what there is to do, and doing it), `ahead` (one beside the next), `header` and `memory` (what a
 case will take), `export` (for other runtimes), `dataset` (labelled cases and folds), `augment` (random patches), `training`
 (one run), `resume` (that run, cut off and gone on), `score` (against labels), `picture` (overlays, charts), `api` (for
-scripts), `cli` (the command).
+scripts), `cli` and `progress` (the command, and what it shows).
 
 What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
 (what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `regions`

@@ -102,16 +102,11 @@ def open_model(
         parser.read_config(root / "configs" / "inference.yaml")
     parser["bundle_root"] = str(root)
     parser["device"] = device_of(device)
-    parser["dataset"]["data"] = []
-    parser["inferer"]["overlap"] = overlap
-    parser["preprocessing"]["volume"] = volume
-    if (runtime, precision) != ("auto", "auto"):
-        if "runtime" not in parser:
-            raise ConfigError(
-                f"{root}: its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle"
-            )
-        parser["runtime"].update(runtime=runtime, precision=precision)
     try:
+        parser["dataset"]["data"] = []
+        parser["inferer"]["overlap"] = overlap
+        parser["preprocessing"]["volume"] = volume
+        parser["runtime"].update(runtime=runtime, precision=precision)
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError
+from pipeline.progress import line, progress, quiet
 
 DONE, SOME_FAILED, WRONG = 0, 1, 2
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
 RUNTIMES = click.Choice(["auto", "torch", "openvino"])
 PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
 SHOWN = ("dice", "nsd", "hd95_mm")
-Advance = Callable[[str], None]
 
 
 class Refusal(click.ClickException):
@@ -84,7 +84,7 @@ def segment(
         from pipeline.cases import find_cases
         from pipeline.memory import parse_size
 
-        _quiet()
+        quiet()
         model = open_model(
             bundle,
             device=device,
@@ -95,8 +95,8 @@ def segment(
             max_memory=parse_size(max_memory) if max_memory else None,
         )
         cases = find_cases(inputs, model.spec)
-        with _progress("segmenting", len(cases)) as advance:
-            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
+        with progress("segmenting", len(cases)) as advance:
+            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(line(row)))
     failed = [row for row in rows if row["status"] == "failed"]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
@@ -115,7 +115,7 @@ def check(bundle: str, as_json: bool) -> None:
     with refusals():
         from pipeline.verify import check as check_bundle
 
-        _quiet()
+        quiet()
         results = check_bundle(bundle)
     if as_json:
         click.echo(json.dumps(results, indent=2))
@@ -136,7 +136,7 @@ def import_(checkpoint: Path, output: Path) -> None:
     with refusals():
         from pipeline.adopt import NAMES, import_checkpoint
 
-        _quiet()
+        quiet()
         kind = import_checkpoint(checkpoint, output)
     click.echo(f"recognised the {NAMES[kind]}; the bundle is in {output}", err=True)
 
@@ -156,7 +156,7 @@ def export(bundle: str, to: Any, precision: Any, calibrate: tuple[str, ...]) -> 
     with refusals():
         from pipeline.export import export as export_bundle
 
-        _quiet()
+        quiet()
         report = export_bundle(bundle, to, precision=precision, calibrate=calibrate)
     click.echo(json.dumps(report, indent=2))
 
@@ -175,9 +175,9 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
     with refusals():
         from pipeline.training import read_run, train_bundle
 
-        _quiet()
+        quiet()
         run, content = read_run(config, changes)
-        with _progress("training", run.epochs) as advance:
+        with progress("training", run.epochs) as advance:
 
             def epoch_done(epoch: int, loss: float) -> None:
                 advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}")
@@ -221,11 +221,11 @@ def evaluate(
         from pipeline.picture import dice_bars
         from pipeline.report import write_csv, write_json
 
-        _quiet()
+        quiet()
         model = open_model(bundle, device=device, precision=precision)
         cases = fold_cases(dataset, splits, fold, "val")
-        with _progress("segmenting", len(cases)) as advance:
-            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(_line(row)))
+        with progress("segmenting", len(cases)) as advance:
+            rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(line(row)))
         scores = []
         for case in cases:
             prediction = batch.output_path(output, case["case"])
@@ -261,43 +261,6 @@ def _print_summary(summary: Sequence[dict[str, Any]]) -> None:
     for row in summary:
         parts = [f"{metric} {row[metric]:.4f} [{row[metric + '_low']:.4f}, {row[metric + '_high']:.4f}]" for metric in SHOWN]
         click.echo(f"{row['label']}: {', '.join(parts)} over {row['cases']} cases")
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One case, as progress says it."""
-    if row["status"] == "failed":
-        return f"failed   {row['case']}: {row['message']}"
-    return f"{row['status']:8} {row['case']}" + (f" (warning: {row['warnings']})" if row["warnings"] else "")
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr where it is a terminal, plain lines elsewhere; calling it says one line and counts one."""
-    if not sys.stderr.isatty():
-        count = iter(range(1, total + 1))
-        yield lambda line: click.echo(f"[{next(count, total)}/{total}] {line}", err=True)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns: Sequence[Any] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-
-        def advance(line: str) -> None:
-            bar.console.print(line, markup=False, highlight=False)
-            bar.advance(task)
-
-        yield advance
-
-
-def _quiet() -> None:
-    """Keeps the log and the notes of MONAI, Ignite and torch off the screen; errors are told once, by us."""
-    import logging
-    import warnings
-
-    logging.disable(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"monai\.|ignite\.|torch\.")
 
 
 if __name__ == "__main__":

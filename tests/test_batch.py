@@ -181,7 +181,7 @@ def test_a_run_goes_on_where_it_stopped(model_3d: Model, folder: Path) -> None:
     assert go(model_3d, folder, overwrite=True) == dict.fromkeys("abc", "done")
 
 
-@pytest.mark.parametrize("step", ["predict_case", "write_labels", "write_csv"])
+@pytest.mark.parametrize("step", ["compute", "write_labels", "write_csv"])
 def test_a_killed_run_loses_nothing(step: str, model_3d: Model, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the second case at any step and started again, the end is that of a run that was not stopped."""
     original, calls = getattr(batch, step), iter(range(100))
@@ -223,7 +223,7 @@ def test_a_fault_in_any_step_leaves_the_others_written(
         "read": (steps[0], "tensor"),
         "preprocess": (type(steps[2]), "__call__"),
         "network": (model_3d.evaluator.network, "forward"),
-        "invert": (invert, "labels_on_grid"),
+        "invert": (invert, "_fill"),
         "write": (batch, "write_labels"),
     }
     owner, name = place[step]

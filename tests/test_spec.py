@@ -43,7 +43,7 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
         (
             3,
             {"intensity": {"method": "minmax"}},
-            "expected one of 'zscore', 'percentiles', got 'minmax' at spec.intensity.method",
+            "expected one of 'zscore', 'percentiles', 'percentiles_zscore', got 'minmax' at spec.intensity.method",
         ),
         (3, {"intensity": {"lower": 60, "upper": 40}}, "spec.intensity: expected percentiles, 0 ≤ lower < upper ≤ 100"),
         (3, {"network": {"features": [4]}}, "spec.network.features: expected at least two numbers above 0, got (4,)"),

@@ -19,6 +19,8 @@ from pipeline.cli import main
 
 CASES = 6
 
+EPOCHS = 12
+
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,7 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train(folder: Path, dataset: Path, dims: int, *changes: str, **settings: Any) -> Result:
+def train(folder: Path, dataset: Path, dims: int, /, *changes: str, **settings: Any) -> Result:
     """`volseg train` on a bundle that has a spec and a card only."""
     configs = folder / "bundle" / "configs"
     configs.mkdir(parents=True, exist_ok=True)
@@ -44,7 +46,7 @@ def train(folder: Path, dataset: Path, dims: int, *changes: str, **settings: Any
     for name, content in {"spec": spec_content(dims, network=network, overlap=0.0), "card": CARD}.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run = {
-        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": 6, "batch_size": 4,
+        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": EPOCHS, "batch_size": 4,
         "patches_per_case": 2, "learning_rate": 0.02, "ema_decay": 0.5, "augment": {"mirror": ["R"]},
     } | settings  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
@@ -64,8 +66,8 @@ def test_training_leaves_a_complete_bundle_that_segments(dims: int, dataset: Pat
     """The loss falls, the bundle passes its checks, and its labels agree with those of cases that it never saw."""
     result = train(tmp_path, dataset, dims)
     assert result.exit_code == 0, result.output
-    losses = [float(loss) for loss in re.findall(r"epoch \d+ of 6: loss ([\d.]+)", result.stderr)]
-    assert len(losses) == 6
+    losses = [float(loss) for loss in re.findall(rf"epoch \d+ of {EPOCHS}: loss ([\d.]+)", result.stderr)]
+    assert len(losses) == EPOCHS
     assert losses[-1] < losses[0]
     root = tmp_path / "bundle"
     assert not any(verify.check(root).values())
