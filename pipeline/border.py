@@ -41,9 +41,7 @@ class BorderWeightd(MapTransform):
         spacing = np.linalg.norm(np.asarray(label.affine, dtype=np.float64)[:3, :3], axis=0)
         classes = np.rint(label.as_tensor().numpy()[0]).astype(np.int64)
         weights = class_weights(classes) + border_weights(classes, spacing.tolist(), self.weight, self.sigma_mm)
-        case[WEIGHT] = MetaTensor(
-            torch.from_numpy(weights.astype(np.float32))[None], affine=label.affine, meta=label.meta.copy()
-        )
+        case[WEIGHT] = MetaTensor(torch.from_numpy(weights.astype(np.float32))[None], meta=label.meta.copy())
         return case
 
 

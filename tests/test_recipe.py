@@ -81,7 +81,7 @@ def test_border_weights_are_in_mm_of_the_affine() -> None:
     classes = np.zeros((9, 9, 9), dtype=np.float32)
     classes[4, 4, 4] = classes[7, 4, 4] = classes[4, 4, 7] = 1
     weight = BorderWeightd("label", 10.0, 5.0)(
-        {"label": MetaTensor(torch.from_numpy(classes)[None], meta={"affine": torch.from_numpy(affine)})}
+        {"label": MetaTensor(torch.from_numpy(classes)[None], affine=torch.from_numpy(affine))}
     )[WEIGHT]
     expected = class_weights(classes) + brute_force(classes.astype(np.int64), [1.0, 1.0, 6.0], 10.0, 5.0)
     assert weight.shape == (1, 9, 9, 9)
