@@ -56,6 +56,7 @@ def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -
 
 def monai(bundle: Path) -> Run:
     """The parts that bundles of MONAI's model zoo are made of, with the same network, grid and windows."""
+    from monai.data import list_data_collate
     from monai.engines import SupervisedEvaluator
     from monai.engines.utils import IterationEvents
     from monai.inferers import SlidingWindowInferer
@@ -83,7 +84,7 @@ def monai(bundle: Path) -> Run:
         marks["preprocess"] = time.perf_counter()
         evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
-            val_data_loader=[{"image": case["image"][None]}],
+            val_data_loader=[list_data_collate([case])],
             network=network,
             inferer=SlidingWindowInferer(spec.roi_size, 1, spec.overlap, mode="gaussian"),
             postprocessing=after,
