@@ -109,10 +109,10 @@ def open_model(bundle: PathOrStr, *, device: str = "auto", overlap: float | None
         parser.read_config(root / "configs" / "inference.yaml")
     parser["bundle_root"] = str(root)
     parser["device"] = device_of(device)
-    parser["dataset"]["data"] = []
-    parser["inferer"]["overlap"] = overlap
-    parser["preprocessing"]["volume"] = volume
     try:
+        parser["dataset"]["data"] = []
+        parser["inferer"]["overlap"] = overlap
+        parser["preprocessing"]["volume"] = volume
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:

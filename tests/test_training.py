@@ -27,7 +27,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [f"case_{i}" for i in range(CASES)]
     for i, name in enumerate(names):
         array = smooth((17 + i, 24, 21), seed=i)
-        label = np.select([array > 130, array > 110], [300, 7], 0).astype(np.int16)
+        grey = (array - array.mean()) / array.std()
+        label = np.select([grey > 1, grey > 0], [300, 7], 0).astype(np.int16)
         save(root / "images" / f"{name}.nii.gz", nifti(array))
         save(root / "labels" / f"{name}.nii.gz", nib.Nifti1Image(label, oblique()))
     pairs = [{"image": f"images/{name}.nii.gz", "label": f"labels/{name}.nii.gz"} for name in names]
@@ -36,15 +37,15 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def train(folder: Path, dataset: Path, dims: int, *changes: str, **settings: Any) -> Result:
+def train(folder: Path, dataset: Path, dims: int, /, *changes: str, **settings: Any) -> Result:
     """`volseg train` on a bundle that has a spec and a card only."""
     configs = folder / "bundle" / "configs"
     configs.mkdir(parents=True, exist_ok=True)
-    network = {"features": [6, 8], "norm": "batch"}
+    network = {"features": [6, 8], "norm": "instance"}
     for name, content in {"spec": spec_content(dims, network=network, overlap=0.0), "card": CARD}.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run = {
-        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": 6, "batch_size": 4,
+        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": 16, "batch_size": 4,
         "patches_per_case": 2, "learning_rate": 0.02, "ema_decay": 0.5, "augment": {"mirror": ["R"]},
     } | settings  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
@@ -61,11 +62,11 @@ def digest(folder: Path) -> str:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_training_leaves_a_complete_bundle_that_segments(dims: int, dataset: Path, tmp_path: Path) -> None:
-    """The loss falls, the bundle passes its checks, and its labels agree with those of cases that it never saw."""
+    """The loss falls, the bundle passes its checks, and what it finds in a case that it never saw is there."""
     result = train(tmp_path, dataset, dims)
     assert result.exit_code == 0, result.output
-    losses = [float(loss) for loss in re.findall(r"epoch \d+ of 6: loss ([\d.]+)", result.stderr)]
-    assert len(losses) == 6
+    losses = [float(loss) for loss in re.findall(r"epoch \d+ of 16: loss ([\d.]+)", result.stderr)]
+    assert len(losses) == 16
     assert losses[-1] < losses[0]
     root = tmp_path / "bundle"
     assert not any(bundle.check(root).values())
@@ -78,7 +79,8 @@ def test_training_leaves_a_complete_bundle_that_segments(dims: int, dataset: Pat
     labels = nib.load(tmp_path / "out" / "case_5_seg.nii.gz")
     reference = np.asarray(nib.load(dataset / "labels" / "case_5.nii.gz").dataobj)
     found, there = np.asarray(labels.dataobj) > 0, reference > 0
-    assert 2 * (found & there).sum() / (found.sum() + there.sum()) > 2 * there.mean() / (1 + there.mean())
+    assert found.sum() > 0.1 * there.sum()
+    assert (found & there).sum() > 0.8 * found.sum()  # by chance .5
 
 
 def test_the_same_seed_gives_the_same_weights(dataset: Path, tmp_path: Path) -> None:
