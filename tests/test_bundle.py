@@ -194,7 +194,7 @@ def test_monais_command_gives_the_same_bytes(tiny_bundle_3d: Path, folder: Path,
     _same_results(_segment(tiny_bundle_3d, folder, tmp_path / "ours"), tmp_path / "theirs")
 
 
-@pytest.mark.filterwarnings("ignore:.*execute:UserWarning", "ignore:Detected deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
 @pytest.mark.parametrize("overlap", [None, 0.25])
 def test_monais_overrides_take_effect(
     overlap: float | None, tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
