@@ -106,7 +106,10 @@ def open_model(
         parser["dataset"]["data"] = []
         parser["inferer"]["overlap"] = overlap
         parser["preprocessing"]["volume"] = volume
-        parser["runtime"].update(runtime=runtime, precision=precision)
+        if (runtime, precision) != ("auto", "auto"):
+            if "runtime" not in parser:
+                raise ConfigError("its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle")
+            parser["runtime"].update(runtime=runtime, precision=precision)
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -168,7 +169,7 @@ def convert(network: nn.Module, spec: Spec) -> ov.Model:
     """OpenVINO's model of a torch network, in float32."""
     import openvino as ov
 
-    with warnings.catch_warnings():
+    with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that sizes are traced as constants: windows have one size
         return ov.convert_model(network.eval(), example_input=noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
 
@@ -293,3 +294,4 @@ def _core() -> ov.Core:
 
 
 _CORE: ov.Core | None = None
+_TRACING = threading.Lock()  # torch traces one network at a time
