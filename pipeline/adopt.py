@@ -56,7 +56,7 @@ def import_checkpoint(checkpoint: PathOrStr, output: PathOrStr) -> Kind:
     torch.save({name: tensor.detach().contiguous() for name, tensor in state.items()}, buffer)
     write_bytes(root / "models" / "model.pt", buffer.getvalue())
     source = f"{Path(checkpoint).name} (SHA-256 {sha256(Path(checkpoint))})"
-    for name, content in {"spec": spec, "card": _card(kind, source), "run": _run(kind, root)}.items():
+    for name, content in {"spec": spec, "card": _card(kind, source), "run": _run(kind, root, len(spec["roi_size"]))}.items():
         write_bytes(root / "configs" / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     licence = f"The weights were imported from {source}.\nTheir licence is that of their source; ask there before you share.\n"
     write_bytes(root / "LICENSE", licence.encode())
@@ -76,7 +76,7 @@ def _spec(kind: Kind, dims: int, channels: int, outputs: int, network: Network) 
         "channels": _channels(kind, channels),
         "orientation": "PLS",  # rows run to the back and columns to the left, as pictures of axial slices are stored
         "spacing": [None, None, None],
-        "roi_size": [256, 256] if dims == 2 else [128, 128, 32],
+        "roi_size": [256, 256] if dims == 2 else [96, 96, 32],
         "overlap": 0.5,
         "output": "sigmoid" if sigmoid else "softmax",
         "network": {"features": list(network.features), "norm": network.norm},
@@ -120,9 +120,9 @@ def _card(kind: Kind, source: str) -> dict[str, Any]:
     }
 
 
-def _run(kind: Kind, root: Path) -> dict[str, Any]:
+def _run(kind: Kind, root: Path, dims: int) -> dict[str, Any]:
     """run.yaml, for training on; `buda` with the loss, rate and batch size that its code has."""
-    common = {"bundle": str(root), "dataset": "data", "epochs": 100, "batch_size": 16}
+    common = {"bundle": str(root), "dataset": "data", "epochs": 100, "batch_size": 16 if dims == 2 else 2}
     if kind == "buda":
         return {**common, "loss": "dice", "learning_rate": 1e-4, "weight_decay": 0.0}
     return {**common, "learning_rate": 1e-3}

@@ -155,8 +155,8 @@ def openvino_forward(model: ov.Model, precision: str) -> Forward:
             sized.reshape({0: list(shape)})
             requests[shape] = _core().compile_model(sized, "CPU", hints).create_infer_request()
         request = requests[shape]
-        channels = request.get_compiled_model().output(0).get_partial_shape()[1].get_length()
-        result = torch.empty((len(x), channels, *x.shape[2:]))
+        _, *size = request.get_compiled_model().output(0).get_partial_shape()
+        result = torch.empty((len(x), *(n.get_length() for n in size)))
         request.set_input_tensor(ov.Tensor(array, shared_memory=True))
         request.set_output_tensor(ov.Tensor(result.numpy(), shared_memory=True))
         request.infer()

@@ -16,7 +16,8 @@ from pipeline.api import segment
 from pipeline.bundle import open_model
 from pipeline.errors import ConfigError
 from pipeline.runtime import Runtime
-from pipeline.spec import Spec
+from pipeline.spec import Network, Spec
+from pipeline.window import inferer
 
 pytest.importorskip("openvino")
 
@@ -150,3 +151,25 @@ def test_a_bundle_wired_before_runtimes(tiny_bundle_3d: Path, volume_file: Path,
     assert (new == plain).mean() > 0.999
     with pytest.raises(ConfigError, match="refresh the bundle"):
         open_model(old, device="cpu", runtime="torch")
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_unpadded_network_runs_in_openvino(dims: int) -> None:
+    """Its output is smaller than the window, and a tiled volume is the same in both runtimes."""
+    spec = Spec(
+        labels={"background": 0, "one": 1},
+        channels=("T1w",),
+        spacing=(1.0, 1.0, 1.0),
+        roi_size=(28, 32, 36)[:dims],
+        slice_axis="R" if dims == 2 else None,
+        overlap=0.0,
+        network=Network(features=(2, 4), padding=False),
+    )
+    torch.manual_seed(0)
+    net = network.from_spec(spec).eval()
+    volume = torch.randn(1, 1, 9, 13, 17)
+    ours = Runtime(net, spec, runtime="openvino")
+    found = inferer(spec)(volume, ours)
+    assert ours.description == "openvino float32"
+    with torch.no_grad():
+        torch.testing.assert_close(found, inferer(spec)(volume, net), rtol=1e-4, atol=1e-4)
