@@ -113,6 +113,8 @@ def _fill(
                 _fill_any(index, piece, matrix, soft)
             else:
                 _fill_parallel(index, piece, lines(matrix, axes, target_shape, piece.shape, snap=SNAP), soft)
+            del piece
+        del block  # the next one is made meanwhile
     assert index is not None
     return index
 

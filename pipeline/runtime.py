@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 RUNTIMES, PRECISIONS = ("auto", "torch", "openvino"), ("auto", "float32", "bfloat16", "int8")
 CACHE_VARIABLE = "VOLSEG_CACHE"
 INT8 = "model_int8.xml"  # in the bundle's models/
-LAYOUT = "1"  # of a cache entry; changes when what is stored changes
+LAYOUT, NOISE_VOXELS = "2", 48  # of a cache entry, changed with what is stored; of the window it is checked on, along an axis
 # largest difference of logits as a fraction of their standard deviation, least agreement of labels
 TOLERANCE = {"float32": (0.01, 0.9995), "bfloat16": (0.5, 0.98)}
 
@@ -171,7 +172,9 @@ def convert(network: nn.Module, spec: Spec) -> ov.Model:
 
     with _TRACING, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that sizes are traced as constants: windows have one size
-        return ov.convert_model(network.eval(), example_input=noise(spec), input=[-1, len(spec.channels), *spec.roi_size])
+        return ov.convert_model(
+            network.eval(), example_input=noise(spec), input=[-1, len(spec.channels), *(-1 for _ in spec.roi_size)]
+        )
 
 
 def cached_model(network: nn.Module, spec: Spec, precision: str) -> tuple[ov.Model, str]:
@@ -268,12 +271,12 @@ def _key(network: nn.Module, spec: Spec, precision: str) -> str:
 
 
 def noise(spec: Spec) -> torch.Tensor:
-    """One window (1, C, *roi_size) of smooth noise, always the same."""
-    coarse = torch.randn(
-        (1, len(spec.channels), *(max(1, n // 4) for n in spec.roi_size)), generator=torch.Generator().manual_seed(0)
-    )
+    """A small window (1, C, *spatial) of smooth noise, always the same; a whole one takes gigabytes in torch."""
+    steps = [prod(stride[axis] for stride in spec.strides) for axis in range(spec.spatial_dims)]
+    size = [min(roi, step * max(2, NOISE_VOXELS // step)) for roi, step in zip(spec.roi_size, steps, strict=True)]
+    coarse = torch.randn((1, len(spec.channels), *(max(1, n // 4) for n in size)), generator=torch.Generator().manual_seed(0))
     mode = "trilinear" if spec.spatial_dims == 3 else "bilinear"
-    return functional.interpolate(coarse, size=spec.roi_size, mode=mode, align_corners=False)
+    return functional.interpolate(coarse, size=size, mode=mode, align_corners=False)
 
 
 def _missing() -> str:

@@ -144,7 +144,10 @@ def blocks(windows: Lattice, predict: Predict, weights: torch.Tensor, channels: 
         for starts in _batches(windows, place, batch):
             _add(total, predict(starts), starts, weights, box)
         _store(windows, strips, place, box, total)
-        yield _finish(windows, place, box, total)
+        block = _finish(windows, place, box, total)
+        del total  # or it would still be held while the next one is filled
+        yield block
+        del block
 
 
 def _batches(windows: Lattice, place: dict[int, int], size: int) -> Iterator[list[tuple[int, ...]]]:

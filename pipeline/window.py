@@ -152,8 +152,7 @@ class WindowInferer(Inferer):
         windows = self.windows(image.shape[1:], channels)
         weights = weightmap_tensors(self.roi, self.mode).to(device)
         found = blocks(windows, look, weights, channels, batch=self.sw_batch_size)
-        cut = (_cropped(block, margins) for block in _timed(found, look.seconds))
-        result = (self.finish or whole)(cut, item)
+        result = (self.finish or whole)(_each(found, margins, look.seconds), item)
         if isinstance(result, MetaTensor):
             result.meta[NETWORK_SECONDS] = sum(look.seconds)
         return result
@@ -223,6 +222,7 @@ def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
             scores = block.scores.new_empty((len(block.scores), *block.shape))
         at = (slice(None), *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)))
         scores[at] = block.scores
+        del block
     assert scores is not None
     return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores
 
@@ -250,14 +250,17 @@ def _cropped(block: Block, margins: Sequence[int]) -> Block:
     return Block(start=block.start, scores=block.scores[cut], shape=shape)
 
 
-def _timed(pieces: Iterator[Block], seconds: list[float]) -> Iterator[Block]:
+def _each(pieces: Iterator[Block], margins: Sequence[int], seconds: list[float]) -> Iterator[Block]:
+    """Blocks without padding, each let go before the next is made; notes how long that took."""
     while True:
         started = time.perf_counter()
         block = next(pieces, None)
         seconds.append(time.perf_counter() - started)
         if block is None:
             return
+        block = _cropped(block, margins)
         yield block
+        del block
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from math import prod
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.errors import VolumeError
-from pipeline.stitch import FLOAT32, HALO, Lattice, blocks, fit, held_bytes, lattice
+from pipeline.stitch import FLOAT32, HALO, Block, Lattice, blocks, fit, held_bytes, lattice
+from pipeline.window import WindowInferer
 
 ROI = (6, 5, 7)
 SIZES = [(6, 5, 7), (13, 17, 9), (20, 6, 23), (7, 6, 8)]
@@ -107,3 +109,24 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
     windows = replace(lattice((12, 5, 7), ROI, 0.0), cell=(1, 1, 1))
     with pytest.raises(VolumeError, match=r"NaN or infinity in the block that starts at voxel \(5, 0, 0\)"):
         list(blocks(windows, lambda starts: [torch.full((3, *ROI), bad if s[0] else 0.0) for s in starts], torch.ones(ROI), 3))
+
+
+def test_a_block_is_let_go_before_the_next_is_made() -> None:
+    """Or twice the memory would be held; also with what cuts, times and collects blocks around it."""
+    alive: list[weakref.ReferenceType[torch.Tensor]] = []
+
+    def network(patch: torch.Tensor) -> torch.Tensor:
+        assert not any(ref() is not None for ref in alive)
+        return torch.cat([patch, -patch], 1)
+
+    def finish(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
+        for block in pieces:
+            alive.append(weakref.ref(block.scores))
+            del block
+        return image
+
+    x = torch.randn(1, 1, 40, 5, 7)
+    WindowInferer(ROI, 0.5, held_bytes=0, finish=finish)(x, network)
+    assert len(alive) > 5
+    alive.clear()
+    WindowInferer(ROI, 0.5, held_bytes=0)(x, network)
