@@ -32,6 +32,7 @@ from pipeline.errors import VolumeError
 from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Augment, Run
 from pipeline.spec import AXES, Spec
+from pipeline.synthesize import synthesis
 from pipeline.tile import mirrored_part
 
 MOVED = (IMAGE, LABEL, WEIGHT)
@@ -61,14 +62,16 @@ class ClassIndexd(MapTransform):
         return case
 
 
-def training_transform(preprocessing: Compose, spec: Spec, run: Run) -> Compose:
-    """Preprocessing, then random patches: all before the first random step can be cached.
+def training_transform(preprocessing: Compose, spec: Spec, run: Run, device: torch.device | None = None) -> Compose:
+    """Preprocessing, then random patches: all before the first random step can be cached. Or images drawn from label maps.
 
     Where convolutions are not padded, volumes are mirrored around, and the border of a patch is there for the middle's sake.
 
     Shapes: a labelled case → `patches_per_case` dicts of `image` (C, *roi_size) float32 and `label` (1, *roi_size) channel
     numbers, and `weight` (1, *roi_size) where the run's loss asks for it.
     """
+    if run.synthesis:
+        return synthesis(spec, run.synthesis, device)
     roi = crop_size(spec)
     weighted = [BorderWeightd(LABEL, run.border_weight, run.border_sigma_mm)] if run.loss == "border_ce" else []
     return Compose(

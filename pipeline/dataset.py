@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.read import suffix
+from pipeline.run import Run
 from pipeline.types import Case, PathOrStr
 
 
@@ -57,17 +58,53 @@ def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> 
     return [by_name[name] for name in folds[fold][part]]
 
 
+def training_cases(dataset: PathOrStr, run: Run) -> list[Case]:
+    """The cases that a run trains on, as often as it repeats them.
+
+    Raises:
+        ConfigError: see `fold_cases` and `label_maps`; or `hold_out` names a case that there is not.
+    """
+    cases = label_maps(dataset) if run.synthesis else fold_cases(dataset, run.splits, run.fold, "train")
+    unknown = set(run.hold_out) - {case["case"] for case in cases}
+    if unknown:
+        raise ConfigError(f"run.hold_out: expected names of training cases, got {', '.join(sorted(unknown))}")
+    return [case for case in cases if case["case"] not in run.hold_out] * run.repeats
+
+
+def label_maps(dataset: PathOrStr) -> list[Case]:
+    """Every volume of a folder as a case with a `label` and no image.
+
+    Raises:
+        ConfigError: no such folder, or no volume in it.
+    """
+    folder = resolve(dataset)
+    found = [path for path in sorted(folder.iterdir()) if suffix(path)]
+    if not found:
+        raise ConfigError(f"{folder}: expected label maps, found no volume")
+    return [{"case": _name(str(path)), "label": str(path)} for path in found]
+
+
+def expand(path: PathOrStr) -> str:
+    """A path with `$NAME` taken from the environment.
+
+    Raises:
+        ConfigError: a variable that is not set.
+    """
+    text = os.path.expandvars(os.fspath(path))
+    if "$" in text:
+        raise ConfigError(f"{path}: set the environment variable that it names")
+    return text
+
+
 def resolve(dataset: PathOrStr) -> Path:
     """The dataset's folder, with `$NAME` taken from the environment.
 
     Raises:
         ConfigError: a variable that is not set, or no such folder.
     """
-    text = os.path.expandvars(os.fspath(dataset))
-    if "$" in text:
-        raise ConfigError(f"{dataset}: set the environment variable that it names")
+    text = expand(dataset)
     if not Path(text).is_dir():
-        raise ConfigError(f"{text}: no such folder; expected a dataset with a dataset.json")
+        raise ConfigError(f"{text}: no such folder; expected a dataset")
     return Path(text)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import io
-import pickle
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,21 +53,6 @@ def average(network: nn.Module, run: Run) -> EMAHandler:
     """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
     network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
     return EMAHandler(network, momentum=min(1 - run.ema_decay, ALL_NEW), handle_buffers="copy")
-
-
-def start_from(network: nn.Module, run: Run) -> None:
-    """Loads the weights that a run starts from, where it names some.
-
-    Raises:
-        ConfigError: the file is not there, or its weights do not fit the network.
-    """
-    if run.start is None:
-        return
-    try:
-        network.load_state_dict(torch.load(run.start, map_location="cpu", weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"run.start: {run.start} holds no weights of this network: {reason}") from error
 
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:

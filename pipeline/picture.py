@@ -8,16 +8,17 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.types import Array, LabelMap
 
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
-COLOURS = "tab10"
+COLOURS = 20  # as many labels have a colour of their own; then they come round again
 
 
-def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, *, title: str = "") -> None:
-    """Writes a PNG of three orthogonal slices through the middle of what was found, labels over grey values.
+def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, *, title: str = "", slices: int = 1) -> None:
+    """Writes a PNG of slices in three orthogonal planes through what was found, labels over grey values.
 
     Sagittal slices show the front on the right; coronal and axial slices show the subject's left on the picture's right, as
     radiologists read them. One mm is as long along every axis.
@@ -28,31 +29,41 @@ def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, 
         names: name → output value.
         path: the PNG.
         title: the picture's heading.
+        slices: how many of each plane, evenly spaced over what was found; one goes through its middle.
     """
     grey, found, spacing = _canonical(image, labels)
     where = np.argwhere(found > 0)
-    centre = np.rint(where.mean(axis=0) if len(where) else np.array(found.shape) / 2).astype(int)
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3)
-    low, high = np.percentile(grey, [1, 99.5])
-    values = [value for value in names.values() if value != 0]
-    for panel, (plane, axis) in zip(axes, PLANES, strict=True):
-        across, up = (i for i in range(3) if i != axis)
-        aspect = spacing[up] / spacing[across]
-        panel.imshow(grey.take(centre[axis], axis=axis).T, cmap="gray", origin="lower", vmin=low, vmax=high, aspect=aspect)
-        part = found.take(centre[axis], axis=axis).T
-        index = np.ma.masked_equal(sum((part == value) * (i + 1) for i, value in enumerate(values)), 0)
-        panel.imshow(index, cmap=COLOURS, origin="lower", alpha=0.45, vmin=1, vmax=10, aspect=aspect, interpolation="nearest")
-        if axis != 0:
-            panel.invert_xaxis()
-        panel.set_title(f"{plane} {centre[axis]}", fontsize=9)
-        panel.set_axis_off()
-        left, right = ("P", "A") if axis == 0 else ("R", "L")
-        panel.text(0.02, 0.5, left, transform=panel.transAxes, color="yellow", va="center")
-        panel.text(0.98, 0.5, right, transform=panel.transAxes, color="yellow", va="center", ha="right")
+    low, high = (where.min(axis=0), where.max(axis=0)) if len(where) else (np.zeros(3), np.array(found.shape) - 1.0)
+    middle = where.mean(axis=0) if len(where) else (low + high) / 2
+    places = np.linspace(low, high, slices + 2)[1:-1] if slices > 1 else middle[None]
+    figure = Figure(figsize=(4 * max(3, slices), 4.5 if slices == 1 else 12), layout="constrained")
+    axes = figure.subplots(1 if slices == 1 else 3, 3 if slices == 1 else slices).reshape(3, slices)
+    coloured = np.zeros(found.shape, dtype=np.uint8)
+    for i, value in enumerate(value for value in names.values() if value != 0):
+        coloured[found == value] = i % COLOURS + 1
+    window = (float(np.percentile(grey, 1)), float(np.percentile(grey, 99.5)))
+    for row, (_, axis) in zip(axes, PLANES, strict=True):
+        for panel, place in zip(row, np.rint(places[:, axis]).astype(int), strict=True):
+            _panel(panel, grey.take(place, axis=axis), coloured.take(place, axis=axis), axis, spacing, window)
+            panel.set_title(f"{PLANES[axis][0]} {place}", fontsize=9)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110 if slices == 1 else 60)
+
+
+def _panel(panel: Axes, grey: Array, coloured: Array, axis: int, spacing: Array, window: tuple[float, float]) -> None:
+    across, up = (i for i in range(3) if i != axis)
+    aspect = float(spacing[up] / spacing[across])
+    panel.imshow(grey.T, cmap="gray", origin="lower", vmin=window[0], vmax=window[1], aspect=aspect)
+    colours, shown = ("tab10", 10) if coloured.max() <= 10 else ("tab20", COLOURS)
+    index = np.ma.masked_equal(coloured.T, 0)
+    panel.imshow(index, cmap=colours, origin="lower", alpha=0.45, vmin=1, vmax=shown, aspect=aspect, interpolation="nearest")
+    if axis != 0:
+        panel.invert_xaxis()
+    panel.set_axis_off()
+    left, right = ("P", "A") if axis == 0 else ("R", "L")
+    panel.text(0.02, 0.5, left, transform=panel.transAxes, color="yellow", va="center")
+    panel.text(0.98, 0.5, right, transform=panel.transAxes, color="yellow", va="center", ha="right")
 
 
 def _canonical(image: Any, labels: LabelMap) -> tuple[Array, Array, Array]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod, sqrt
 from typing import Any
 
@@ -37,6 +38,40 @@ def initialise(network: nn.Module, run: Run) -> None:
             nn.init.normal_(module.weight, std=sqrt(2 / incoming))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def start_from(network: nn.Module, run: Run) -> None:
+    """Loads the weights that a run starts from, where it names some.
+
+    Raises:
+        ConfigError: the file is not there, or its weights do not fit the network.
+    """
+    if run.start is None:
+        return
+    try:
+        state = torch.load(run.start, map_location="cpu", weights_only=True)
+        network.load_state_dict(grown(state, network.state_dict()) if run.grow else state)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"run.start: {run.start} holds no weights of this network: {reason}") from error
+
+
+def grown(state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a network with one level more on top: those that a coarser one had, and `into`'s where it had none.
+
+    What the coarser network ended with becomes the first of the deep outputs, where there are any.
+    """
+    moved = {}
+    for name, tensor in state.items():
+        module, _, rest = name.partition(".")
+        if module == "output":
+            name = f"deep_outputs.0.{rest}"
+        elif module != "bottleneck":
+            level, _, rest = rest.partition(".")
+            name = f"{module}.{int(level) + 1}.{rest}"
+        moved[name] = tensor
+    fits = {name: tensor for name, tensor in moved.items() if name in into and into[name].shape == tensor.shape}
+    return {**into, **fits}
 
 
 def optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Linear interpolation between two grids whose axes run parallel: one axis at a time, in float32.
+"""Linear interpolation between two grids whose axes run parallel: one axis at a time, in float32; an average on coarser ones.
 
 MONAI's own resampling takes 64 bytes a voxel for positions in float64; on parallel axes the same values come from two
 neighbours along one axis after the other.
@@ -6,14 +6,15 @@ neighbours along one axis after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import Spacingd, SpatialResample
+from monai.transforms import MapTransform, Spacingd, SpatialResample
 from monai.transforms.inverse import TraceableTransform
 from numpy.typing import NDArray
 
@@ -31,6 +32,43 @@ def spacing(spec: Spec, keys: Sequence[str]) -> Spacingd:
     transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
     transform.spacing_transform.sp_resample = Resample(mode=BILINEAR, padding_mode=BORDER, dtype=np.float64)
     return transform
+
+
+class Antialiasd(MapTransform):
+    """Averages over the neighbours of a voxel that no voxel of a coarser grid would see.
+
+    Each axis is convolved with a triangle that reaches as far to either side as the spacing asked for; axes that get no
+    coarser stay as they are. At the volume's edge the triangle is cut off.
+
+    Args:
+        keys: (C, X, Y, Z) MetaTensors.
+        spacing: that they will be resampled to, mm; None for an axis that keeps its own.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: Sequence[float | None]) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.spacing = tuple(spacing)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            for axis, (mm, own) in enumerate(zip(self.spacing, case[key].pixdim.tolist(), strict=True)):
+                if mm is not None and mm > own * (1 + EXACT):
+                    case[key] = averaged(case[key], axis + 1, mm / own)
+        return case
+
+
+def averaged(volume: torch.Tensor, axis: int, ratio: float) -> torch.Tensor:
+    """A volume convolved along one axis with a triangle that ends `ratio` > 1 voxels away; (C, X, Y, Z), as it came."""
+    size = volume.shape[axis]
+    places = torch.arange(size, dtype=torch.float32, device=volume.device)
+    weights = (1 - (places[:, None] - places[None, :]).abs() / ratio).clamp(min=0)
+    weights /= weights.sum(dim=1, keepdim=True)
+    field = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+    moved: torch.Tensor = torch.tensordot(field.float(), weights, dims=([axis], [1])).movedim(-1, axis).contiguous()
+    if isinstance(volume, MetaTensor):
+        moved = MetaTensor(moved).copy_meta_from(volume)
+    return moved
 
 
 class Resample(SpatialResample):

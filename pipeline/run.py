@@ -57,6 +57,70 @@ class Augment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Synthesis:
+    """What images are drawn from label maps instead of being read; `pipeline.synthesize` does it.
+
+    Each `*_chance` is a probability, 0 to 1; ranges are uniform unless said otherwise.
+
+    Attributes:
+        table: the CSV file that says what each value of the maps is (`pipeline.tissues`), with `$NAME` from the environment.
+        rotation: largest angle, degrees, about each axis.
+        scaling: largest relative change of size along each axis; shear: largest shear.
+        shift: how far, mm, the middle of the image may lie from the middle of the structures, along each axis.
+        elastic: largest standard deviation of an elastic displacement, mm, drawn every `elastic_every` mm.
+        t1_chance: of grey values as in T1 images; sequence_chance: of a random function of those; otherwise each class has any.
+        texture: smallest factor on the spread within a class.
+        resolution_chance: of another resolution, `resolution_mm` along each axis; slices_chance: of thick slices, `slices_mm`.
+        noise: largest standard deviation, a fraction of the grey scale.
+        bias: largest standard deviation of the logarithm of the brightness, drawn every `bias_every` mm.
+        gamma: standard deviation of the logarithm of the exponent, normal.
+        cut_chance: of a field of view that ends early; cut: largest fraction of the image lost at a face.
+        strip_chance: of an image without anything around the brain; outer_fluid: the maps' values of the fluid around it,
+            which goes too, half of the times.
+    """
+
+    table: str
+    rotation: float = 20.0
+    scaling: float = 0.15
+    shear: float = 0.02
+    shift: float = 20.0
+    elastic: float = 4.0
+    elastic_every: float = 40.0
+    t1_chance: float = 0.6
+    sequence_chance: float = 0.2
+    texture: float = 0.3
+    resolution_chance: float = 0.3
+    resolution_mm: tuple[float, float] = (1.0, 4.0)
+    slices_chance: float = 0.2
+    slices_mm: tuple[float, float] = (3.0, 7.0)
+    noise: float = 0.05
+    bias: float = 0.3
+    bias_every: float = 60.0
+    gamma: float = 0.2
+    cut_chance: float = 0.2
+    cut: float = 0.3
+    strip_chance: float = 0.25
+    outer_fluid: tuple[int, ...] = (24,)
+
+    def __post_init__(self) -> None:
+        chances = [name for name in self.__dataclass_fields__ if name.endswith("_chance")]
+        for name in (*chances, "texture", "cut"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"run.synthesis.{name}: expected 0 to 1, got {getattr(self, name)}")
+        if self.t1_chance + self.sequence_chance > 1:
+            raise ConfigError(
+                f"run.synthesis: expected t1_chance + sequence_chance ≤ 1, got {self.t1_chance + self.sequence_chance:g}"
+            )
+        for name in ("elastic_every", "bias_every"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"run.synthesis.{name}: expected mm above 0, got {getattr(self, name)}")
+        for name in ("resolution_mm", "slices_mm"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ConfigError(f"run.synthesis.{name}: expected 0 < low ≤ high, mm, got {low}, {high}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """How one training run goes.
 
@@ -78,6 +142,11 @@ class Run:
         warmup: the fraction of the steps over which the learning rate rises, before it falls along a cosine.
         ema_decay: of the exponential moving average of the weights, a step; 0 keeps the last weights as they are.
         start: a state dict to start from instead of random weights, as another run or bundle left it.
+        grow: whether `start` was trained one level coarser: its levels become the lower ones of this network, which has one
+            more on top, and weights that have no place in it begin at random.
+        hold_out: cases that are left out of training, by name.
+        repeats: how often each case comes up in an epoch.
+        synthesis: draws images from label maps: the dataset is then a folder of them; null reads images.
         seed: of the weights, the order of cases and the augmentation.
     """
 
@@ -100,11 +169,15 @@ class Run:
     warmup: float = 0.05
     ema_decay: float = 0.0
     start: str | None = None
+    grow: bool = False
+    hold_out: tuple[str, ...] = ()
+    repeats: int = 1
     seed: int = 0
     augment: Augment = field(default_factory=Augment)
+    synthesis: Synthesis | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patches_per_case"):
+        for name in ("epochs", "batch_size", "patches_per_case", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}: expected 1 or more, got {getattr(self, name)}")
         if self.batch_size % self.patches_per_case:

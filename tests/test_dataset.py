@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import dataset
+from pipeline import config, dataset
 from pipeline.errors import ConfigError
+from pipeline.run import Run
 
 
 @pytest.fixture
@@ -91,3 +92,32 @@ def test_the_real_folds(data: Path) -> None:
     parts = [names_of(dataset.fold_cases(data / "hippocampus", "splits_5fold.json", fold, "val")) for fold in range(5)]
     assert [len(part) for part in parts] == [52] * 5
     assert len({name for part in parts for name in part}) == 260
+
+
+def run_of(**changes: Any) -> Run:
+    content = {"bundle": "b", "dataset": "d", "epochs": 1, "batch_size": 1, "learning_rate": 0.1, "splits": "splits.json"}
+    return config.parse(Run, content | changes, "run")
+
+
+def test_what_a_run_trains_on(folder: Path) -> None:
+    """Its fold, without what it holds out, as often as it says."""
+    assert names_of(dataset.training_cases(folder, run_of())) == ["a_1", "a_2", "b.x_1", "b.x_2"]
+    assert names_of(dataset.training_cases(folder, run_of(hold_out=["a_2", "b.x_1"], repeats=2))) == ["a_1", "b.x_2"] * 2
+    with pytest.raises(ConfigError, match=r"hold_out.* c"):
+        dataset.training_cases(folder, run_of(hold_out=["c"]))
+
+
+def test_label_maps_are_the_volumes_of_a_folder(folder: Path) -> None:
+    """Where images are drawn, every volume is a map; tables and other files are none."""
+    (folder / "labelsTr" / "labels.csv").touch()
+    cases = dataset.training_cases(folder / "labelsTr", run_of(synthesis={"table": "labels.csv"}, hold_out=["orphan"]))
+    assert names_of(cases) == ["a_1", "a_2", "b.x_1", "b.x_2", "c"]
+    assert all(set(case) == {"case", "label"} and Path(case["label"]).is_file() for case in cases)
+    with pytest.raises(ConfigError, match="found no volume"):
+        dataset.label_maps(folder)
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOWHERE", raising=False)
+    with pytest.raises(ConfigError, match=r"\$NOWHERE"):
+        dataset.expand("$NOWHERE/labels.csv")

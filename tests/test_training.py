@@ -117,3 +117,35 @@ def test_a_run_that_cannot_be_is_refused(
     result = train(tmp_path, dataset, 3, *changes, **settings)
     assert result.exit_code == 2
     assert says in " ".join(result.stderr.split())
+
+
+TABLE = """value,freesurfer_value,name,target_value,intensity_class,t1_mean,t1_mean_sd,t1_sd,t1_sd_sd
+0,0,background,0,0,5,1,3,1
+1,1,fluid,0,1,45,5,5,1
+2,2,left front,7,2,150,10,5,1
+3,3,right front,7,3,150,10,5,1
+9,9,back,300,4,100,10,5,1
+"""
+
+
+def test_training_on_images_drawn_from_label_maps(tmp_path: Path) -> None:
+    """A folder of maps and their table are enough, twice the same weights come out, and a real image is segmented."""
+    maps = tmp_path / "maps"
+    for i in range(3):
+        levels = smooth((19 + i, 24, 21), seed=i)
+        label = np.select([levels > 140, levels > 110, levels > 90], [9, 2, 1], 0).astype(np.uint8)
+        save(maps / f"map_{i}.nii.gz", nib.Nifti1Image(label, oblique()))
+    (maps / "labels.csv").write_text(TABLE)
+    settings = {
+        "splits": None, "hold_out": ["map_2"], "repeats": 3, "epochs": 2, "batch_size": 2, "patches_per_case": 1,
+        "learning_rate": 0.01, "synthesis": {"table": str(maps / "labels.csv")},
+    }  # fmt: skip
+    for name in ("one", "two"):
+        result = train(tmp_path / name, maps, 3, **settings)
+        assert result.exit_code == 0, result.output
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    volume = save(tmp_path / "in" / "a.nii.gz")
+    segmented = CliRunner().invoke(
+        main, ["segment", str(volume), "-o", str(tmp_path / "out"), "-b", str(tmp_path / "one/bundle")]
+    )
+    assert segmented.exit_code == 0, segmented.output

@@ -1,0 +1,165 @@
+"""Scores a brain model on real scans with a truth, none of which it was trained on, and draws it on those without.
+
+    python scripts/score_brain.py $VOLSEG_DATA/real -b brain_mr_structures -o runs/score_brain
+
+Needs: oasis1000 (manual structures), head18 (brain mask, aparc+aseg) and any other volumes named `head*` to draw.
+Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan. A truth on another grid than its scan is
+compared on the truth's own grid: each of its voxels asks the nearest voxel of the prediction.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from pipeline import batch, picture, score
+from pipeline.bundle import open_model
+from pipeline.cases import find_cases
+from pipeline.progress import line, progress, quiet
+from pipeline.read import Image, read
+from pipeline.report import write_csv
+from pipeline.types import Array
+
+BOTH = {"white matter": (2, 41), "cortex": (3, 42), "lateral ventricle": (4, 43), "cerebellum white matter": (7, 46),
+        "cerebellum cortex": (8, 47), "thalamus": (10, 49), "caudate": (11, 50), "putamen": (12, 51), "pallidum": (13, 52),
+        "hippocampus": (17, 53), "amygdala": (18, 54), "accumbens": (26, 58), "ventral DC": (28, 60)}  # fmt: skip
+MIDDLE = {"3rd ventricle": 14, "4th ventricle": 15, "brain-stem": 16}
+DEEP = ("thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala")
+# The manual protocol's names; its outermost gyri have numbers of their own, odd ones left
+OASIS = {"Thalamus Proper": "thalamus", "Caudate": "caudate", "Putamen": "putamen", "Pallidum": "pallidum",
+         "Hippocampus": "hippocampus", "Amygdala": "amygdala", "Accumbens Area": "accumbens", "Ventral DC": "ventral DC",
+         "Lateral Ventricle": "lateral ventricle", "Cerebellum Exterior": "cerebellum cortex",
+         "Cerebellum White Matter": "cerebellum white matter", "Cerebral White Matter": "white matter"}  # fmt: skip
+OASIS_MIDDLE = {"3rd Ventricle": 14, "4th Ventricle": 15, "Brain Stem": 16}
+OASIS_GYRI = (100, 207)
+APARC_CORTEX = {1000: 3, 2000: 42}
+CALLOSUM = (251, 255)
+
+
+def oasis_values(table: Path) -> dict[int, int]:
+    """The manual structures' values as FreeSurfer's."""
+    found = {}
+    for row in csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()):
+        value, name = int(row["Label Number"]), row["Label Name"].strip()
+        side, _, rest = name.partition(" ")
+        if name in OASIS_MIDDLE:
+            found[value] = OASIS_MIDDLE[name]
+        elif rest in OASIS:
+            found[value] = BOTH[OASIS[rest]][side == "Right"]
+        elif OASIS_GYRI[0] <= value <= OASIS_GYRI[1] and side in ("Left", "Right"):
+            found[value] = BOTH["cortex"][side == "Right"]
+    return found
+
+
+def aseg(array: Array) -> Array:
+    """aparc+aseg in the model's values: gyri as cortex, corpus callosum as white matter of the nearer side."""
+    out: Array = np.asarray(array, dtype=np.int32).copy()
+    for first, value in APARC_CORTEX.items():
+        out[(out >= first) & (out < first + 1000)] = value
+    callosum = (out >= CALLOSUM[0]) & (out <= CALLOSUM[1])
+    white = np.where(np.isin(out, BOTH["white matter"]), out, 0)
+    nearest = ndimage.distance_transform_edt(white == 0, return_distances=False, return_indices=True)
+    out[callosum] = white[tuple(nearest)][callosum]
+    return out
+
+
+def on_grid_of(truth: Image, prediction: Image) -> Array:
+    """A label map's values at the voxels of another grid, the nearest one's each; 0 outside."""
+    matrix = np.linalg.inv(prediction.affine) @ truth.affine
+    found: Array = ndimage.affine_transform(
+        np.asarray(prediction.array), matrix[:3, :3], matrix[:3, 3], output_shape=truth.array.shape, order=0
+    )
+    return found
+
+
+def rows_of(scan: str, ours: Array, truth: Array, spacing: Iterable[float], values: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row a structure."""
+    mm = [float(s) for s in spacing]
+    return [
+        {"scan": scan, "structure": name, **asdict(score.score(ours == value, truth == value, mm))}
+        for name, value in values.items()
+        if (truth == value).any()
+    ]
+
+
+def structures() -> dict[str, int]:
+    """Each structure's name, with its side, and value."""
+    sided = {f"{side} {name}": values[i] for name, values in BOTH.items() for i, side in enumerate(("left", "right"))}
+    return sided | MIDDLE
+
+
+def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """All comparisons that the folder has a truth for."""
+    rows = []
+    scans = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
+    predictions = {name: read(batch.output_path(out, stem)) for name, stem in scans.items()}
+    mask = read(folder / "head18_brainmask.nii.gz")
+    ours = on_grid_of(mask, predictions["head18"])
+    mm = np.linalg.norm(mask.affine[:3, :3], axis=0)
+    rows += rows_of("head18", (ours > 0).astype(np.uint8), (np.asarray(mask.array) > 0).astype(np.uint8), mm, {"brain mask": 1})
+    manual, segmented = read(folder / "oasis1000_manual_structures.nii.gz"), read(folder / "head18_aparc+aseg.mgz")
+    table = oasis_values(folder / "oasis_structures.csv")
+    there = np.zeros(int(np.asarray(manual.array).max()) + 1, dtype=np.int32)
+    for value, target in table.items():
+        if value < len(there):
+            there[value] = target
+    truths = {
+        "oasis1000": (manual, there[np.asarray(manual.array, dtype=np.int64)]),
+        "head18": (segmented, aseg(segmented.array)),
+    }
+    for name, (image, truth) in truths.items():
+        mm = np.linalg.norm(image.affine[:3, :3], axis=0)
+        rows += rows_of(name, on_grid_of(image, predictions[name]), truth, mm, structures())
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """The means that stand in the bundle's README, one line each."""
+    lines = []
+    for scan in ("oasis1000", "head18"):
+        dice = {row["structure"]: row["dice"] for row in rows if row["scan"] == scan}
+        sided = {name: [dice[k] for k in (f"left {name}", f"right {name}") if k in dice] for name in BOTH}
+        if "brain mask" in dice:
+            lines.append(f"{scan}: brain mask {dice['brain mask']:.3f}")
+        deep = [value for name in DEEP for value in sided[name]]
+        lines.append(f"{scan}: mean of {', '.join(DEEP)} {np.mean(deep):.3f}")
+        lines += [f"{scan}: {name} " + " ".join(f"{v:.3f}" for v in values) for name, values in sided.items() if values]
+        lines += [f"{scan}: {name} {dice[name]:.3f}" for name in MIDDLE if name in dice]
+    return lines
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True))
+@click.option("-b", "--bundle", default="brain_mr_structures", show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--truth/--no-truth", default=True, help="Whether to score, or only to draw.")
+def main(folder: Path, bundle: str, output: Path, device: str, truth: bool) -> None:
+    """Score BUNDLE on the real scans in FOLDER."""
+    quiet()
+    model = open_model(bundle, device=device)
+    scans = [path for path in sorted(folder.iterdir()) if re.search(r"_(T1w|T1w_stripped|FLAIR)\.nii\.gz$", path.name)]
+    cases = find_cases([str(path) for path in scans], model.spec)
+    with progress("segmenting", len(cases)) as advance:
+        batch.segment(model, cases, output, overwrite=True, progress=lambda _, row: advance(line(row)))
+    for path in scans:
+        stem = path.name.removesuffix(".nii.gz")
+        labels = np.asarray(nib.load(batch.output_path(output, stem)).dataobj)
+        picture.overlay(nib.load(path), labels, model.spec.labels, output / f"{stem}.png", title=stem, slices=5)
+    if truth:
+        rows = score_scans(folder, output)
+        write_csv(output / "scores.csv", rows)
+        click.echo("\n".join(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()
