@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError
-from pipeline.progress import line, progress, quiet
+from pipeline.progress import epoch_line, line, progress, quiet
 
 DONE, SOME_FAILED, WRONG = 0, 1, 2
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
@@ -178,11 +178,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
         quiet()
         run, content = read_run(config, changes)
         with progress("training", run.epochs) as advance:
-
-            def epoch_done(epoch: int, loss: float) -> None:
-                advance(f"epoch {epoch} of {run.epochs}: loss {loss:.4f}")
-
-            train_bundle(run, content, epoch_done, resume=resume, restart=restart)
+            train_bundle(run, content, lambda row: advance(epoch_line(row, run.epochs)), resume=resume, restart=restart)
     click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
 
 

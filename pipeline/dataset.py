@@ -71,6 +71,13 @@ def training_cases(dataset: PathOrStr, run: Run) -> list[Case]:
     return [case for case in cases if case["case"] not in run.hold_out] * run.repeats
 
 
+def validation_cases(dataset: PathOrStr, run: Run) -> list[Case]:
+    """The cases that a run is validated on: those of its fold that training leaves out, where it validates at all."""
+    if run.validate_every < 1 or run.splits is None or run.synthesis:
+        return []
+    return fold_cases(dataset, run.splits, run.fold, "val")
+
+
 def label_maps(dataset: PathOrStr) -> list[Case]:
     """Every volume of a folder as a case with a `label` and no image.
 

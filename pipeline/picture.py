@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from pipeline.types import Array, LabelMap
 
+LEGEND = 8  # labels that a legend has room for
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
 COLOURS = 20  # as many labels have a colour of their own; then they come round again
 
@@ -71,6 +72,36 @@ def _canonical(image: Any, labels: LabelMap) -> tuple[Array, Array, Array]:
     upright = nib.as_closest_canonical(image)
     turned = nib.as_closest_canonical(nib.Nifti1Image(labels.astype(np.float32), image.affine))
     return np.asarray(upright.dataobj, dtype=np.float32), np.asarray(turned.dataobj), np.array(upright.header.get_zooms()[:3])
+
+
+def training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Writes a PNG of how a run went, epoch by epoch: loss and Dice, seconds, learning rate.
+
+    Args:
+        rows: of `history.History`.
+        path: the PNG.
+    """
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1, sharex=True)
+    epochs = [row["epoch"] for row in rows]
+    top.plot(epochs, [row["loss"] for row in rows], color="tab:blue", label="training loss")
+    beside = top.twinx()
+    for number, name in enumerate(dict.fromkeys(name for row in rows for name in row if name.startswith("dice"))):
+        scored = [(row["epoch"], row[name]) for row in rows if row.get(name, "") != ""]
+        style: dict[str, Any] = {"color": "tab:green", "lw": 2} if name == "dice" else {"color": f"C{number}", "lw": 0.7}
+        beside.plot(*zip(*scored, strict=True), marker=".", label=name if number < LEGEND else None, **style)
+    beside.set_ylabel("Dice of validation cases")
+    top.set_ylabel("loss")
+    lines = top.get_lines() + [line for line in beside.get_lines() if not str(line.get_label()).startswith("_")]
+    top.legend(lines, [str(line.get_label()) for line in lines], fontsize=7)
+    middle.plot(epochs, [row["seconds"] for row in rows], color="tab:red")
+    middle.set_ylabel("seconds an epoch")
+    bottom.plot(epochs, [row["learning_rate"] for row in rows], color="tab:purple")
+    bottom.set(ylabel="learning rate", xlabel="epoch")
+    for panel in (top, middle, bottom):
+        panel.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
 
 
 def dice_bars(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> None:

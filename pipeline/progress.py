@@ -19,6 +19,12 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['status']:8} {row['case']}" + (f" (warning: {row['warnings']})" if row["warnings"] else "")
 
 
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch of training, as progress says it."""
+    said = f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.4f}, {row['seconds']:.0f} s"
+    return said + "".join(f", {name} {value:.4f}" for name, value in row.items() if name.startswith("dice"))
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
     """A bar on stderr where it is a terminal, plain lines elsewhere; calling it says one line and counts one."""

@@ -144,6 +144,10 @@ class Run:
         start: a state dict to start from instead of random weights, as another run or bundle left it.
         grow: whether `start` was trained one level coarser: its levels become the lower ones of this network, which has one
             more on top, and weights that have no place in it begin at random.
+        validate_every: epochs from one validation to the next, on the cases of the fold that is left out; 0 does without.
+        keep: the `last` weights, or the `best` by mean Dice on those cases, whose scores then flatter.
+        patience: validations without a better score after which the run ends; null goes on.
+        tensorboard: whether TensorBoard's event files are written beside history.csv and progress.png.
         hold_out: cases that are left out of training, by name.
         repeats: how often each case comes up in an epoch.
         synthesis: draws images from label maps: the dataset is then a folder of them; null reads images.
@@ -170,6 +174,10 @@ class Run:
     ema_decay: float = 0.0
     start: str | None = None
     grow: bool = False
+    validate_every: int = 0
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
+    tensorboard: bool = False
     hold_out: tuple[str, ...] = ()
     repeats: int = 1
     seed: int = 0
@@ -190,6 +198,10 @@ class Run:
             raise ConfigError(f"run.border_sigma_mm: expected mm above 0, got {self.border_sigma_mm}")
         if self.augment.elastic_grid < 2:
             raise ConfigError(f"run.augment.elastic_grid: expected 2 points or more, got {self.augment.elastic_grid}")
+        if (self.keep == "best" or self.patience is not None) and (self.validate_every < 1 or self.splits is None):
+            raise ConfigError(
+                "run.keep and run.patience: expected validate_every of 1 or more and splits, to know what is best"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"run.ema_decay: expected 0 ≤ ema_decay < 1, got {self.ema_decay}")
         if not self.learning_rate > 0:

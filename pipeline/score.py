@@ -84,7 +84,7 @@ def score(prediction: Array, reference: Array, spacing: Sequence[float], *, tole
     ml = float(np.prod(spacing)) / 1000
     distances = _surface_scores(ours, theirs, spacing, tolerance_mm) if found and there else _one_is_empty(found + there)
     return Score(
-        dice=2 * both / (found + there) if found + there else nan,
+        dice=dice(ours, theirs),
         sensitivity=both / there if there else (0.0 if found else nan),
         precision=both / found if found else (0.0 if there else nan),
         volume_ml=found * ml,
@@ -93,6 +93,12 @@ def score(prediction: Array, reference: Array, spacing: Sequence[float], *, tole
         difference_percent=100 * (found - there) / there if there else (float("inf") if found else nan),
         **distances,
     )
+
+
+def dice(prediction: Array, reference: Array) -> float:
+    """Dice of two masks of one shape, 0 to 1; nan where both are empty."""
+    size = int(prediction.sum()) + int(reference.sum())
+    return 2 * int((prediction & reference).sum()) / size if size else nan
 
 
 def _one_is_empty(voxels: int) -> dict[str, float]:

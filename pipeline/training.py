@@ -13,13 +13,14 @@ from monai.bundle import ConfigParser
 
 from pipeline import bundle, config
 from pipeline.errors import ConfigError, mendable
+from pipeline.history import History
 from pipeline.resume import checkpoint_of
 from pipeline.run import Run
 from pipeline.types import PathOrStr
 from pipeline.write import write_bytes
 
 CHECKPOINT = Path("models") / "checkpoint.pt"
-EpochDone = Callable[[int, float], None]
+EpochDone = Callable[[dict[str, Any]], None]  # a row of the history
 
 
 def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
@@ -66,7 +67,7 @@ def train_bundle(
     Args:
         run: how it goes.
         content: the YAML that gives it.
-        epoch_done: called after each epoch with its number and the loss of its last step.
+        epoch_done: called after each epoch with its row of the history.
         resume: go on where a run that was cut off had ended its last whole epoch.
         restart: throw such a run away.
 
@@ -91,7 +92,8 @@ def train_bundle(
         parser.get_parsed_content("initialize")
         trainer: Engine = parser.get_parsed_content("train::trainer")
         if epoch_done is not None:
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(trainer.state.epoch, _loss(trainer)))
+            history = next(handler for handler in parser.get_parsed_content("train::handlers") if isinstance(handler, History))
+            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
         if resume:
             checkpoint_of(parser.get_parsed_content("train::handlers")).load(trainer)
         parser.get_parsed_content("run")
@@ -101,7 +103,3 @@ def train_bundle(
         if known is None:
             raise
         raise known from error
-
-
-def _loss(trainer: Engine) -> float:
-    return float(trainer.state.output[0]["loss"])

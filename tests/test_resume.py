@@ -12,7 +12,7 @@ import torch
 from phantom import make_bundle, save, smooth
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.report import sha256, write_json
+from pipeline.report import read_csv, sha256, write_json
 from pipeline.training import CHECKPOINT, read_run, train_bundle
 
 EPOCHS = 4
@@ -35,6 +35,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(folder / pair["label"], nib.Nifti1Image(label, np.eye(4)))
         pairs.append(pair)
     write_json(folder / "dataset.json", {"training": pairs})
+    names = [f"case_{i}" for i in range(4)]
+    write_json(folder / "splits.json", [{"train": names, "val": names[:2]}])
     return folder
 
 
@@ -47,8 +49,8 @@ def run_of(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
 def train(bundle: Path, dataset: Path, *, cut_after: int | None = None, resume: bool = False, **changes: Any) -> str:
     """The hash of the weights that a run leaves; with `cut_after` it is cut off when that epoch has begun to report."""
 
-    def epoch_done(epoch: int, loss: float) -> None:
-        if epoch == cut_after:
+    def epoch_done(row: dict[str, Any]) -> None:
+        if row["epoch"] == cut_after:
             raise Cut
 
     run, content = read_run(bundle / "configs" / "run.yaml", run_of(bundle, dataset, **changes))
@@ -68,6 +70,21 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path,
     torch.rand(7), np.random.rand(7)
     assert train(bundle, dataset, resume=True) == whole
     assert not (bundle / CHECKPOINT).exists()
+
+
+def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, dataset: Path) -> None:
+    """The weights that are kept and the table of epochs are those of the run that was not cut off."""
+    changes = {"splits": "splits.json", "validate_every": 1, "keep": "best", "learning_rate": 0.05}
+    labels = {"background": 0, "bright": 1}
+    whole = train(make_bundle(tmp_path / "whole", labels=labels), dataset, **changes)
+    bundle = make_bundle(tmp_path / "cut", labels=labels)
+    with pytest.raises(Cut):
+        train(bundle, dataset, cut_after=3, **changes)
+    assert train(bundle, dataset, resume=True, **changes) == whole
+    tables = [read_csv(tmp_path / name / "train" / "history.csv") for name in ("whole", "cut")]
+    a, b = ([{key: value for key, value in row.items() if key != "seconds"} for row in table] for table in tables)
+    assert a == b
+    assert len(a) == EPOCHS
 
 
 def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path) -> None:

@@ -16,6 +16,7 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 
 from pipeline import verify
 from pipeline.cli import main
+from pipeline.report import read_csv
 
 CASES = 6
 
@@ -99,9 +100,44 @@ def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: P
     assert (tmp_path / "bundle" / "models" / "model.pt").is_file()
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_validation_is_evaluation(dims: int, dataset: Path, tmp_path: Path) -> None:
+    """What the last epoch's validation said is what `evaluate` says of the weights that were kept; no row is missing."""
+    result = train(tmp_path, dataset, dims, epochs=5, validate_every=2)
+    assert result.exit_code == 0, result.output
+    root = tmp_path / "bundle"
+    rows = read_csv(root / "train" / "history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [bool(row["dice"]) for row in rows] == [False, True, False, True, True]
+    assert "epoch 4 of 5: loss" in result.stderr
+    assert float(rows[0]["learning_rate"]) > float(rows[-1]["learning_rate"])
+    assert (root / "train" / "progress.png").stat().st_size > 5000
+    arguments = [str(root), str(dataset), "-o", str(tmp_path / "out"), "--splits", "splits.json", "--json", "--device", "cpu"]
+    summary = {row["label"]: row["dice"] for row in json.loads(CliRunner().invoke(main, ["evaluate", *arguments]).stdout)}
+    for label in ("front", "back"):
+        assert float(rows[-1][f"dice {label}"]) == pytest.approx(summary[label], abs=0.002)  # kernels are kept in float16
+    assert float(rows[-1]["dice"]) == pytest.approx(np.mean([summary["front"], summary["back"]]), abs=0.002)
+
+
+def test_the_best_weights_are_kept_and_the_run_ends_when_they_get_no_better(dataset: Path, tmp_path: Path) -> None:
+    """With a rate that spoils them soon: the epoch that was best is what is left, and no later one."""
+    settings = {"validate_every": 1, "keep": "best", "patience": 2, "learning_rate": 0.05}
+    result = train(tmp_path, dataset, 3, epochs=40, **settings)
+    assert result.exit_code == 0, result.output
+    root = tmp_path / "bundle"
+    scores = [float(row["dice"]) for row in read_csv(root / "train" / "history.csv")]
+    assert len(scores) < 40
+    assert max(scores) == max(scores[:-2]) > max(scores[-2:]) - 1e-12
+    arguments = [str(root), str(dataset), "-o", str(tmp_path / "out"), "--splits", "splits.json", "--json", "--device", "cpu"]
+    summary = json.loads(CliRunner().invoke(main, ["evaluate", *arguments]).stdout)
+    assert np.mean([row["dice"] for row in summary if row["label"] != "mean"]) == pytest.approx(max(scores), abs=0.003)
+    assert not (root / "models" / "best.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "settings", "says"),
     [
+        (["keep=best"], {}, "run.keep and run.patience: expected validate_every of 1 or more and splits"),
         (["epochs=0"], {}, "run.epochs: expected 1 or more, got 0"),
         (["epoch=3"], {}, "unknown key run.epoch; did you mean epochs?"),
         ([], {"dataset": "$NOT_SET_ANYWHERE/x"}, "$NOT_SET_ANYWHERE/x: set the environment variable that it names"),
