@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from monai.networks.layers import Act, Conv, Dropout, Norm, Pool
@@ -18,6 +19,8 @@ from torch import nn
 from pipeline import sizes
 from pipeline.errors import ShapeError
 from pipeline.spec import Spec
+
+TINY = 1e-12  # no probability is taken for less
 
 
 class Block(nn.Module):
@@ -182,8 +185,37 @@ def centre(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return x
 
 
-def from_spec(spec: Spec) -> UNet:
-    """The network that a spec names, with random weights."""
+class Ensemble(nn.Module):
+    """U-Nets of one shape, as the folds of a cross-validation leave them, run one after the other; what they say is averaged.
+
+    Args:
+        folds: the networks.
+        sigmoid: whether each logit stands for itself, instead of a softmax over all.
+
+    Shapes: as one of them; the logits are those of the mean probability. For inference: while training, train each alone.
+    """
+
+    def __init__(self, folds: Sequence[UNet], *, sigmoid: bool) -> None:
+        super().__init__()
+        self.folds, self.sigmoid = nn.ModuleList(folds), sigmoid
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean: Any = 0.0
+        for fold in self.folds:
+            logits = fold(x).float()
+            mean = mean + (torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)) / len(self.folds)
+        return torch.logit(mean, eps=TINY) if self.sigmoid else torch.log(mean.clamp(min=TINY))
+
+
+def from_spec(spec: Spec) -> nn.Module:
+    """The network that a spec names, with random weights: a U-Net, or an ensemble of them."""
+    if spec.network.folds > 1:
+        return Ensemble([unet(spec) for _ in range(spec.network.folds)], sigmoid=spec.output == "sigmoid")
+    return unet(spec)
+
+
+def unet(spec: Spec) -> UNet:
+    """One U-Net of the shape that a spec names, with random weights."""
     n = spec.network
     return UNet(
         spec.spatial_dims,

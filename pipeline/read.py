@@ -6,7 +6,6 @@ Compressed files are unpacked whole, so that a truncated file or a wrong checksu
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -143,19 +143,24 @@ def _load_nibabel(path: Path, kind: str) -> SpatialImage:
         image: SpatialImage = nib.load(path)
         for part in (Path(holder.filename) for holder in image.file_map.values() if holder.filename):
             if part.name.lower().endswith(".gz"):
-                gzip.decompress(part.read_bytes())  # nibabel stops before the checksum
+                _unpacked(part.read_bytes())  # nibabel stops before the checksum
         return image
     content = path.read_bytes()
     if not content:
         raise ReadError(f"{path}: the file is empty")
     if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+        content = _unpacked(content)
     if kind in (".mgz", ".mgh"):
         return nib.freesurfer.MGHImage.from_bytes(content)
     nifti2 = int.from_bytes(content[:4], "little") == 540 or int.from_bytes(content[:4], "big") == 540
     form = nib.Nifti2Image if nifti2 else nib.Nifti1Image
     _check_spacing(form.header_class(content[: form.header_class.sizeof_hdr], check=False), path)
     return form.from_bytes(content)
+
+
+def _unpacked(content: bytes) -> bytes:
+    unpacked: bytes = igzip.decompress(content)  # type: ignore[no-untyped-call]
+    return unpacked
 
 
 def _check_spacing(header: Any, path: Path) -> None:

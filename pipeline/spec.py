@@ -51,7 +51,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """The U-Net's shape; `pipeline.network.UNet` documents each value."""
+    """The U-Net's shape; `pipeline.network.UNet` documents each value. `folds`: how many such U-Nets are averaged."""
 
     features: tuple[int, ...]
     strides: tuple[Stride, ...] | None = None
@@ -62,6 +62,7 @@ class Network:
     contraction_dropout: float = 0.0
     deep_supervision: int = 0
     padding: bool = True
+    folds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +183,8 @@ def _check_way_in(spec: Spec) -> None:
 
 def _check_network(spec: Spec) -> None:
     n = spec.network
+    if n.folds < 1:
+        raise ConfigError(f"spec.network.folds: expected 1 or more, got {n.folds}")
     if len(n.features) < 2 or min(n.features) < 1:
         raise ConfigError(f"spec.network.features: expected at least two numbers above 0, got {n.features}")
     for name in ("dropout", "contraction_dropout"):

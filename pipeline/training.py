@@ -11,7 +11,7 @@ import yaml
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from pipeline import bundle, config
+from pipeline import bundle, config, spec
 from pipeline.errors import ConfigError, mendable
 from pipeline.history import History
 from pipeline.resume import checkpoint_of
@@ -81,6 +81,8 @@ def train_bundle(
         raise ConfigError(
             f"{root / CHECKPOINT}: an unfinished run is there; go on with --resume, or throw it away with --restart"
         )
+    if spec.load(root / "configs" / "spec.yaml").network.folds > 1:
+        raise ConfigError(f"{root}/configs/spec.yaml: network.folds is above 1; train each fold alone, with folds: 1")
     write_bytes(root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode())
     bundle.refresh(root)
     parser = ConfigParser()

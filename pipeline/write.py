@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
+from isal import igzip
 
 from pipeline.errors import WriteError
 from pipeline.types import Affine, LabelMap
@@ -17,7 +17,7 @@ from pipeline.types import Affine, LabelMap
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-COMPRESSION = 6
+COMPRESSION = 3  # of 0 to 3
 NIFTI1_BYTES = 348
 DESCRIPTION = b"volseg label map"  # the header's mark of a file that we wrote and may replace
 SCANNER_CODE = 1  # NIFTI_XFORM_SCANNER_ANAT, for inputs that are not NIfTI
@@ -57,7 +57,7 @@ def write_labels(path: Path, image: nib.Nifti1Image) -> None:
     Raises:
         WriteError: the folder cannot be made or written to.
     """
-    write_bytes(path, gzip.compress(image.to_bytes(), COMPRESSION, mtime=0))
+    write_bytes(path, igzip.compress(image.to_bytes(), COMPRESSION, mtime=0))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -26,7 +26,7 @@ AIR = -0.5  # in standard deviations from the mean: below it there is no tissue 
 Run = Callable[[Path, Path], dict[str, float]]
 
 
-def opened(bundle: Path) -> tuple[Spec, networks.UNet]:
+def opened(bundle: Path) -> tuple[Spec, torch.nn.Module]:
     """A bundle's spec and its network in torch, ready to run."""
     spec = specs.load(bundle / "configs" / "spec.yaml")
     network = networks.from_spec(spec)

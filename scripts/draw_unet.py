@@ -157,7 +157,7 @@ def _legend(axes: Axes) -> None:
 def main(bundle: Path, output: Path) -> None:
     """Draw the U-Net that a bundle's spec names."""
     said = spec.load(bundle / "configs" / "spec.yaml")
-    net = network.from_spec(said)
+    net = network.unet(said)
     count = sum(p.numel() for p in net.parameters())
     size = "×".join(map(str, said.roi_size))
     draw(maps(net, said.roi_size), output, f"{bundle.name}: {count:,} parameters, a window of {size}")

@@ -112,7 +112,7 @@ def make_bundle(folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, An
     for name, content in {"spec": spec_content(dims, **changes), "card": CARD, "run": RUN | (run or {})}.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     torch.manual_seed(seed)
-    net = network.from_spec(spec.load(configs / "spec.yaml"))
+    net = network.unet(spec.load(configs / "spec.yaml"))
     torch.nn.init.normal_(net.output.weight)
     torch.nn.init.zeros_(net.output.bias)
     save_weights(net, folder / "models" / "model.pt")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from phantom import spec_content
+from phantom import parse_spec, spec_content
 from torch import nn
 
 from pipeline import config, network
@@ -180,6 +181,23 @@ def test_from_spec_takes_every_fact_of_the_spec(dims: int) -> None:
         "strides": [2, 1],
     }
     spec = config.parse(Spec, spec_content(dims, channels=["T1w", "FLAIR"], network=options), "spec")
-    net = network.from_spec(spec)
+    net = network.unet(spec)
     same = UNet(dims, 2, 3, (4, 6, 8), (2, 1), norm="batch", residual=True, dropout=0.1, deep_supervision=1)
     assert str(net) == str(same)
+
+
+@pytest.mark.parametrize(("dims", "output"), [(3, "softmax"), (2, "softmax"), (3, "sigmoid")])
+def test_an_ensemble_is_the_mean_of_its_folds(dims: int, output: str) -> None:
+    """Of their probabilities, whatever scale their logits have; in one fold's order of labels."""
+    spec = parse_spec(dims, output=output, network={"features": [4, 6], "norm": "instance", "folds": 3})
+    net = network.from_spec(spec).eval()
+    assert isinstance(net, network.Ensemble)
+    for scale, fold in enumerate(net.folds, start=1):
+        assert isinstance(fold, UNet)
+        torch.nn.init.normal_(fold.output.weight, std=scale)
+    x = torch.rand(2, 1, *spec.roi_size)
+    activation = torch.sigmoid if output == "sigmoid" else partial(torch.softmax, dim=1)
+    with torch.no_grad():
+        expected = torch.stack([activation(fold(x)) for fold in net.folds]).mean(dim=0)
+        found = activation(net(x))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -74,7 +74,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path,
 
 def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, dataset: Path) -> None:
     """The weights that are kept and the table of epochs are those of the run that was not cut off."""
-    changes = {"splits": "splits.json", "validate_every": 1, "keep": "best", "learning_rate": 0.05}
+    changes: dict[str, Any] = {"splits": "splits.json", "validate_every": 1, "keep": "best", "learning_rate": 0.05}
     labels = {"background": 0, "bright": 1}
     whole = train(make_bundle(tmp_path / "whole", labels=labels), dataset, **changes)
     bundle = make_bundle(tmp_path / "cut", labels=labels)

@@ -43,6 +43,17 @@ def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
             torch.testing.assert_close(Runtime(net, spec, runtime="torch")(x), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_ensemble_runs_in_openvino(dims: int) -> None:
+    """As one network, to 1e-4 of what torch makes of its folds."""
+    spec = parse_spec(dims, network={"features": [4, 6], "norm": "instance", "folds": 3})
+    net = network.from_spec(spec).eval()
+    ours, x = Runtime(net, spec), torch.randn(1, 1, *spec.roi_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-4)
+    assert ours.description == "openvino float32"
+
+
 def test_results_do_not_share_memory() -> None:
     """The logits of one window stay as they are when the next one comes."""
     net, spec = made()

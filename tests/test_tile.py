@@ -70,7 +70,7 @@ def real_volume() -> torch.Tensor:
 def test_tiled_is_whole_3d(roi: tuple[int, ...]) -> None:
     spec = spec_of(roi)
     torch.manual_seed(0)
-    net = network.from_spec(spec).eval()
+    net = network.unet(spec).eval()
     volume = real_volume()
     with torch.no_grad():
         tiled = inferer(spec)(volume, net)
@@ -85,7 +85,7 @@ def test_tiled_is_whole_3d(roi: tuple[int, ...]) -> None:
 def test_tiled_is_whole_2d(roi: tuple[int, ...], batch: int) -> None:
     spec = spec_of(roi)
     torch.manual_seed(0)
-    net = network.from_spec(spec).eval()
+    net = network.unet(spec).eval()
     volume = real_volume()[:, :, :, 20:24]
     with torch.no_grad():
         tiled = inferer(spec, sw_batch_size=batch)(volume, net)
@@ -97,7 +97,7 @@ def test_tiles_of_the_papers_depth_abut() -> None:
     """Four poolings: 572 gives 388, of which 384 are kept, so that tiles start at multiples of 16."""
     spec = spec_of((236, 220), (2, 2, 2, 2))
     torch.manual_seed(0)
-    net = network.from_spec(spec).eval()
+    net = network.unet(spec).eval()
     volume = torch.rand(1, 1, 101, 2, 83)
     with torch.no_grad():
         assert (inferer(spec)(volume, net) - whole(net, volume, spec)).abs().max() <= 1e-5
