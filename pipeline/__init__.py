@@ -12,6 +12,7 @@ The path of a volume, one module a step:
     stitch      overlapping windows as finished blocks of it
     outputs     networks that give several tensors
     invert      logits to labels on the file's own grid
+    soft        how much of each structure, and how sure
     write       the label map as a file, whole or not at all
     report      volumes, scores, tables
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.bundle import open_model
 from pipeline.engine import Model, predict_case
 from pipeline.report import volumes_mm3
-from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.types import Affine, Array, LabelMap, PathOrStr
 from pipeline.write import as_nibabel, as_sitk
 
 
@@ -24,6 +24,7 @@ class Segmentation:
         volumes_mm3: name → volume of each structure, mm³.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
+        uncertainty: (X, Y, Z) from 0 to 1, the entropy of the model's scores, where `load` was asked for it.
     """
 
     image: Any
@@ -32,10 +33,17 @@ class Segmentation:
     volumes_mm3: dict[str, float]
     warnings: tuple[str, ...]
     seconds: dict[str, float]
+    uncertainty: Array | None = None
 
 
 def load(
-    bundle: PathOrStr, *, device: str = "auto", overlap: float | None = None, runtime: str = "auto", precision: str = "auto"
+    bundle: PathOrStr,
+    *,
+    device: str = "auto",
+    overlap: float | None = None,
+    runtime: str = "auto",
+    precision: str = "auto",
+    uncertainty: bool = False,
 ) -> Model:
     """A bundle opened for `segment`; open it once and use it for many images.
 
@@ -45,11 +53,12 @@ def load(
         overlap: of neighbouring windows, a fraction, instead of the bundle's own.
         runtime: auto, torch or openvino.
         precision: auto, float32, bfloat16 or int8.
+        uncertainty: whether each voxel's uncertainty is wanted.
 
     Raises:
         PipelineError: no such bundle or device.
     """
-    return open_model(bundle, device=device, overlap=overlap, runtime=runtime, precision=precision)
+    return open_model(bundle, device=device, overlap=overlap, runtime=runtime, precision=precision, uncertainty=uncertainty)
 
 
 def segment(model: Model, image: Any) -> Segmentation:
@@ -71,7 +80,8 @@ def segment(model: Model, image: Any) -> Segmentation:
         else as_nibabel(prediction.labels, prediction.affine, prediction.header),
         labels=prediction.labels,
         affine=prediction.affine,
-        volumes_mm3=volumes_mm3(prediction.labels, prediction.affine, model.spec.labels),
+        volumes_mm3=volumes_mm3(prediction.labels, prediction.affine, model.spec.labels, prediction.soft_mm3),
         warnings=prediction.warnings,
         seconds=prediction.seconds,
+        uncertainty=prediction.uncertainty,
     )

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, PipelineError, WriteError, mendable
 from pipeline.memory import peak_bytes, predict_within, reset_peak
 from pipeline.report import read_csv, sha256, volumes_mm3, write_csv, write_json
 from pipeline.types import Case, PathOrStr
-from pipeline.write import as_nibabel, write_labels
+from pipeline.write import as_fractions, as_nibabel, write_labels
 
 CASES, VOLUMES, RUN = "cases.csv", "volumes.csv", "run.json"
 STEPS = ("read", "preprocess", "network", "invert", "write")
@@ -111,6 +111,11 @@ def output_path(output_dir: Path, case: str) -> Path:
     return output_dir / f"{case}_seg.nii.gz"
 
 
+def uncertainty_path(output_dir: Path, case: str) -> Path:
+    """Where a case's uncertainty goes, if it is asked for."""
+    return output_dir / f"{case}_uncertainty.nii.gz"
+
+
 def _identity(model: Model) -> dict[str, str]:
     """What must be equal for results to belong together."""
     root = Path(model.root)
@@ -145,7 +150,8 @@ def _start(model: Model, case: Case, out: Path, before: dict[str, Any] | None, *
         PipelineError: it cannot be read, or its output is there and is not ours.
     """
     path = output_path(out, case["case"])
-    if not overwrite and before is not None and before["status"] in ("done", "skipped") and path.is_file():
+    whole = path.is_file() and (not model.uncertainty or uncertainty_path(out, case["case"]).is_file())
+    if not overwrite and before is not None and before["status"] in ("done", "skipped") and whole:
         return None
     if not overwrite and path.is_file() and not is_ours(path):
         raise WriteError(f"{path}: is there already and was not written by volseg; move it away, or --overwrite")
@@ -174,11 +180,14 @@ def _written(
         return found, None
     started = time.perf_counter()
     try:
+        if found.uncertainty is not None:
+            write_labels(uncertainty_path(out, case["case"]), as_fractions(found.uncertainty, found.affine, found.header))
         write_labels(output_path(out, case["case"]), as_nibabel(found.labels, found.affine, found.header))
     except Exception as error:
         return _row(case, "failed", message=_reason(error)), None
     found.seconds["write"] = time.perf_counter() - started
-    return _row(case, "done", prediction=found), volumes_mm3(found.labels, found.affine, model.spec.labels)
+    volumes = volumes_mm3(found.labels, found.affine, model.spec.labels, found.soft_mm3)
+    return _row(case, "done", prediction=found), volumes
 
 
 def _reason(error: BaseException) -> str:

@@ -80,6 +80,7 @@ def open_model(
     runtime: str = "auto",
     precision: str = "auto",
     max_memory: int | None = None,
+    uncertainty: bool = False,
 ) -> Model:
     """A bundle opened for inference, by its own wiring.
 
@@ -91,6 +92,7 @@ def open_model(
         runtime: auto, torch or openvino; see `pipeline.runtime.Runtime`.
         precision: auto, float32, bfloat16 or int8; likewise.
         max_memory: bytes that the process may come to hold.
+        uncertainty: whether each voxel's uncertainty is wanted.
 
     Raises:
         ConfigError: no such bundle, or one whose parts do not fit together.
@@ -106,6 +108,8 @@ def open_model(
         parser["dataset"]["data"] = []
         parser["inferer"]["overlap"] = overlap
         parser["preprocessing"]["volume"] = volume
+        if uncertainty:
+            parser["finish"]["uncertainty"] = True
         if (runtime, precision) != ("auto", "auto"):
             if "runtime" not in parser:
                 raise ConfigError("its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle")
@@ -116,7 +120,7 @@ def open_model(
         raise mendable(error) or ConfigError(
             f"{root}: cannot be opened: {root_cause(error)}; try `volseg check {root}`"
         ) from error
-    return replace(model, max_memory=max_memory)
+    return replace(model, max_memory=max_memory, uncertainty=uncertainty)
 
 
 def metadata(root: Path) -> dict[str, Any]:

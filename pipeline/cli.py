@@ -56,6 +56,7 @@ def main() -> None:
 @click.option(
     "--max-memory", metavar="SIZE", help="Memory that the process may come to hold, such as 4G; the labels are the same."
 )
+@click.option("--uncertainty", is_flag=True, help="Write <name>_uncertainty.nii.gz too: 0 sure, 1 all labels alike.")
 @click.option("--volume", type=int, help="Which volume of 4D files to segment, from 0.")
 @click.option("--overwrite", is_flag=True, help="Do cases again that are done already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows of cases.csv as JSON on stdout.")
@@ -68,6 +69,7 @@ def segment(
     runtime: str,
     precision: str,
     max_memory: str | None,
+    uncertainty: bool,
     volume: int | None,
     overwrite: bool,
     as_json: bool,
@@ -93,18 +95,20 @@ def segment(
             runtime=runtime,
             precision=precision,
             max_memory=parse_size(max_memory) if max_memory else None,
+            uncertainty=uncertainty,
         )
         cases = find_cases(inputs, model.spec)
         with progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(line(row)))
-    failed = [row for row in rows if row["status"] == "failed"]
     if as_json:
         click.echo(json.dumps(rows, indent=2))
-    done = len(rows) - len(failed)
-    click.echo(
-        f"{done} of {len(rows)} cases are in {output}" + (f", {len(failed)} failed (see cases.csv)" if failed else ""), err=True
-    )
+    failed = sum(row["status"] == "failed" for row in rows)
+    click.echo(_outcome(len(rows), failed, output), err=True)
     sys.exit(SOME_FAILED if failed else DONE)
+
+
+def _outcome(cases: int, failed: int, output: Path) -> str:
+    return f"{cases - failed} of {cases} cases are in {output}" + (f", {failed} failed (see cases.csv)" if failed else "")
 
 
 @main.command()

@@ -22,11 +22,11 @@ from torch import nn
 
 from pipeline.border import WEIGHT
 from pipeline.errors import ConfigError, VolumeError, mendable
-from pipeline.invert import PRED
+from pipeline.invert import PRED, SOFT_MM3, UNCERTAINTY
 from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Run
 from pipeline.spec import Spec
-from pipeline.types import Affine, LabelMap, PathOrStr
+from pipeline.types import Affine, Array, LabelMap, PathOrStr
 from pipeline.window import NETWORK_SECONDS
 from pipeline.write import write_bytes
 
@@ -104,6 +104,7 @@ class Model:
         preprocessing: the way in; its first step reads.
         evaluator: MONAI's evaluator over the network, its inferer and the inversion.
         max_memory: bytes that the process may come to hold; None for no limit.
+        uncertainty: whether each voxel's uncertainty is wanted.
     """
 
     root: PathOrStr
@@ -111,6 +112,7 @@ class Model:
     preprocessing: Compose
     evaluator: SupervisedEvaluator
     max_memory: int | None = None
+    uncertainty: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,8 @@ class Prediction:
         header: the file's NIfTI header, empty for other formats.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
+        soft_mm3: each class's volume by its probabilities, mm³, where the spec asks for it.
+        uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, where it was asked for.
     """
 
     labels: LabelMap
@@ -130,6 +134,8 @@ class Prediction:
     header: bytes
     warnings: tuple[str, ...]
     seconds: dict[str, float]
+    soft_mm3: tuple[float, ...] | None = None
+    uncertainty: Array | None = None
 
 
 @dataclass(kw_only=True)
@@ -193,6 +199,8 @@ def compute(model: Model, prepared: Prepared) -> Prediction:
         header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
         warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
         seconds=prepared.seconds | {"network": network - started, "invert": ended - network},
+        soft_mm3=tuple(pred.meta[SOFT_MM3]) if SOFT_MM3 in pred.meta else None,
+        uncertainty=np.asarray(pred.meta[UNCERTAINTY]) if UNCERTAINTY in pred.meta else None,
     )
 
 

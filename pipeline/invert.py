@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from pipeline.preprocess import IMAGE
 from pipeline.regions import kept
-from pipeline.resample import Line, lines, parallel_axes, sample
+from pipeline.resample import lines, parallel_axes, sample
+from pipeline.soft import entropy, summed
 from pipeline.spec import Spec
 from pipeline.stitch import Block
 from pipeline.types import Affine, LabelMap, Logits
@@ -28,12 +29,20 @@ ON_FILE_GRID = "on_file_grid"  # key of `meta`: the tensor holds class numbers o
 SNAP = 0.001  # voxels by which a position may miss a voxel and still count as on it
 PIECE_VALUES = 2**24  # of scores that are looked at together: 64 MB, and as much again while they are
 FAR = 1e9  # voxels; where a block ends at the volume's edge, the nearest voxel's scores hold beyond it
+SOFT_MM3, UNCERTAINTY = "soft_mm3", "uncertainty"  # keys of `meta`
 Slices = tuple[slice, ...]
+Finish = Callable[[Iterator[Block], MetaTensor], MetaTensor]
+Decide = Callable[..., Any]  # scores, a way to sample one field of them, soft=… → values on the target grid
 
 
-def inversion(spec: Spec) -> MapTransform:
-    """The step after the network: `pred` from logits to output values on the file's grid."""
-    return InvertLabelsd(spec)
+def inversion(spec: Spec, finish: Finish | None = None) -> MapTransform:
+    """The step after the network: `pred` from logits to output values on the file's grid.
+
+    Args:
+        spec: the output values.
+        finish: `labels_of_blocks`, perhaps with some of its options, for inferers that give whole logits.
+    """
+    return InvertLabelsd(spec, finish or labels_of_blocks)
 
 
 class InvertLabelsd(MapTransform):
@@ -43,8 +52,9 @@ class InvertLabelsd(MapTransform):
     type is the smallest unsigned one that holds the spec's labels.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, finish: Finish) -> None:
         super().__init__(PRED)
+        self.finish = finish
         values = list(spec.labels.values())
         self.spec = spec
         self.values: LabelMap = np.array(values, dtype=np.min_scalar_type(max(values)))
@@ -55,7 +65,7 @@ class InvertLabelsd(MapTransform):
         if not (isinstance(pred, MetaTensor) and pred.meta.get(ON_FILE_GRID)):
             logits = pred.as_tensor() if isinstance(pred, MetaTensor) else pred
             whole = Block(start=(0, 0, 0), scores=logits.float(), shape=tuple(logits.shape[1:]))
-            pred = labels_of_blocks(iter([whole]), image)
+            pred = self.finish(iter([whole]), image)
         index = kept(pred.as_tensor(), image, self.spec).cpu().numpy()
         plain = np.array_equal(self.values, np.arange(len(self.values)))
         labels = torch.from_numpy(index if plain and index.dtype == self.values.dtype else self.values[index])
@@ -63,21 +73,31 @@ class InvertLabelsd(MapTransform):
         return case
 
 
-def labels_of_blocks(blocks: Iterator[Block], image: MetaTensor) -> MetaTensor:
+def labels_of_blocks(
+    blocks: Iterator[Block], image: MetaTensor, *, soft_volumes: bool = False, uncertainty: bool = False
+) -> MetaTensor:
     """Class numbers on the grid of the file that an image came from, made of logits while they come.
 
     Args:
         blocks: of logits (C, x, y, z), in any order; changed in place.
         image: (C, X, Y, Z) on the network's grid, with `file_affine` and `file_shape` in its `meta`.
+        soft_volumes: whether its `meta` gets `soft_mm3`, each class's sum of probabilities times the volume of a voxel.
+        uncertainty: whether its `meta` gets `uncertainty`, (X', Y', Z') float32: the entropy of the scores, 0 to 1.
 
     Returns:
         (1, X', Y', Z'), uint8 for up to 256 classes, else int32.
     """
-    affine = np.asarray(image.meta["file_affine"], dtype=np.float64)
+    own, affine = (np.asarray(a, dtype=np.float64) for a in (image.affine, image.meta["file_affine"]))
     shape = [int(n) for n in image.meta["file_shape"]]
-    index = _fill(blocks, np.asarray(image.affine, dtype=np.float64), affine, shape, soft=False)
+    unsure = torch.zeros(shape) if uncertainty else None
+    totals: list[torch.Tensor] = []
+    index = _fill(summed(blocks, totals) if soft_volumes else blocks, own, affine, shape, soft=False, unsure=unsure)
     keys = ("warnings", "filename_or_obj")
-    meta = {ON_FILE_GRID: True} | {key: image.meta[key] for key in keys if key in image.meta}
+    meta: dict[str, Any] = {ON_FILE_GRID: True} | {key: image.meta[key] for key in keys if key in image.meta}
+    if soft_volumes:
+        meta[SOFT_MM3] = (torch.stack(totals).sum(dim=0) * abs(float(np.linalg.det(own[:3, :3])))).tolist()
+    if unsure is not None:
+        meta[UNCERTAINTY] = unsure.numpy()
     return MetaTensor(index[None], affine=torch.as_tensor(affine), meta=meta)
 
 
@@ -98,9 +118,18 @@ def labels_on_grid(scores: Logits, affine: Affine, target_affine: Affine, target
 
 
 def _fill(
-    blocks: Iterator[Block], affine: Affine, target_affine: Affine, target_shape: Sequence[int], *, soft: bool
+    blocks: Iterator[Block],
+    affine: Affine,
+    target_affine: Affine,
+    target_shape: Sequence[int],
+    *,
+    soft: bool,
+    unsure: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The label map that blocks give together; `soft` scores are compared as they are, others after a softmax."""
+    """The label map that blocks give together; `soft` scores are compared as they are, others after a softmax.
+
+    `unsure`, where it is given, is filled with the entropy of the scores.
+    """
     matrix = np.linalg.inv(affine) @ target_affine
     axes = parallel_axes(matrix, target_shape)
     index = None
@@ -109,10 +138,11 @@ def _fill(
             dtype = torch.uint8 if len(block.scores) <= 256 else torch.int32
             index = torch.zeros(tuple(target_shape), dtype=dtype, device=block.scores.device)
         for piece in _pieces(block):
-            if axes is None:
-                _fill_any(index, piece, matrix, soft)
-            else:
-                _fill_parallel(index, piece, lines(matrix, axes, target_shape, piece.shape, snap=SNAP), soft)
+            fill = _fill_any if axes is None else partial(_fill_parallel, axes=axes)
+            if unsure is not None:
+                field = Block(start=piece.start, scores=entropy(piece.scores)[None], shape=piece.shape)
+                fill(unsure, field, matrix, soft=True, decide=_only)
+            fill(index, piece, matrix, soft=soft, decide=_winner)
             del piece
         del block  # the next one is made meanwhile
     assert index is not None
@@ -129,15 +159,23 @@ def _pieces(block: Block) -> Iterator[Block]:
         yield Block(start=start, scores=block.scores[:, first:last], shape=block.shape)
 
 
-def _fill_parallel(index: torch.Tensor, block: Block, along: Sequence[Line], soft: bool) -> None:
-    """A block's part of the label map by interpolation one axis at a time: what is left of it where axes are parallel."""
+def _fill_parallel(
+    index: torch.Tensor, block: Block, matrix: Affine, *, axes: Sequence[int], soft: bool, decide: Decide
+) -> None:
+    """A block's part of the result by interpolation one axis at a time: what is left of it where axes are parallel."""
+    along = lines(matrix, axes, index.shape, block.shape, snap=SNAP)
     sizes = block.scores.shape[1:]
     parts = [line.inside(block.start[line.source], sizes[line.source], block.shape[line.source]) for line in along]
     part, own = tuple(p for p, _ in parts), [line for _, line in parts]
     if any(p.start == p.stop for p in part):
         return
     exact = not any(line.weight.any() for line in own)
-    index[part] = _winner(block.scores, lambda field: sample(field, own), soft=soft or exact)
+    index[part] = decide(block.scores, lambda field: sample(field, own), soft=soft or exact)
+
+
+def _only(scores: torch.Tensor, sample: Callable[[torch.Tensor], torch.Tensor], *, soft: bool) -> torch.Tensor:
+    """The first field itself, sampled."""
+    return sample(scores[0]).cpu()
 
 
 def _winner(scores: torch.Tensor, sample: Callable[[torch.Tensor], torch.Tensor], *, soft: bool) -> torch.Tensor | int:
@@ -163,8 +201,8 @@ def _winner(scores: torch.Tensor, sample: Callable[[torch.Tensor], torch.Tensor]
     return index
 
 
-def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, soft: bool) -> None:
-    """A block's part of the label map by trilinear interpolation at any affine map, some target planes at a time."""
+def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, *, soft: bool, decide: Decide) -> None:
+    """A block's part of the result by trilinear interpolation at any affine map, some target planes at a time."""
     if not soft:
         block = Block(start=block.start, scores=torch.softmax(block.scores, dim=0), shape=block.shape)
     area = _target_box(index.shape, block, matrix)
@@ -176,8 +214,7 @@ def _fill_any(index: torch.Tensor, block: Block, matrix: Affine, soft: bool) -> 
         grid, mine = _positions(part, block, matrix)
         if not mine.any():
             continue
-
-        won = _winner(block.scores, partial(_at, grid=grid), soft=True)
+        won = decide(block.scores, partial(_at, grid=grid), soft=True)
         index[part] = torch.where(
             mine.to(index.device), torch.as_tensor(won, dtype=index.dtype, device=index.device), index[part]
         )

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,25 @@ from pipeline.types import Affine, LabelMap
 from pipeline.write import write_bytes
 
 
-def volumes_mm3(labels: LabelMap, affine: Affine, names: Mapping[str, int]) -> dict[str, float]:
+def volumes_mm3(
+    labels: LabelMap, affine: Affine, names: Mapping[str, int], soft_mm3: Sequence[float] | None = None
+) -> dict[str, float]:
     """The volume of each structure, mm³: its voxels times the volume of one; background is left out.
 
     Args:
         labels: (X, Y, Z) output values.
         affine: voxel → world, mm.
         names: name → output value, as in the spec.
+        soft_mm3: each one's volume by its probabilities, in the order of `names`, which then counts instead; a structure that
+            no voxel of the label map has is 0 either way.
     """
+    if soft_mm3 is not None:
+        there = set(np.unique(labels).tolist())
+        return {
+            name: mm3 if value in there else 0.0
+            for (name, value), mm3 in zip(names.items(), soft_mm3, strict=True)
+            if value != 0
+        }
     voxel = abs(float(np.linalg.det(affine[:3, :3])))
     values, counts = np.unique(labels, return_counts=True)
     found = dict(zip(values.tolist(), counts.tolist(), strict=True))

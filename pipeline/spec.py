@@ -84,6 +84,8 @@ class Spec:
         stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
         fit: null keeps the whole field of view.
         largest_component: whether only the largest connected part of each structure is kept (voxels that share a face).
+        soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
+            instead of whole voxels of the label map.
         rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
     """
 
@@ -100,6 +102,7 @@ class Spec:
     stand_in: str | None = None
     fit: Fit | None = None
     largest_component: bool = False
+    soft_volumes: bool = False
     rotations: int = 1
 
     def __post_init__(self) -> None:

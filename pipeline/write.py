@@ -12,7 +12,7 @@ import numpy as np
 from isal import igzip
 
 from pipeline.errors import WriteError
-from pipeline.types import Affine, LabelMap
+from pipeline.types import Affine, Array, LabelMap
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 COMPRESSION = 3  # of 0 to 3
 NIFTI1_BYTES = 348
 DESCRIPTION = b"volseg label map"  # the header's mark of a file that we wrote and may replace
+BYTE = 255
 SCANNER_CODE = 1  # NIFTI_XFORM_SCANNER_ANAT, for inputs that are not NIfTI
 
 
@@ -49,6 +50,14 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
     own["cal_min"] = own["cal_max"] = 0
     own["descrip"] = DESCRIPTION
     return kind(labels, affine, own)
+
+
+def as_fractions(values: Array, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
+    """A NIfTI image of values from 0 to 1, in steps of 1/255: one byte a voxel and a slope. The rest as `as_nibabel`."""
+    image = as_nibabel(np.rint(values.clip(0, 1) * BYTE).astype(np.uint8), affine, header)
+    image.header.set_slope_inter(1 / BYTE, 0)
+    image.header.set_intent("none")
+    return image
 
 
 def write_labels(path: Path, image: nib.Nifti1Image) -> None:
