@@ -13,6 +13,7 @@ The path of a volume, one module a step:
     outputs     networks that give several tensors
     invert      logits to labels on the file's own grid
     soft        how much of each structure, and how sure
+    doubt       why to look at a result
     write       the label map as a file, whole or not at all
     report      volumes, scores, tables
 

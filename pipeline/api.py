@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeline.bundle import open_model
 from pipeline.engine import Model, predict_case
-from pipeline.report import volumes_mm3
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
 from pipeline.write import as_nibabel, as_sitk
 
@@ -80,7 +79,7 @@ def segment(model: Model, image: Any) -> Segmentation:
         else as_nibabel(prediction.labels, prediction.affine, prediction.header),
         labels=prediction.labels,
         affine=prediction.affine,
-        volumes_mm3=volumes_mm3(prediction.labels, prediction.affine, model.spec.labels, prediction.soft_mm3),
+        volumes_mm3=prediction.volumes_mm3,
         warnings=prediction.warnings,
         seconds=prediction.seconds,
         uncertainty=prediction.uncertainty,

@@ -18,7 +18,7 @@ from pipeline.cases import is_ours, name_of
 from pipeline.engine import Model, Prediction, Prepared, compute, prepare
 from pipeline.errors import ConfigError, PipelineError, WriteError, mendable
 from pipeline.memory import peak_bytes, predict_within, reset_peak
-from pipeline.report import read_csv, sha256, volumes_mm3, write_csv, write_json
+from pipeline.report import read_csv, sha256, write_csv, write_json
 from pipeline.types import Case, PathOrStr
 from pipeline.write import as_fractions, as_nibabel, write_labels
 
@@ -186,8 +186,7 @@ def _written(
     except Exception as error:
         return _row(case, "failed", message=_reason(error)), None
     found.seconds["write"] = time.perf_counter() - started
-    volumes = volumes_mm3(found.labels, found.affine, model.spec.labels, found.soft_mm3)
-    return _row(case, "done", prediction=found), volumes
+    return _row(case, "done", prediction=found), found.volumes_mm3
 
 
 def _reason(error: BaseException) -> str:

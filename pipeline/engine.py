@@ -21,9 +21,11 @@ from monai.transforms import Compose
 from torch import nn
 
 from pipeline.border import WEIGHT
+from pipeline.doubt import doubts
 from pipeline.errors import ConfigError, VolumeError, mendable
 from pipeline.invert import PRED, SOFT_MM3, UNCERTAINTY
 from pipeline.preprocess import IMAGE, LABEL
+from pipeline.report import volumes_mm3
 from pipeline.run import Run
 from pipeline.spec import Spec
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
@@ -125,7 +127,7 @@ class Prediction:
         header: the file's NIfTI header, empty for other formats.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
-        soft_mm3: each class's volume by its probabilities, mm³, where the spec asks for it.
+        volumes_mm3: name → volume of each structure, mm³.
         uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, where it was asked for.
     """
 
@@ -134,7 +136,7 @@ class Prediction:
     header: bytes
     warnings: tuple[str, ...]
     seconds: dict[str, float]
-    soft_mm3: tuple[float, ...] | None = None
+    volumes_mm3: dict[str, float]
     uncertainty: Array | None = None
 
 
@@ -193,13 +195,18 @@ def compute(model: Model, prepared: Prepared) -> Prediction:
     started, network, ended = *marks, time.perf_counter()
     if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
         network = started + float(pred.meta[NETWORK_SECONDS])
+    labels, affine = pred[0].numpy(), np.asarray(pred.affine, dtype=np.float64)
+    volumes = volumes_mm3(labels, affine, model.spec.labels, pred.meta.get(SOFT_MM3))
     return Prediction(
-        labels=pred[0].numpy(),
-        affine=np.asarray(pred.affine, dtype=np.float64),
+        labels=labels,
+        affine=affine,
         header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
-        warnings=tuple(line for line in str(pred.meta["warnings"]).splitlines() if line),
+        warnings=(
+            *(line for line in str(pred.meta["warnings"]).splitlines() if line),
+            *doubts(labels, affine, volumes, model.spec),
+        ),
         seconds=prepared.seconds | {"network": network - started, "invert": ended - network},
-        soft_mm3=tuple(pred.meta[SOFT_MM3]) if SOFT_MM3 in pred.meta else None,
+        volumes_mm3=volumes,
         uncertainty=np.asarray(pred.meta[UNCERTAINTY]) if UNCERTAINTY in pred.meta else None,
     )
 

@@ -27,8 +27,10 @@ def kept(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
     if spec.fit is not None:
         own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["file_affine"]))
         labels = labels.masked_fill(outside(image.shape[1:], own, target, labels.shape).to(labels.device), 0)
-    if spec.largest_component:
+    if spec.largest_component == "each":
         labels = largest_components(labels)
+    if spec.largest_component == "all":
+        labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
     return labels[None]
 
 

@@ -29,16 +29,24 @@ def volumes_mm3(
             no voxel of the label map has is 0 either way.
     """
     if soft_mm3 is not None:
-        there = set(np.unique(labels).tolist())
+        there = _counts(labels)
         return {
             name: mm3 if value in there else 0.0
             for (name, value), mm3 in zip(names.items(), soft_mm3, strict=True)
             if value != 0
         }
     voxel = abs(float(np.linalg.det(affine[:3, :3])))
-    values, counts = np.unique(labels, return_counts=True)
-    found = dict(zip(values.tolist(), counts.tolist(), strict=True))
-    return {name: found.get(value, 0) * voxel for name, value in names.items() if value != 0}
+    counts = _counts(labels)
+    return {name: counts.get(value, 0) * voxel for name, value in names.items() if value != 0}
+
+
+def _counts(labels: LabelMap) -> dict[int, int]:
+    """How many voxels have each value; small types are counted without sorting."""
+    if labels.dtype == np.uint8:
+        counts = np.bincount(labels.ravel())
+        return {value: int(count) for value, count in enumerate(counts) if count}
+    values, found = np.unique(labels, return_counts=True)
+    return dict(zip(values.tolist(), found.tolist(), strict=True))
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -83,7 +83,10 @@ class Spec:
             probability is above .5, and above that of the others.
         stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
         fit: null keeps the whole field of view.
-        largest_component: whether only the largest connected part of each structure is kept (voxels that share a face).
+        largest_component: `each` keeps only the largest connected part of every structure (voxels that share a face), `all`
+            that of all structures together; null keeps everything.
+        whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
+        plausible_ml: name → lowest and highest volume, mL, outside of which a warning asks to look; `all` is their sum.
         soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
             instead of whole voxels of the label map.
         rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
@@ -101,7 +104,9 @@ class Spec:
     output: Literal["softmax", "sigmoid"] = "softmax"
     stand_in: str | None = None
     fit: Fit | None = None
-    largest_component: bool = False
+    largest_component: Literal["each", "all"] | None = None
+    whole: bool = False
+    plausible_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
     soft_volumes: bool = False
     rotations: int = 1
 
@@ -180,6 +185,9 @@ def _check_way_in(spec: Spec) -> None:
         raise ConfigError(f"spec.stand_in: expected one of the channels {', '.join(spec.channels)}, got {spec.stand_in!r}")
     if spec.fit is not None and (not 0 <= spec.fit.floor < 1 or spec.fit.slice_size < 1):
         raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
+    unknown = set(spec.plausible_ml) - set(spec.labels) - {"all"}
+    if unknown:
+        raise ConfigError(f"spec.plausible_ml: expected names of labels, or all, got {', '.join(sorted(unknown))}")
     if spec.rotations < 1:
         raise ConfigError(f"spec.rotations: expected 1 (none) or more, got {spec.rotations}")
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
+from phantom import parse_spec
 from skimage.exposure import rescale_intensity
 from skimage.measure import label as label_components
 from skimage.transform import resize
@@ -41,7 +42,7 @@ def spec_of(size: int = 64, **changes: object) -> Spec:
         "stand_in": "FLAIR",
         "intensity": Intensity(method="percentiles_zscore", lower=10.0, upper=99.0),
         "fit": Fit(floor=0.1, slice_size=size, axis="S"),
-        "largest_component": True,
+        "largest_component": "each",
     }
     return Spec(**{**settings, **changes})  # type: ignore[arg-type]
 
@@ -153,7 +154,7 @@ def test_there_and_back_is_the_files_grid(codes: str) -> None:
     assert (filled.max(axis=0) <= high - 1 + margin).all()
     bright = (np.asarray(image.dataobj) >= 0.6 * np.asarray(image.dataobj).max()).astype(np.float32)
     lone = torch.from_numpy(resampled(bright, case["image"], image.affine))[None]
-    back = invert.inversion(spec_of(96, largest_component=False))({**case, "pred": as_pred(20 * (lone - 0.5))})["pred"]
+    back = invert.inversion(spec_of(96, largest_component=None))({**case, "pred": as_pred(20 * (lone - 0.5))})["pred"]
     agree = 2 * (back[0].numpy() * bright).sum() / (back.sum() + bright.sum())
     assert agree > 0.9
 
@@ -192,6 +193,13 @@ def test_the_largest_component_is_scikit_images() -> None:
 def test_each_structure_keeps_its_own_largest_component() -> None:
     index = torch.tensor([1, 0, 1, 1, 0, 2, 2, 0, 2, 1], dtype=torch.uint8).view(-1, 1, 1)
     assert regions.largest_components(index).flatten().tolist() == [0, 0, 1, 1, 0, 2, 2, 0, 0, 0]
+
+
+def test_all_structures_together_keep_one_part() -> None:
+    """Whatever label its voxels have."""
+    spec = parse_spec(largest_component="all")
+    index = torch.tensor([1, 0, 1, 2, 0, 2, 0, 1, 1, 2, 0], dtype=torch.uint8).view(1, -1, 1, 1)
+    assert regions.kept(index, MetaTensor(index), spec).flatten().tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 0]
 
 
 def test_a_sigmoid_finds_a_structure_above_one_half() -> None:

@@ -1,0 +1,46 @@
+"""What makes a finished segmentation doubtful: structures cut off by the scan's edge, volumes that nobody has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import nibabel as nib
+
+from pipeline.spec import Spec
+from pipeline.types import Affine, LabelMap
+
+FACES = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
+OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
+ML = 1000.0  # mm³
+
+
+def doubts(labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], spec: Spec) -> list[str]:
+    """One line a reason to look at a case, as its spec names them.
+
+    Args:
+        labels: (X, Y, Z) output values on the file's grid.
+        affine: voxel → RAS+ world, mm.
+        volumes_mm3: name → volume of each structure.
+        spec: `whole` and `plausible_ml`.
+    """
+    lines = []
+    faces = touched(labels, affine) if spec.whole else []
+    if faces:
+        lines.append(f"structures reach the scan's edge ({', '.join(faces)}): part of them may be missing")
+    sizes = {**volumes_mm3, "all": sum(volumes_mm3.values())}
+    for name, (low, high) in spec.plausible_ml.items():
+        ml = sizes[name] / ML
+        if not low <= ml <= high:
+            what = "all structures together" if name == "all" else name
+            lines.append(f"{what}: {ml:.3g} mL, expected {low:g} to {high:g}: look at it")
+    return lines
+
+
+def touched(labels: LabelMap, affine: Affine) -> list[str]:
+    """The sides of the body on which a label lies in a volume's outermost voxels."""
+    faces = []
+    for axis, code in enumerate(nib.aff2axcodes(affine)):
+        for end, side in ((0, OPPOSITE[code]), (-1, code)):
+            if labels.take(end, axis=axis).any():
+                faces.append(FACES[side])
+    return sorted(faces)
