@@ -23,9 +23,11 @@ whole), `cases` and `batch` (what there is to do, and doing it), `ahead` (one be
 case will take), `export` (for other runtimes), `score` (against labels), `picture` (overlays, charts), `api` (for scripts),
 `cli` and `progress` (the command, and what it shows).
 
-What trains: `training` (one run), `dataset` (labelled cases and folds), `augment` (random patches), `synthesize` (images drawn
-from label maps) and `tissues` (what the maps' values are), `loss`, `recipe` (initialisation, optimizer, learning rate, time),
-`validate` and `history` (how good it gets, and what it went through), `resume` (a run cut off and gone on).
+What trains: `layouts` (folders as people keep them), `survey` (what is wrong, what data are like), `plan`, `pace` and `draft`
+(what that asks for, how fast it goes here, and its files), `training` (one run), `dataset` (labelled cases and folds),
+`augment` (random patches), `synthesize` (images drawn from label maps) and `tissues` (what the maps' values are), `loss`,
+`recipe` (initialisation, optimizer, learning rate, time), `validate` and `history` (how good it gets, and what it went
+through), `resume` (a run cut off and gone on).
 
 What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
 (what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `regions`

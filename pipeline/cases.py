@@ -66,7 +66,7 @@ def _is_image(path: Path) -> bool:
     kind = suffix(path)
     if kind is None or path.name.startswith(".") or kind in (".img", ".img.gz"):
         return False
-    return not (path.name.endswith("_seg.nii.gz") and is_ours(path))
+    return not (path.name.endswith(("_seg.nii.gz", "_uncertainty.nii.gz")) and is_ours(path))
 
 
 def _header_of(path: Path) -> Path:

@@ -166,6 +166,39 @@ def export(bundle: str, to: Any, precision: Any, calibrate: tuple[str, ...]) -> 
 
 
 @main.command()
+@click.argument("dataset", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="YAML file of the run to write.")
+@click.option("--minutes", type=float, default=60.0, show_default=True, help="That training one fold may take here.")
+@click.option("--dims", type=click.Choice(["2", "3"]), default="3", show_default=True, help="Slices or volumes.")
+def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> None:
+    """Plan a training run for a DATASET: a folder, or one of images and one of labels.
+
+    Looks at every pair and names all that is wrong; takes the data's fingerprint, times a few steps on this machine and writes
+    the run (OUTPUT) and a bundle beside it that holds all but the weights, each choice with its reason.
+    """
+    with refusals():
+        from contextlib import ExitStack
+
+        from pipeline.draft import draft, table
+
+        quiet()
+        with ExitStack() as stack:
+            made = draft(
+                dataset,
+                output,
+                minutes=minutes,
+                dims=int(dims),
+                looked=lambda total: stack.enter_context(progress("looking", total)),
+            )
+    if made.problems:
+        click.echo(f"{len(made.problems)} files or cases are left out:\n{table(made.problems)}", err=True)
+    click.echo(f"{made.cases} cases ({made.layout.kind})")
+    for choice in made.choices:
+        click.echo(f"{choice.name}: {choice.value}  ({choice.why})")
+    click.echo(f"a fold will take about {made.seconds / 60:.1f} minutes: volseg train {output}")
+
+
+@main.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--resume", is_flag=True, help="Go on where a run that was cut off had ended its last whole epoch.")

@@ -1,43 +1,41 @@
-"""A folder of labelled volumes as a list of cases, and its folds."""
+"""Labelled volumes as a list of cases, and their folds."""
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.layouts import MISSING, find_pairs, stem
 from pipeline.read import suffix
+from pipeline.report import read_json
 from pipeline.run import Run
 from pipeline.types import Case, PathOrStr
 
 
-def labelled_cases(dataset: PathOrStr) -> list[Case]:
-    """The pairs that a Decathlon `dataset.json` lists; files it does not list are not used.
+def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
+    """The pairs of image and label that a dataset holds, in any layout that `layouts.find_pairs` knows.
 
     Args:
-        dataset: the folder of dataset.json; `$NAME` is taken from the environment.
+        dataset: a folder, or one of images and one of labels; `$NAME` is taken from the environment.
 
     Returns:
-        one dict a case with `case` (the image's name without suffix), `image` and `label` (paths).
+        one dict a case with `case` (a name), `image` (a path, or several, one a channel) and `label` (a path).
 
     Raises:
-        ConfigError: no dataset.json, or files that it lists are missing (all of them are named).
+        ConfigError: no such folder or layout, no pair, or files that a dataset.json lists are missing.
     """
-    folder = resolve(dataset)
-    content = _json(folder / "dataset.json")
-    try:
-        pairs = [{key: str(folder / item[key]) for key in ("image", "label")} for item in content["training"]]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder}/dataset.json: expected a list `training` of pairs of `image` and `label`") from error
-    missing = [path for pair in pairs for path in pair.values() if not Path(path).is_file()]
+    layout = find_pairs(places(dataset))
+    missing = [what for _, what in layout.problems if what.startswith(MISSING)]
     if missing:
-        raise ConfigError(f"{folder}/dataset.json lists {len(missing)} files that are missing: {', '.join(missing[:5])}")
-    return [{"case": _name(pair["image"]), **pair} for pair in pairs]
+        raise ConfigError(f"{dataset}/dataset.json: {len(missing)} cases are incomplete; {'; '.join(missing[:5])}")
+    if not layout.cases:
+        raise ConfigError(f"{dataset}: found no pair of image and label in this {layout.kind}")
+    return layout.cases
 
 
-def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> list[Case]:
+def fold_cases(dataset: PathOrStr | Sequence[PathOrStr], splits: str | None, fold: int, part: str) -> list[Case]:
     """The cases of one part, `train` or `val`, of one fold; all cases where there are no splits.
 
     Raises:
@@ -46,19 +44,31 @@ def fold_cases(dataset: PathOrStr, splits: str | None, fold: int, part: str) -> 
     cases = labelled_cases(dataset)
     if splits is None:
         return cases
-    folds = _json(resolve(dataset) / splits)
-    if not isinstance(folds, list) or not all(isinstance(part, dict) and {"train", "val"} <= part.keys() for part in folds):
-        raise ConfigError(f"{splits}: expected a list of folds, each with the case names of `train` and `val`")
+    folds = read_splits(dataset, splits)
     if not 0 <= fold < len(folds):
         raise ConfigError(f"fold {fold}: {splits} holds " + (f"folds 0 to {len(folds) - 1}" if folds else "no folds"))
     by_name = {case["case"]: case for case in cases}
     unknown = [name for name in folds[fold][part] if name not in by_name]
     if unknown:
-        raise ConfigError(f"{splits}, fold {fold}, {part}: cases that dataset.json does not list: {', '.join(unknown[:5])}")
+        raise ConfigError(f"{splits}, fold {fold}, {part}: cases that the dataset does not have: {', '.join(unknown[:5])}")
     return [by_name[name] for name in folds[fold][part]]
 
 
-def training_cases(dataset: PathOrStr, run: Run) -> list[Case]:
+def read_splits(dataset: PathOrStr | Sequence[PathOrStr], splits: str) -> list[dict[str, list[str]]]:
+    """The folds of a JSON file beside the data, or anywhere: a list of dicts with the case names of `train` and `val`.
+
+    Raises:
+        ConfigError: no such file, or other content.
+    """
+    beside = places(dataset)[0] / expand(splits)
+    path = beside if beside.is_file() or not Path(expand(splits)).is_file() else Path(expand(splits))
+    folds = read_json(path)
+    if not isinstance(folds, list) or not all(isinstance(part, dict) and {"train", "val"} <= part.keys() for part in folds):
+        raise ConfigError(f"{splits}: expected a list of folds, each with the case names of `train` and `val`")
+    return folds
+
+
+def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
     """The cases that a run trains on, as often as it repeats them.
 
     Raises:
@@ -71,24 +81,24 @@ def training_cases(dataset: PathOrStr, run: Run) -> list[Case]:
     return [case for case in cases if case["case"] not in run.hold_out] * run.repeats
 
 
-def validation_cases(dataset: PathOrStr, run: Run) -> list[Case]:
+def validation_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
     """The cases that a run is validated on: those of its fold that training leaves out, where it validates at all."""
     if run.validate_every < 1 or run.splits is None or run.synthesis:
         return []
     return fold_cases(dataset, run.splits, run.fold, "val")
 
 
-def label_maps(dataset: PathOrStr) -> list[Case]:
+def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
     """Every volume of a folder as a case with a `label` and no image.
 
     Raises:
         ConfigError: no such folder, or no volume in it.
     """
-    folder = resolve(dataset)
+    folder = places(dataset)[0]
     found = [path for path in sorted(folder.iterdir()) if suffix(path)]
     if not found:
         raise ConfigError(f"{folder}: expected label maps, found no volume")
-    return [{"case": _name(str(path)), "label": str(path)} for path in found]
+    return [{"case": stem(path), "label": str(path)} for path in found]
 
 
 def expand(path: PathOrStr) -> str:
@@ -103,28 +113,15 @@ def expand(path: PathOrStr) -> str:
     return text
 
 
-def resolve(dataset: PathOrStr) -> Path:
-    """The dataset's folder, with `$NAME` taken from the environment.
+def places(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Path]:
+    """The dataset's folders, with `$NAME` taken from the environment.
 
     Raises:
         ConfigError: a variable that is not set, or no such folder.
     """
-    text = expand(dataset)
-    if not Path(text).is_dir():
-        raise ConfigError(f"{text}: no such folder; expected a dataset")
-    return Path(text)
-
-
-def _name(image: str) -> str:
-    """A file's name without its suffix; other dots belong to the name."""
-    name = Path(image).name
-    return name[: len(name) - len(suffix(Path(name)) or Path(name).suffix)]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
+    listed = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
+    found = [Path(expand(item)) for item in listed]
+    for path in found:
+        if not path.is_dir():
+            raise ConfigError(f"{path}: no such folder; expected a dataset")
+    return found

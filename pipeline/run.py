@@ -126,8 +126,8 @@ class Run:
 
     Attributes:
         bundle: the folder of the bundle that the run fills.
-        dataset: the folder that holds dataset.json; `$NAME` in it is taken from the environment.
-        splits: the JSON file of folds beside dataset.json; null trains on every case.
+        dataset: the folder of the labelled volumes, or one of images and one of labels; `$NAME` is taken from the environment.
+        splits: the JSON file of folds, beside the data or anywhere; null trains on every case.
         fold: which fold is left out.
         epochs: passes over the training cases.
         minutes: wall time after which training ends, if its epochs have not ended before; the learning rate falls by whichever
@@ -155,7 +155,7 @@ class Run:
     """
 
     bundle: str
-    dataset: str
+    dataset: str | tuple[str, ...]
     splits: str | None = None
     fold: int = 0
     epochs: int

@@ -15,7 +15,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigError
+from pipeline.sizes import small_size
 from pipeline.spec import Spec
 from pipeline.types import PathOrStr
 
@@ -272,8 +272,8 @@ def _key(network: nn.Module, spec: Spec, precision: str) -> str:
 
 def noise(spec: Spec) -> torch.Tensor:
     """A small window (1, C, *spatial) of smooth noise, always the same; a whole one takes gigabytes in torch."""
-    steps = [prod(stride[axis] for stride in spec.strides) for axis in range(spec.spatial_dims)]
-    size = [min(roi, step * max(2, NOISE_VOXELS // step)) for roi, step in zip(spec.roi_size, steps, strict=True)]
+    along = zip(spec.roi_size, zip(*spec.strides, strict=True), strict=True)
+    size = [min(roi, small_size(strides, NOISE_VOXELS, padding=spec.network.padding)) for roi, strides in along]
     coarse = torch.randn((1, len(spec.channels), *(max(1, n // 4) for n in size)), generator=torch.Generator().manual_seed(0))
     mode = "trilinear" if spec.spatial_dims == 3 else "bilinear"
     return functional.interpolate(coarse, size=size, mode=mode, align_corners=False)

@@ -63,3 +63,9 @@ def sizes_near(size: int, strides: Sequence[int], *, padding: bool) -> str:
         return str(smallest)
     below = smallest + (size - smallest) // step * step
     return f"{below} or {below + step}"
+
+
+def small_size(strides: Sequence[int], near: int, *, padding: bool) -> int:
+    """A size that works, near a wish, with two voxels or more at the bottleneck."""
+    smallest, step = smallest_size(strides, padding=padding), prod(strides)
+    return smallest + step * max(1, (near - smallest) // step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline import run as runs
 from pipeline import spec as specs
 from pipeline.bundle import WIRING, find, metadata, root_cause
 from pipeline.errors import ConfigError
+from pipeline.run import Run
 from pipeline.types import Case, PathOrStr
 
 SCHEMA = "metadata_schema.json"
@@ -74,8 +76,10 @@ def _check_properties(root: Path, kind: str) -> None:
     """MONAI's `check_properties`, which makes every part of the workflow: training needs a case, so it gets a made-up one."""
     names = ["inference.yaml"] if kind == "inference" else list(WIRING)
     overrides: dict[str, Any] = {"dataset::data": []}
-    if kind == "train":  # without what starts a run: the weights that it started from need not be here
-        overrides = {"train::dataset::data": _made_up_cases(root), "initialize": []}
+    if kind == "train":  # without what starts a run and without its data, which need not be here
+        run = runs.load(root / "configs" / "run.yaml")
+        plain = replace(run, synthesis=None, splits=None, validate_every=0, keep="last", patience=None)
+        overrides = {"settings": plain, "train::dataset::data": _made_up_cases(root, run), "initialize": []}
     workflow = ConfigWorkflow(
         config_file=[str(root / "configs" / name) for name in names],
         meta_file=str(root / "configs" / "metadata.json"),
@@ -91,7 +95,7 @@ def _check_properties(root: Path, kind: str) -> None:
         raise ConfigError(f"{kind}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced")
 
 
-def _made_up_cases(root: Path) -> list[Case]:
+def _made_up_cases(root: Path, run: Run) -> list[Case]:
     """As many cases of noise as one step mixes, each with a label in its middle."""
     spec = specs.load(root / "configs" / "spec.yaml")
     affine = np.diag([mm or 1.0 for mm in spec.spacing] + [1.0])
@@ -100,7 +104,6 @@ def _made_up_cases(root: Path) -> list[Case]:
     label = np.zeros(shape, dtype=np.int16)
     label[tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in shape)] = list(spec.labels.values())[1]
     image, reference = nib.Nifti1Image(noise, affine), nib.Nifti1Image(label, affine)
-    run = runs.load(root / "configs" / "run.yaml")
     return [{"case": str(i), "image": [image] * len(spec.channels), "label": reference} for i in range(run.cases_per_step)]
 
 

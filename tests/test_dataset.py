@@ -49,23 +49,29 @@ def test_training_and_validation_never_meet(folder: Path, fold: int) -> None:
 def test_environment_variables_are_filled_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`$NAME/sub` is a path; a variable that is not set is named."""
     monkeypatch.setenv("SOME_DATA", str(folder.parent))
-    assert dataset.resolve(f"$SOME_DATA/{folder.name}") == folder
+    assert dataset.places(f"$SOME_DATA/{folder.name}") == [folder]
     monkeypatch.delenv("SOME_DATA")
     with pytest.raises(ConfigError, match="SOME_DATA/x: set the environment variable"):
-        dataset.resolve("$SOME_DATA/x")
+        dataset.places("$SOME_DATA/x")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda folder: (folder / "dataset.json").unlink(), "dataset.json: cannot be read"),
+        (lambda folder: (folder / "dataset.json").unlink(), "found no pair of image and label in this nnU-Net raw folder"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "dataset.json: is not JSON"),
-        (lambda folder: (folder / "dataset.json").write_text("{}"), "dataset.json: expected a list `training` of pairs"),
-        (lambda folder: (folder / "dataset.json").write_text('{"training": [{"image": "x"}]}'), "expected a list `training`"),
-        (lambda folder: (folder / "labelsTr" / "c.nii.gz").unlink(), "lists 1 files that are missing: .*labelsTr/c.nii.gz"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), "found no pair of image and label"),
+        (
+            lambda folder: (folder / "dataset.json").write_text('{"training": [{"image": "x"}]}'),
+            "expected pairs of `image` and `label`",
+        ),
+        (
+            lambda folder: (folder / "labelsTr" / "c.nii.gz").unlink(),
+            "1 cases are incomplete; listed, and missing: .*labelsTr/c.nii.gz",
+        ),
         (
             lambda folder: (folder / "splits.json").write_text('[{"train": ["z"], "val": []}]'),
-            "does not list: z",
+            "does not have: z",
         ),
         (lambda folder: (folder / "splits.json").write_text("[]"), "fold 0: splits.json holds no folds"),
         (lambda folder: (folder / "splits.json").write_text('{"train": []}'), "splits.json: expected a list of folds"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from phantom import parse_spec
 
 from pipeline import network, runtime
@@ -16,6 +17,7 @@ from pipeline.api import segment
 from pipeline.bundle import open_model
 from pipeline.errors import ConfigError
 from pipeline.runtime import Runtime
+from pipeline.sizes import smallest_size
 from pipeline.spec import Network, Spec
 from pipeline.window import inferer
 
@@ -156,25 +158,30 @@ def test_a_bundle_wired_before_runtimes(tiny_bundle_3d: Path, volume_file: Path,
     old = tmp_path / "old"
     shutil.copytree(tiny_bundle_3d, old)
     wiring = old / "configs" / "inference.yaml"
-    lines = [line for line in wiring.read_text().splitlines() if not line.startswith(("runtime:", "finish:"))]
-    wiring.write_text("\n".join(lines).replace(", finish: '@finish'", "").replace("network: '@runtime'", "network: '@network'"))
+    content = yaml.safe_load(wiring.read_text())
+    for part in ("runtime", "finish"):
+        del content[part]
+    for part in ("inferer", "postprocessing"):
+        del content[part]["finish"]
+    content["evaluator"]["network"] = "@network"
+    wiring.write_text(yaml.safe_dump(content, sort_keys=False))
     new, plain = (segment(open_model(root, device="cpu"), str(volume_file)).labels for root in (tiny_bundle_3d, old))
     assert (new == plain).mean() > 0.999
     with pytest.raises(ConfigError, match="refresh the bundle"):
         open_model(old, device="cpu", runtime="torch")
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-def test_an_unpadded_network_runs_in_openvino(dims: int) -> None:
-    """Its output is smaller than the window, and a tiled volume is the same in both runtimes."""
+@pytest.mark.parametrize(("dims", "features"), [(2, (2, 4)), (3, (2, 4)), (2, (2, 3, 4, 5, 6)), (3, (2, 2, 3))])
+def test_an_unpadded_network_runs_in_openvino(dims: int, features: tuple[int, ...]) -> None:
+    """However deep it is; its output is smaller than the window, and a tiled volume is the same in both runtimes."""
     spec = Spec(
         labels={"background": 0, "one": 1},
         channels=("T1w",),
         spacing=(1.0, 1.0, 1.0),
-        roi_size=(28, 32, 36)[:dims],
+        roi_size=tuple(smallest_size([2] * (len(features) - 1), padding=False) + 16 * i for i in range(1, dims + 1)),
         slice_axis="R" if dims == 2 else None,
         overlap=0.0,
-        network=Network(features=(2, 4), padding=False),
+        network=Network(features=features, padding=False),
     )
     torch.manual_seed(0)
     net = network.from_spec(spec).eval()

@@ -1,0 +1,151 @@
+"""A plan on disk: the run's YAML, and a bundle that holds all but the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.errors import ConfigError
+from pipeline.layouts import Layout, find_pairs
+from pipeline.pace import pace
+from pipeline.plan import Choice, choose, commented, folds, length, nested, this_machine
+from pipeline.report import write_json
+from pipeline.run import Run
+from pipeline.spec import Spec
+from pipeline.survey import Fingerprint, Problem, survey
+from pipeline.write import write_bytes
+
+SAMPLE = 4  # cases that the pace is measured on
+MANY_STEPS = 200  # steps that an average of weights reaches back, at most; a tenth of the run if that is less
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """What `plan` found and wrote.
+
+    Attributes:
+        layout: of the dataset.
+        cases: that can be used.
+        problems: (case, what is wrong) of the others, and of files that are no case.
+        choices: each setting with its reason.
+        seconds: that training one fold will take here.
+    """
+
+    layout: Layout
+    cases: int
+    problems: list[Problem]
+    choices: list[Choice]
+    seconds: float
+
+
+def draft(
+    places: Sequence[Path],
+    path: Path,
+    *,
+    minutes: float,
+    dims: int = 3,
+    looked: Callable[[int], Callable[[str], None]] = lambda _: lambda __: None,
+) -> Draft:
+    """Surveys a dataset, chooses, measures, and writes `path` and the bundle beside it, a folder of its name.
+
+    Args:
+        places: a dataset's folder, or one of images and one of labels.
+        path: the run's YAML.
+        minutes: that training one fold may take.
+        dims: 2 for a network of slices.
+        looked: called with the number of cases; what it returns is called with each case's name once it was looked at.
+
+    Raises:
+        ConfigError: no dataset, too few cases that can be used, or files that are there already.
+    """
+    root = path.with_suffix("")
+    for there in (path, root / "configs" / "spec.yaml"):
+        if there.exists():
+            raise ConfigError(f"{there}: is there already; choose another name, or move it away")
+    layout = find_pairs(places)
+    prints, wrong = survey(layout.cases, layout.labels, looked(len(layout.cases)))
+    problems = layout.problems + wrong
+    if len(prints) < 2:
+        raise ConfigError(
+            f"{places[0]}: {len(prints)} of {len(layout.cases)} cases can be used, expected 2 or more\n" + table(problems)
+        )
+    labels = layout.labels or _values(prints)
+    splits = folds([p.case for p in prints])
+    choices = choose(prints, labels, layout.channels or ("MR",), this_machine(), dims)
+    spec = config.parse(Spec, nested(choices, "spec."), "spec")
+    settings = nested(choices, "run.") | {"bundle": str(root), "dataset": _spelt(places), "epochs": 1}
+    run = config.parse(Run, settings, "run")
+    chosen = {p.case for p in prints[:: max(1, len(prints) // SAMPLE)]}
+    training, validation = len(splits[0]["train"]), len(splits[0]["val"])
+    seconds = pace(spec, run, [case for case in layout.cases if case["case"] in chosen][:SAMPLE], training, validation)
+    steps = max(1, training // run.cases_per_step)
+    epochs, total = length(minutes, steps, seconds)
+    choices += _duration(minutes, epochs, steps, seconds)
+    _write(path, root, layout, choices, splits, settings)
+    return Draft(layout=layout, cases=len(prints), problems=problems, choices=choices, seconds=total)
+
+
+def table(problems: Sequence[Problem]) -> str:
+    """One line a problem."""
+    width = max((len(case) for case, _ in problems), default=0)
+    return "\n".join(f"{case:{width}}  {what}" for case, what in problems)
+
+
+def _values(prints: Sequence[Fingerprint]) -> dict[str, int]:
+    """Names of labels that nobody has named."""
+    values = sorted({value for p in prints for value in p.voxels})
+    return {"background": 0} | {f"label {value}": value for value in values}
+
+
+def _spelt(places: Sequence[Path]) -> str | list[str]:
+    return str(places[0]) if len(places) == 1 else [str(place) for place in places]
+
+
+def _duration(minutes: float, epochs: int, steps: int, seconds: dict[str, float]) -> list[Choice]:
+    decay = round(1 - 1 / max(2, min(MANY_STEPS, epochs * steps // 10)), 4)
+    return [
+        Choice(name="run.epochs", value=epochs, why=f"{steps} steps of {seconds['step']:.2f} s each, measured here"),
+        Choice(name="run.minutes", value=minutes, why="the most it may take; the learning rate falls in time"),
+        Choice(name="run.ema_decay", value=decay, why="the weights that are kept are an average over the last steps"),
+        Choice(name="run.validate_every", value=epochs, why="once, at the end; each time takes "
+               f"{seconds['validation']:.0f} s"),
+    ]  # fmt: skip
+
+
+def _write(
+    path: Path,
+    root: Path,
+    layout: Layout,
+    choices: Sequence[Choice],
+    splits: list[dict[str, list[str]]],
+    settings: dict[str, Any],
+) -> None:
+    why = {choice.name.partition(".")[2]: choice.why for choice in choices}
+    head = "What these weights are trained to see and to say. Changing any of it makes them invalid."
+    write_bytes(root / "configs" / "spec.yaml", commented(nested(choices, "spec."), why, head).encode())
+    write_json(root / "configs" / "splits.json", splits)
+    card = {
+        "name": root.name,
+        "description": f"A U-Net that segments {', '.join(list(nested(choices, 'spec.')['labels'])[1:])}.",
+        "task": "Segmentation of MR images",
+        "authors": "to be named",
+        "copyright": "to be named",
+        "intended_use": "Research; not a medical device, not for diagnosis.",
+        "data_source": f"{layout.kind}{', ' + layout.licence if layout.licence else ''}",
+        "data_type": "NIfTI",
+        "references": [],
+        "eval_metrics": {},
+        "changelog": {"0.1.0": "first weights"},
+    }
+    write_bytes(root / "configs" / "card.yaml", commented(card, {}, "What a reader should know: complete it.").encode())
+    content = {
+        "bundle": settings["bundle"],
+        "dataset": settings["dataset"],
+        "splits": str(root / "configs" / "splits.json"),
+        "fold": 0,
+        **nested(choices, "run."),
+    }
+    write_bytes(path, commented(content, why, "How the training goes: volseg train " + path.name).encode())

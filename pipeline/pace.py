@@ -1,0 +1,80 @@
+"""How fast this machine trains: a few real steps, timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import count
+from statistics import median
+
+import torch
+from monai.data import list_data_collate
+from monai.transforms.traits import RandomizableTrait
+
+from pipeline.augment import training_transform
+from pipeline.engine import device_of, keep_memory, prepare_batch
+from pipeline.loss import loss
+from pipeline.network import unet
+from pipeline.preprocess import IMAGE, preprocessing
+from pipeline.recipe import optimizer
+from pipeline.run import Run
+from pipeline.spec import Spec
+from pipeline.types import Case
+from pipeline.window import inferer
+
+WARM, TIMED = 2, 4  # steps
+STARTING = 8.0  # seconds that a run takes before its first case and after its last step
+
+
+def pace(spec: Spec, run: Run, cases: Sequence[Case], training: int, validation: int) -> dict[str, float]:
+    """Seconds that the parts of a run take here.
+
+    Args:
+        spec: of the network.
+        run: its batch, augmentation and loss.
+        cases: a few of those to come.
+        training, validation: how many cases there will be of each.
+
+    Returns:
+        `step` (drawing its patches included), `validation` (one pass over its cases) and `around` (everything once).
+    """
+    keep_memory()
+    device = device_of("auto")
+    transform = training_transform(preprocessing(spec), spec, run, device)
+    first = transform.get_index_of_first(lambda step: isinstance(step, RandomizableTrait)) or len(transform.transforms)
+    started = time.perf_counter()
+    read = [transform(case, end=first) for case in cases]
+    each = (time.perf_counter() - started) / len(cases)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for number in count():
+            some = [read[i % len(read)] for i in range(number * run.cases_per_step, (number + 1) * run.cases_per_step)]
+            drawn = [transform(case, start=first) for case in some]
+            yield list_data_collate([patch for one in drawn for patch in (one if isinstance(one, list) else [one])])
+
+    seconds = _step(spec, run, batches(), device)
+    image = preprocessing(spec)({IMAGE: cases[0]["image"]})[IMAGE]
+    network = unet(spec).eval().to(device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        inferer(spec)(image[None].to(device), network)
+    once = each + time.perf_counter() - started
+    return {"step": seconds, "validation": validation * once, "around": STARTING + training * each}
+
+
+def _step(spec: Spec, run: Run, batches: Iterator[dict[str, torch.Tensor]], device: torch.device) -> float:
+    """Seconds of one training step, the median of a few."""
+    network = unet(spec).to(device)
+    network.to(memory_format=torch.channels_last_3d if spec.spatial_dims == 3 else torch.channels_last)  # type: ignore[call-overload]
+    network.train()
+    change, criterion, found = optimizer(network, run), loss(spec, run), []
+    for _ in range(WARM + TIMED):
+        started = time.perf_counter()
+        image, label = prepare_batch(next(batches), device)
+        change.zero_grad()
+        value = criterion(network(image), label)
+        value.backward()
+        change.step()
+        float(value.detach())  # waits for a GPU
+        found.append(time.perf_counter() - started)
+    return median(found[WARM:])
