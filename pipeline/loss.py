@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from monai.losses import DeepSupervisionLoss, DiceLoss
 from torch import nn
@@ -11,6 +13,8 @@ from pipeline.errors import ShapeError
 from pipeline.network import centre
 from pipeline.run import Run
 from pipeline.spec import Spec
+
+SMOOTH = 1e-5  # of Dice, as MONAI has it
 
 
 def loss(spec: Spec, run: Run) -> nn.Module:
@@ -47,11 +51,50 @@ class DiceAndCrossEntropy(nn.Module):
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target = centre(target, logits.shape[2:])
         _check(logits, target, 1)
+        if self.cross_entropy and not self.sigmoid:
+            return SoftmaxDiceCrossEntropy.apply(logits, target[:, 0].long())  # type: ignore[no-any-return, no-untyped-call]
         one_hot = _one_hot(target, logits, sigmoid=self.sigmoid)
         value: torch.Tensor = self.dice(logits, one_hot)
         if self.cross_entropy:
             value = value + _cross_entropy(logits, target, sigmoid=self.sigmoid).mean()
         return value
+
+
+class SoftmaxDiceCrossEntropy(torch.autograd.Function):
+    """MONAI's `DiceCELoss(softmax=True, to_onehot_y=True, batch=True)` with its gradient written out.
+
+    Passes over classes × voxels numbers fewer times than automatic differentiation: with many classes these cost a CPU much.
+
+    Shapes: logits (B, C, *spatial), channel numbers (B, *spatial) int64 → a number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """The loss; keeps probabilities for the way back."""
+        classes, labels = logits.shape[1], target.reshape(-1, 1)
+        rows = torch.log_softmax(logits.movedim(1, -1).reshape(-1, classes).float(), dim=1)  # (voxels, C)
+        entropy = -rows.gather(1, labels).mean()
+        probability = rows.exp_()
+        chosen = probability.gather(1, labels)[:, 0]
+        both = torch.zeros(classes, device=chosen.device).index_add_(0, labels[:, 0], chosen)
+        sizes = probability.sum(dim=0) + torch.bincount(labels[:, 0], minlength=classes) + SMOOTH
+        ctx.save_for_backward(probability, labels, chosen, both, sizes)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        return entropy + (1 - (2 * both + SMOOTH) / sizes).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """The gradient with respect to the logits."""
+        probability, labels, chosen, both, sizes = ctx.saved_tensors
+        voxels, classes = probability.shape
+        every = (2 * both + SMOOTH) / sizes**2 / classes  # of the loss, by each probability of a class
+        hit = -2 / sizes / classes  # and by that of the voxels that are of the class
+        there = chosen * hit[labels[:, 0]]
+        pull = every[None] - (probability @ every + there - 1 / voxels)[:, None]
+        gradient = pull.mul_(probability)
+        gradient.scatter_add_(1, labels, (there - 1 / voxels)[:, None])
+        shape = (ctx.shape[0], *ctx.shape[2:], classes)
+        return (gradient.mul_(grads[0])).reshape(shape).movedim(-1, 1).to(ctx.dtype), None
 
 
 class WeightedCrossEntropy(nn.Module):

@@ -151,6 +151,22 @@ def test_the_default_loss_is_monais() -> None:
     assert torch.allclose(loss(spec_of(), RUN)(logits, target), theirs)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+def test_its_gradient_is_monais(dims: int, order: str) -> None:
+    """Also of a class that no voxel has, and of logits so large that one class is certain."""
+    torch.manual_seed(0)
+    size = (5, 6, 7)[:dims]
+    target = torch.randint(0, 3, (2, 1, *size)).float()
+    formats = {2: torch.channels_last, 3: torch.channels_last_3d}
+    for scale in (1.0, 40.0):
+        logits = (scale * torch.randn(2, 4, *size)).requires_grad_()
+        seen = logits if order == "channels first" else logits.to(memory_format=formats[dims])
+        (theirs,) = torch.autograd.grad(DiceCELoss(softmax=True, to_onehot_y=True, batch=True)(logits, target) * 3, logits)
+        (ours,) = torch.autograd.grad(loss(spec_of(dims), RUN)(seen, target) * 3, logits)
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
+
+
 def test_the_sigmoid_loss_takes_each_structure_for_itself() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 2, 8, 9), torch.randint(0, 3, (2, 1, 8, 9)).float()
