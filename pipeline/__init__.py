@@ -21,13 +21,13 @@ What it goes by: `spec` (what weights see and say), `run` (how a training run go
 `errors`. What drives it: `engine` (MONAI's trainer and evaluator), `bundle` (MONAI bundles), `verify` (whether they are
 whole), `cases` and `batch` (what there is to do, and doing it), `ahead` (one beside the next), `header` and `memory` (what a
 case will take), `export` (for other runtimes), `score` (against labels), `picture` (overlays, charts), `api` (for scripts),
-`cli` and `progress` (the command, and what it shows).
+`cli`, `cli_train` and `progress` (the command, and what it shows).
 
 What trains: `layouts` (folders as people keep them), `survey` (what is wrong, what data are like), `plan`, `pace` and `draft`
 (what that asks for, how fast it goes here, and its files), `training` (one run), `dataset` (labelled cases and folds),
 `augment` (random patches), `synthesize` (images drawn from label maps) and `tissues` (what the maps' values are), `loss`,
 `recipe` (initialisation, optimizer, learning rate, time), `validate` and `history` (how good it gets, and what it went
-through), `resume` (a run cut off and gone on).
+through), `resume` (a run cut off and gone on), `crossval` (every fold).
 
 What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
 (what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `regions`

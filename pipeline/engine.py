@@ -58,13 +58,15 @@ def average(network: nn.Module, run: Run) -> EMAHandler:
 
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:
+    """Writes a network's weights, see `save_state`."""
+    save_state(network.state_dict(), path)
+
+
+def save_state(state: Mapping[str, torch.Tensor], path: PathOrStr) -> None:
     """Writes a plain state dict, whole or not at all; kernels are kept in float16, all else as it is."""
-    state = {
-        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous()
-        for name, tensor in network.state_dict().items()
-    }
+    plain = {name: (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous() for name, tensor in state.items()}
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(plain, buffer)
     write_bytes(Path(path), buffer.getvalue())
 
 

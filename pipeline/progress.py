@@ -1,4 +1,4 @@
-"""What the command shows on stderr while it works."""
+"""What the command shows on stderr while it works, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ from typing import Any
 
 import click
 
+from pipeline.errors import PipelineError
+
+DONE, SOME_FAILED, WRONG = 0, 1, 2  # exit statuses
 Advance = Callable[[str], None]
+
+
+class Refusal(click.ClickException):
+    """A PipelineError as the command line shows it: one line on stderr, exit status 2."""
+
+    exit_code = WRONG
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns errors that the user can mend into messages without a traceback."""
+    try:
+        yield
+    except PipelineError as error:
+        raise Refusal(str(error)) from error
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,0 +1,137 @@
+"""Measures memory: a volume of many classes within a limit, the same labels whatever the limit, and no growth over many cases.
+
+    python scripts/bench_memory.py --json runs/memory.json
+
+Each volume is segmented by `volseg segment` in a process of its own; the peak is the kernel's own figure. Where VOLSEG_DATA is
+set, 50 crops of the hippocampus are segmented in one process, and the slope of its resident memory is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from scipy import ndimage
+
+from pipeline import bundle as bundles
+from pipeline import network as networks
+from pipeline import spec as specs
+from pipeline.bundle import open_model
+from pipeline.engine import predict_case, save_weights
+from pipeline.header import peek
+from pipeline.memory import estimate, parse_size, ready_bytes, resident_bytes
+from pipeline.report import read_csv, sha256, write_json
+
+CARD = {
+    "name": "Memory", "description": "Random weights.", "task": "none", "authors": "scripts/bench_memory", "copyright": "none",
+    "intended_use": "measuring", "data_source": "none", "data_type": "NIfTI", "references": [], "eval_metrics": {},
+    "changelog": {"0.0.0": "made"},
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=[384, 384, 256], help="voxels")
+    parser.add_argument("--classes", type=int, nargs="+", default=[100, 18])
+    parser.add_argument("--limits", nargs="+", default=["2G", "4G", "none"], help="for --max-memory; a class count goes by all")
+    parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 160])
+    parser.add_argument("--roi", type=int, nargs=3, default=[96, 96, 96], help="voxels")
+    parser.add_argument("--cases", type=int, default=50, help="crops for the slope")
+    parser.add_argument("--json", type=Path, help="writes the results there")
+    return parser.parse_args()
+
+
+def make_volume(path: Path, shape: list[int]) -> Path:
+    """Smooth blobs above empty slices, as a head above air; int16, 1 mm."""
+    coarse = np.random.default_rng(0).normal(size=[max(2, n // 32) for n in shape])
+    array = ndimage.zoom(coarse, [n / c for n, c in zip(shape, coarse.shape, strict=True)], order=1) * 200 + 300
+    array[:, :, : shape[2] // 6] = 0
+    nib.save(nib.Nifti1Image(array.clip(0).astype(np.int16), np.eye(4)), path)
+    return path
+
+
+def make_bundle(root: Path, classes: int, args: argparse.Namespace) -> Path:
+    """A bundle with random weights."""
+    (root / "configs").mkdir(parents=True)
+    content = {
+        "labels": {"background": 0} | {f"structure {i}": i for i in range(1, classes)}, "channels": ["T1w"],
+        "spacing": [1.0, 1.0, 1.0], "roi_size": args.roi, "overlap": 0.25,
+        "network": {"features": args.features, "norm": "batch"},
+    }  # fmt: skip
+    for name, part in {"spec": content, "card": CARD}.items():
+        (root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
+    torch.manual_seed(0)
+    save_weights(networks.from_spec(specs.load(root / "configs" / "spec.yaml")), root / "models" / "model.pt")
+    bundles.refresh(root)
+    return root
+
+
+def once(root: Path, volume: Path, out: Path, limit: str) -> dict[str, Any]:
+    """One run of the command: what became of the case, the peak of its process, and the labels' hash."""
+    option = [] if limit == "none" else ["--max-memory", limit]
+    command = [sys.executable, "-m", "pipeline.cli", "segment", str(volume), "-o", str(out), "-b", str(root), "--device", "cpu"]
+    done = subprocess.run([*command, *option], capture_output=True, text=True, check=False)
+    row = read_csv(out / "cases.csv")[0] if (out / "cases.csv").is_file() else {"status": "failed", "message": done.stderr}
+    labels = out / f"{volume.name.removesuffix('.nii.gz')}_seg.nii.gz"
+    return {
+        "status": row["status"],
+        "message": row["message"],
+        "peak_gb": float(row.get("peak_memory_mb") or "nan") / 1024,
+        "labels": sha256(labels)[:16] if labels.is_file() else "",
+    }
+
+
+def estimated(root: Path, volume: Path, limit: str) -> float:
+    """The peak that the command expects, GB."""
+    model = open_model(root, device="cpu")
+    base = ready_bytes(model)
+    held = model.evaluator.inferer.held_bytes if limit == "none" else parse_size(limit) - base
+    return estimate(model, [peek(volume)], base, held).peak / 2**30
+
+
+def slope(crops: list[Path]) -> dict[str, float]:
+    """Growth of this process's resident memory over cases, MB a case, after the first ten."""
+    model = open_model("hippocampus_mr_3d", device="cpu")
+    held = []
+    for crop in crops:
+        predict_case(model, crop)
+        held.append(resident_bytes() / 2**20)
+    settled = held[10:]
+    return {"mb_a_case": float(np.polyfit(range(len(settled)), settled, 1)[0]), "first_mb": settled[0], "last_mb": settled[-1]}
+
+
+def main() -> None:
+    """Measures, prints, and writes what was asked for."""
+    args = arguments()
+    found: dict[str, Any] = {"shape": args.shape, "runs": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        volume = make_volume(folder / "volume.nii.gz", args.shape)
+        for classes in args.classes:
+            root = make_bundle(folder / f"bundle_{classes}", classes, args)
+            for limit in args.limits:
+                one = once(root, volume, folder / f"out_{classes}_{limit}", limit)
+                found["runs"].append({"classes": classes, "limit": limit, "estimate_gb": estimated(root, volume, limit), **one})
+                print(json.dumps(found["runs"][-1]), flush=True)
+    data = os.environ.get("VOLSEG_DATA")
+    if data and args.cases:
+        crops = sorted((Path(data) / "hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))[: args.cases]
+        found["slope"] = slope(crops)
+        print(json.dumps(found["slope"]))
+    if args.json:
+        write_json(args.json, found)
+
+
+if __name__ == "__main__":
+    main()
