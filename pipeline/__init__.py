@@ -9,6 +9,7 @@ The path of a volume, one module a step:
     network     the U-Net, 2D or 3D
     runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size
+    air         the part of it that holds something
     stitch      overlapping windows as finished blocks of it
     outputs     networks that give several tensors
     invert      logits to labels on the file's own grid

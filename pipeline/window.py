@@ -14,11 +14,12 @@ from monai.data.utils import collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
 from torch.nn import functional
 
+from pipeline.air import box, holds, occupied
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.outputs import map_tensors, several, split_batch
 from pipeline.rotate import rotations
 from pipeline.spec import Spec
-from pipeline.stitch import Block, Lattice, Placement, blocks, fit, lattice
+from pipeline.stitch import SURE_BACKGROUND, Block, Lattice, Placement, blocks, fit, lattice
 from pipeline.tile import BackgroundInferer, tile_inferer
 
 Finish = Callable[[Iterator[Block], MetaTensor], torch.Tensor]
@@ -63,6 +64,7 @@ def _windows_or_tiles(spec: Spec, overlap: float, sw_batch_size: int | None, fin
         overlap,
         slice_dim=spec.slice_dim,
         sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
+        air=spec.air,
         finish=finish,
     )
 
@@ -78,8 +80,8 @@ class WindowInferer(Inferer):
         placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
         mode: `gaussian` or `constant`, the weight of a window's voxels.
         mirror: spatial axes of the window along which mirror images are averaged in.
-        air: windows whose values lie below this level in the normalised image are not looked at and become background; None
-            looks at all.
+        air: level of the normalised image below which it is air (`pipeline.air`): windows are spread over the box of what is
+            above, those that hold nothing of it are not looked at, and all else is background; None looks at all.
         held_bytes: of sums that may be held at a time; the result does not depend on it.
         finish: what is made of each image's blocks while they come; whole logits by default.
 
@@ -142,17 +144,25 @@ class WindowInferer(Inferer):
 
     def _attempt(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device) -> Any:
         image = _finite(_plain(item).to(device, torch.float32))
+        shape = tuple(image.shape[1:])
+        inside = tuple(slice(0, n) for n in shape)
+        if self.air is not None:
+            inside = box(occupied(image, self.air), shape, self.roi)
+            part = (slice(None), *inside)
+            image = image[part]
         margins = [max(0, r - n) for r, n in zip(self.roi, image.shape[1:], strict=True)]
         if any(margins):
             image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
         look = _Look(self, image, network, item.device)
         if not isinstance(look.first, torch.Tensor):
+            if self.air is not None:
+                raise ConfigError("air: expected None for a network of several outputs, which have no background in common")
             return several(self.windows(image.shape[1:], 1), look, look.first, lambda roi: weightmap_tensors(roi, self.mode))
         channels = len(look.first)
         windows = self.windows(image.shape[1:], channels)
         weights = weightmap_tensors(self.roi, self.mode).to(device)
         found = blocks(windows, look, weights, channels, batch=self.sw_batch_size)
-        result = (self.finish or whole)(_each(found, margins, look.seconds), item)
+        result = (self.finish or whole)(_each(found, margins, inside, shape, look.seconds), item)
         if isinstance(result, MetaTensor):
             result.meta[NETWORK_SECONDS] = sum(look.seconds)
         return result
@@ -164,6 +174,7 @@ class _Look:
     def __init__(self, how: WindowInferer, image: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device):
         self.how, self.image, self.network, self.device = how, image, network, device
         self.batch = how.sw_batch_size
+        self.cells = None if how.air is None else occupied(image, how.air)
         self.seconds = [0.0]
         started = time.perf_counter()
         self.first: Any = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
@@ -177,7 +188,7 @@ class _Look:
         return [found.get(start) for start in starts]
 
     def _is_air(self, start: tuple[int, ...]) -> bool:
-        return self.how.air is not None and bool((self.image[self._at(start)] < self.how.air).all())
+        return self.cells is not None and not holds(self.cells, start, self.how.roi)
 
     def _at(self, start: tuple[int, ...]) -> tuple[slice, ...]:
         return (slice(None), *(slice(i, i + n) for i, n in zip(start, self.how.roi, strict=True)))
@@ -219,7 +230,8 @@ def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
     scores = None
     for block in pieces:
         if scores is None:
-            scores = block.scores.new_empty((len(block.scores), *block.shape))
+            scores = block.scores.new_zeros((len(block.scores), *block.shape))
+            scores[0] = SURE_BACKGROUND  # where no block speaks
         at = (slice(None), *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)))
         scores[at] = block.scores
         del block
@@ -243,22 +255,24 @@ def _finite(image: torch.Tensor) -> torch.Tensor:
     return torch.where(good, image, image[good].min() if good.any() else torch.zeros(()))
 
 
-def _cropped(block: Block, margins: Sequence[int]) -> Block:
-    """A block without the padding of a small image; along a padded axis there is one window."""
+def _placed(block: Block, margins: Sequence[int], inside: Sequence[slice], shape: tuple[int, ...]) -> Block:
+    """A block in the whole volume, without the padding of a small image; along a padded axis there is one window."""
     cut = (slice(None), *(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True)))
-    shape = tuple(n - m for n, m in zip(block.shape, margins, strict=True))
-    return Block(start=block.start, scores=block.scores[cut], shape=shape)
+    start = tuple(s.start + i for s, i in zip(inside, block.start, strict=True))
+    return Block(start=start, scores=block.scores[cut], shape=shape)
 
 
-def _each(pieces: Iterator[Block], margins: Sequence[int], seconds: list[float]) -> Iterator[Block]:
-    """Blocks without padding, each let go before the next is made; notes how long that took."""
+def _each(
+    pieces: Iterator[Block], margins: Sequence[int], inside: Sequence[slice], shape: tuple[int, ...], seconds: list[float]
+) -> Iterator[Block]:
+    """Blocks in their place, each let go before the next is made; notes how long that took."""
     while True:
         started = time.perf_counter()
         block = next(pieces, None)
         seconds.append(time.perf_counter() - started)
         if block is None:
             return
-        block = _cropped(block, margins)
+        block = _placed(block, margins, inside, shape)
         yield block
         del block
 

@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--roi", type=int, nargs=3, default=[96, 96, 96], help="voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--tools", nargs="+", default=["monai", "float32", "int8", "float32 own plan", "int8 own plan"])
-    parser.add_argument("--nnunet-python", help="the Python of an environment with nnunetv2; adds the tool nnunet")
+    parser.add_argument("--nnunet-python", help="the Python of an environment with nnunetv2 and volseg; adds the tool nnunet")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="writes the results there")
     parser.add_argument("--plot", type=Path, help="draws them there")
