@@ -246,12 +246,3 @@ def test_inputs_of_another_rank_are_refused() -> None:
     """With the shape that was expected."""
     with pytest.raises(ShapeError, match=r"expected \(B, C, \*spatial\) with 3 spatial axes"):
         WindowInferer((16, 12, 8))(torch.zeros(1, 2, 30, 30), Near(3))
-
-
-@pytest.mark.gpu
-def test_a_gpu_gives_the_labels_of_the_cpu() -> None:
-    """In float32, window by window."""
-    x = torch.randn(1, 2, 40, 30, 9)
-    with torch.no_grad():
-        there = WindowInferer((16, 12, 8), 0.5)(x.cuda(), Near(3).cuda()).cpu()
-        torch.testing.assert_close(there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)), rtol=1e-3, atol=1e-3)
