@@ -9,42 +9,65 @@ from torch.nn import functional
 
 Box = tuple[slice, ...]
 CELL = 4  # voxels along each axis that are averaged: noise is no tissue
-MARGIN = 2  # cells around what was found
+BRIGHT = 0.995  # quantile of the values that counts as the brightest
+SAMPLES = 10**6  # voxels that it is taken of
 
 
-def occupied(image: torch.Tensor, level: float) -> torch.Tensor:
+def level(image: torch.Tensor, fraction: float) -> float:
+    """The value that lies so far from the lowest of an image (C, *spatial) to its brightest, which are a quantile."""
+    values = image.flatten()
+    bright = float(torch.quantile(values[:: max(1, len(values) // SAMPLES)].float(), BRIGHT))
+    low = float(values.min())
+    return low + fraction * (bright - low)
+
+
+def occupied(image: torch.Tensor, above: float) -> torch.Tensor:
     """Which cells of `CELL` voxels a side hold tissue: the mean of some channel is above a level there.
 
     Args:
         image: (C, *spatial), 2D or 3D.
-        level: in the image's values.
+        above: the level, in the image's values.
 
     Returns:
         (*cells) bool; the last cells may be cut off by the volume's edge.
     """
     pool = functional.avg_pool3d if image.ndim == 4 else functional.avg_pool2d
     means: torch.Tensor = pool(image[None], [min(CELL, n) for n in image.shape[1:]], CELL, ceil_mode=True)
-    return (means[0] > level).any(dim=0)
+    return (means[0] > above).any(dim=0)
 
 
-def box(cells: torch.Tensor, shape: Sequence[int], least: Sequence[int]) -> Box:
-    """The box of voxels around all occupied cells, with a margin, as far as the volume goes; all of it where none is occupied.
+def box(image: torch.Tensor, above: float, least: Sequence[int]) -> Box:
+    """The box around all voxels above a level in occupied cells or beside them; all of a volume where nothing is.
 
     Args:
-        cells: from `occupied`.
-        shape: of the volume, voxels.
+        image: (C, *spatial).
+        above: the level, in the image's values.
         least: voxels that the box has at least along each axis, where the volume has as many.
     """
-    places = cells.nonzero()
+    shape = image.shape[1:]
+    places = occupied(image, above).nonzero()
     if not len(places):
         return tuple(slice(0, n) for n in shape)
+    near = tuple(
+        slice(max(0, (low - 1) * CELL), (high + 2) * CELL)
+        for low, high in zip(places.amin(0).tolist(), places.amax(0).tolist(), strict=True)
+    )
+    part = (slice(None), *near)
+    bright = (image[part] > above).any(dim=0)
     found = []
-    for low, high, size, wanted in zip(places.amin(0).tolist(), places.amax(0).tolist(), shape, least, strict=True):
-        start, stop = max(0, (low - MARGIN) * CELL), min(size, (high + 1 + MARGIN) * CELL)
-        lack = max(0, min(wanted, size) - (stop - start))
-        start = max(0, min(start - lack // 2, size - (stop - start) - lack))
-        found.append(slice(start, min(size, max(stop, start + min(wanted, size)))))
+    for axis, (here, size, wanted) in enumerate(zip(near, shape, least, strict=True)):
+        others = [other for other in range(bright.ndim) if other != axis]
+        along = bright.any(dim=others[0]) if len(others) == 1 else bright.amax(dim=others)
+        hits = along.nonzero()[:, 0]
+        found.append(_at_least(here.start + int(hits[0]), here.start + int(hits[-1]) + 1, size, wanted))
     return tuple(found)
+
+
+def _at_least(start: int, stop: int, size: int, wanted: int) -> slice:
+    """A slice, made longer on both sides where it is shorter than wanted, within a size."""
+    lack = max(0, min(wanted, size) - (stop - start))
+    start = max(0, min(start - lack // 2, size - (stop - start) - lack))
+    return slice(start, max(stop, start + min(wanted, size)))
 
 
 def holds(cells: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> bool:

@@ -78,8 +78,8 @@ class Spec:
         roi_size: voxels of one window; 2 numbers make a network of slices, 3 one of volumes.
         slice_axis: for a network of slices, the anatomical direction that the slices are stacked along.
         overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without padding, where tiles abut.
-        air: level of the normalised image below which it is air, which is background without being looked at; null looks
-            everywhere.
+        air: fraction of the way from a volume's lowest value to its brightest (its quantile .995) below which it is air, and
+            background without being looked at; null looks everywhere.
         network: the U-Net's shape.
         output: `softmax` has a channel for every label, `sigmoid` one for every structure; a structure is found where its
             probability is above .5, and above that of the others.

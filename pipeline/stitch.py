@@ -14,6 +14,7 @@ from math import ceil, prod
 from typing import Any, Literal
 
 import torch
+from monai.data import MetaTensor
 
 from pipeline.errors import VolumeError
 
@@ -252,3 +253,17 @@ def _finish(windows: Lattice, place: dict[int, int], box: Box, total: torch.Tens
             "try --precision float32, or check the bundle's weights with `volseg check`"
         )
     return Block(start=start, scores=scores, shape=windows.shape)
+
+
+def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
+    """All blocks as one tensor (C, *spatial) float32, a MetaTensor like the image where that is one."""
+    scores = None
+    for block in pieces:
+        if scores is None:
+            scores = block.scores.new_zeros((len(block.scores), *block.shape))
+            scores[0] = SURE_BACKGROUND  # where no block speaks
+        at = (slice(None), *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)))
+        scores[at] = block.scores
+        del block
+    assert scores is not None
+    return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores

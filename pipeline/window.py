@@ -14,12 +14,12 @@ from monai.data.utils import collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
 from torch.nn import functional
 
-from pipeline.air import box, holds, occupied
+from pipeline.air import box, holds, level, occupied
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.outputs import map_tensors, several, split_batch
 from pipeline.rotate import rotations
 from pipeline.spec import Spec
-from pipeline.stitch import SURE_BACKGROUND, Block, Lattice, Placement, blocks, fit, lattice
+from pipeline.stitch import Block, Lattice, Placement, blocks, fit, lattice, whole
 from pipeline.tile import BackgroundInferer, tile_inferer
 
 Finish = Callable[[Iterator[Block], MetaTensor], torch.Tensor]
@@ -80,8 +80,9 @@ class WindowInferer(Inferer):
         placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
         mode: `gaussian` or `constant`, the weight of a window's voxels.
         mirror: spatial axes of the window along which mirror images are averaged in.
-        air: level of the normalised image below which it is air (`pipeline.air`): windows are spread over the box of what is
-            above, those that hold nothing of it are not looked at, and all else is background; None looks at all.
+        air: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
+            are spread over the box of what is above, those that hold nothing of it are not looked at, and all else is
+            background; None looks at all.
         held_bytes: of sums that may be held at a time; the result does not depend on it.
         finish: what is made of each image's blocks while they come; whole logits by default.
 
@@ -146,14 +147,15 @@ class WindowInferer(Inferer):
         image = _finite(_plain(item).to(device, torch.float32))
         shape = tuple(image.shape[1:])
         inside = tuple(slice(0, n) for n in shape)
-        if self.air is not None:
-            inside = box(occupied(image, self.air), shape, self.roi)
+        above = None if self.air is None else level(image, self.air)
+        if above is not None:
+            inside = box(image, above, self.roi)
             part = (slice(None), *inside)
             image = image[part]
         margins = [max(0, r - n) for r, n in zip(self.roi, image.shape[1:], strict=True)]
         if any(margins):
             image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
-        look = _Look(self, image, network, item.device)
+        look = _Look(self, image, network, item.device, above)
         if not isinstance(look.first, torch.Tensor):
             if self.air is not None:
                 raise ConfigError("air: expected None for a network of several outputs, which have no background in common")
@@ -171,10 +173,17 @@ class WindowInferer(Inferer):
 class _Look:
     """The network's scores in windows of one image, for `stitch.blocks`."""
 
-    def __init__(self, how: WindowInferer, image: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device):
+    def __init__(
+        self,
+        how: WindowInferer,
+        image: torch.Tensor,
+        network: Callable[[torch.Tensor], Any],
+        device: torch.device,
+        above: float | None,
+    ) -> None:
         self.how, self.image, self.network, self.device = how, image, network, device
         self.batch = how.sw_batch_size
-        self.cells = None if how.air is None else occupied(image, how.air)
+        self.cells = None if above is None else occupied(image, above)
         self.seconds = [0.0]
         started = time.perf_counter()
         self.first: Any = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
@@ -223,20 +232,6 @@ class _Look:
             other = self.network(patch.flip(dims))
             output = map_tensors(lambda a, b, dims=dims: a + b.flip(dims), output, other)
         return map_tensors(lambda a: a / (len(sets) + 1), output)
-
-
-def whole(pieces: Iterator[Block], image: torch.Tensor) -> torch.Tensor:
-    """All blocks as one tensor (C, *spatial) float32, a MetaTensor like the image where that is one."""
-    scores = None
-    for block in pieces:
-        if scores is None:
-            scores = block.scores.new_zeros((len(block.scores), *block.shape))
-            scores[0] = SURE_BACKGROUND  # where no block speaks
-        at = (slice(None), *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)))
-        scores[at] = block.scores
-        del block
-    assert scores is not None
-    return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores
 
 
 @lru_cache(maxsize=4)

@@ -22,7 +22,7 @@ from pipeline import spec as specs
 from pipeline.memory import peak_bytes
 from pipeline.spec import Spec
 
-AIR = -0.5  # in standard deviations from the mean: below it there is no tissue in a z-scored head
+AIR = 0.05  # of the way from the lowest value to the brightest: below it there is no tissue in a head
 Run = Callable[[Path, Path], dict[str, float]]
 
 

@@ -211,7 +211,7 @@ def test_air_is_not_looked_at_when_asked() -> None:
         seen.append(patch)
         return torch.cat([-patch, patch], 1)
 
-    labels = WindowInferer((16, 12, 8), 0.0, air=0.0)(x, network).argmax(1)
+    labels = WindowInferer((16, 12, 8), 0.0, air=0.5)(x, network).argmax(1)
     assert len(seen) == 2
     assert not labels[:, 32:].any()
 
