@@ -58,6 +58,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="draws them there")
     parser.add_argument("--report", type=Path, help="writes them there as a page")
     parser.add_argument("--from-json", type=Path, help="measures nothing: page and plot of earlier results")
+    parser.add_argument("--memory", type=Path, help="results of scripts/bench_memory.py, for the page")
+    parser.add_argument("--int8", type=Path, help="results of scripts/bench_int8.py, for the page")
     return parser.parse_args()
 
 
@@ -149,8 +151,9 @@ def assembled(
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         networks.from_spec(spec).eval()(torch.zeros(1, len(spec.channels), *spec.roi_size))
     work = counter.get_total_flops() * windows / 1e9
-    for found in results.values():
-        found["gflops"] = work / found["steps"].get("network", found["seconds"])
+    for tool, found in results.items():
+        if "network" in found["steps"] and "own plan" not in tool:  # which looks at fewer windows
+            found["gflops"] = work / found["steps"]["network"]
 
     def speedup(base: str) -> dict[str, float]:
         ours = {tool: found for tool, found in results.items() if tool not in ("monai", "nnunet")}
@@ -193,7 +196,43 @@ def processor() -> str:
     return f"{name} ({', '.join(known)})"
 
 
-def page(found: dict[str, Any]) -> str:
+def memory_lines(found: dict[str, Any]) -> list[str]:
+    """What scripts/bench_memory.py measured, as Markdown."""
+    shape = " × ".join(map(str, found["shape"]))
+    lines = [
+        "",
+        "## Memory",
+        "",
+        f"`python scripts/bench_memory.py`: a volume of {shape} voxels, `volseg segment` in a process of its own.",
+        "",
+        "| classes | --max-memory | estimate, GB | peak, GB | labels |",
+        "|---|---|---|---|---|",
+    ]
+    for run in found["runs"]:
+        peak = f"{run['peak_gb']:.2f}" if run["status"] == "done" else "refused before it starts"
+        cells = [str(run["classes"]), run["limit"], f"{run['estimate_gb']:.2f}", peak, run["labels"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Labels are told by the first digits of their file's SHA-256."]
+    if "slope" in found:
+        slope = found["slope"]
+        lines.append(f"Over cases in one process resident memory grows by {slope['mb_a_case']:.2f} MB a case.")
+    return lines
+
+
+def int8_lines(found: dict[str, Any]) -> list[str]:
+    """What scripts/bench_int8.py measured, as Markdown."""
+    dice = ", ".join(f"{name} {value:.4f}" for name, value in found["dice"].items())
+    return [
+        "",
+        "## What int8 costs",
+        "",
+        f"`python scripts/bench_int8.py hippocampus_mr_3d …`: {found['cases']} validation cases, quantised on training cases.",
+        f"Mean Dice lost: {found['mean_dice_loss']:.4f}; Dice of int8 labels against float32 labels: "
+        f"{found['dice_int8_against_float32']:.4f}. Dice: {dice}.",
+    ]
+
+
+def page(found: dict[str, Any], memory: Path | None = None, int8: Path | None = None) -> str:
     """The results as Markdown."""
     base = found["tools"].get("monai")
     lines = [
@@ -212,7 +251,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     for tool, one in found["tools"].items():
         network = one["steps"].get("network")
-        alike = found["agreement_with_monai"].get(tool, {})
+        alike = {} if "own plan" in tool or tool == "nnunet" else found["agreement_with_monai"].get(tool, {})
         cells = [
             tool,
             f"{one['seconds']:.1f}",
@@ -224,6 +263,15 @@ def page(found: dict[str, Any]) -> str:
             f"{alike['dice']:.4f}" if alike else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "`float32` and `int8` take MONAI's windows, all of them. `own plan` spreads windows over the box of what is no air, as",
+        "nnU-Net crops a volume to what is not zero; random weights say something in air too: labels are not compared there.",
+    ]
+    if memory:
+        lines += memory_lines(json.loads(memory.read_text()))
+    if int8:
+        lines += int8_lines(json.loads(int8.read_text()))
     return "\n".join(lines) + "\n"
 
 
@@ -265,7 +313,7 @@ def main() -> None:
     if args.plot:
         plot(found, args.plot)
     if args.report:
-        write_bytes(args.report, page(found).encode())
+        write_bytes(args.report, page(found, args.memory, args.int8).encode())
     print(page(found))
 
 

@@ -79,7 +79,8 @@ def test_inside_the_box_the_windows_are_those_of_the_crop(held: float) -> None:
 
     def count(x: torch.Tensor) -> torch.Tensor:
         calls.append(len(x))
-        return Smooth()(x)
+        logits: torch.Tensor = Smooth()(x)
+        return logits
 
     whole = WindowInferer((16, 16, 16), 0.25, air=0.2, held_bytes=held)(image[None], count)
     looked = sum(calls)
