@@ -75,11 +75,7 @@ def predict_within(model: Model, image: Any, limit: int | None) -> Prediction:
     if limit is None:
         return predict_case(model, image)
     headers = [peek(source) for source in (image if isinstance(image, list | tuple) else [image])]
-    base = ready_bytes(model)
-    held = float("inf")
-    if isinstance(inferer, WindowInferer):
-        held = limit - base - _around(model.spec, headers)
-    found = estimate(model, headers, base, held)
+    found, held = within(model, headers, limit)
     if found.peak > limit:
         raise VolumeError(
             f"needs about {_gb(found.peak)} of memory, --max-memory allows {_gb(limit)}; "
@@ -92,6 +88,15 @@ def predict_within(model: Model, image: Any, limit: int | None) -> Prediction:
         return predict_case(model, image)
     finally:
         inferer.held_bytes = before
+
+
+def within(model: Model, headers: list[Header], limit: float) -> tuple[Estimate, float]:
+    """What a case will take under a limit, and the bytes of windows' sums that are then left to be held."""
+    base = ready_bytes(model)
+    held = float("inf")
+    if isinstance(model.evaluator.inferer, WindowInferer):
+        held = limit - base - _around(model.spec, headers)
+    return estimate(model, headers, base, held), held
 
 
 def estimate(model: Model, headers: list[Header], base: int, held: float) -> Estimate:

@@ -29,7 +29,7 @@ from pipeline import spec as specs
 from pipeline.bundle import open_model
 from pipeline.engine import predict_case, save_weights
 from pipeline.header import peek
-from pipeline.memory import estimate, parse_size, ready_bytes, resident_bytes
+from pipeline.memory import estimate, parse_size, ready_bytes, resident_bytes, within
 from pipeline.report import read_csv, sha256, write_json
 
 CARD = {
@@ -95,9 +95,10 @@ def once(root: Path, volume: Path, out: Path, limit: str) -> dict[str, Any]:
 def estimated(root: Path, volume: Path, limit: str) -> float:
     """The peak that the command expects, GB."""
     model = open_model(root, device="cpu")
-    base = ready_bytes(model)
-    held = model.evaluator.inferer.held_bytes if limit == "none" else parse_size(limit) - base
-    return estimate(model, [peek(volume)], base, held).peak / 2**30
+    headers = [peek(volume)]
+    if limit == "none":
+        return estimate(model, headers, ready_bytes(model), model.evaluator.inferer.held_bytes).peak / 2**30
+    return within(model, headers, parse_size(limit))[0].peak / 2**30
 
 
 def slope(crops: list[Path]) -> dict[str, float]:
