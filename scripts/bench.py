@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="writes them there as a page")
     parser.add_argument("--from-json", type=Path, help="measures nothing: page and plot of earlier results")
     parser.add_argument("--memory", type=Path, help="results of scripts/bench_memory.py, for the page")
+    parser.add_argument("--batch", type=Path, help="results of scripts/bench_batch.py, for the page")
     parser.add_argument("--int8", type=Path, help="results of scripts/bench_int8.py, for the page")
     return parser.parse_args()
 
@@ -232,7 +233,20 @@ def int8_lines(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def page(found: dict[str, Any], memory: Path | None = None, int8: Path | None = None) -> str:
+def batch_lines(found: dict[str, Any]) -> list[str]:
+    """What scripts/bench_batch.py measured, as Markdown."""
+    parts = [f"{one['outside']:.0%} of {one['seconds']:.0f} s in {one['precision']}" for one in found["batches"]]
+    cases = found["batches"][0]["cases"]
+    return [
+        "",
+        "## Beside the network",
+        "",
+        f"`python scripts/bench_batch.py`: the same volume as {cases} cases, own plan. The network did not compute in",
+        f"{', and '.join(parts)}.",
+    ]
+
+
+def page(found: dict[str, Any], args: argparse.Namespace) -> str:
     """The results as Markdown."""
     base = found["tools"].get("monai")
     lines = [
@@ -268,10 +282,9 @@ def page(found: dict[str, Any], memory: Path | None = None, int8: Path | None = 
         "`float32` and `int8` take MONAI's windows, all of them. `own plan` spreads windows over the box of what is no air, as",
         "nnU-Net crops a volume to what is not zero; random weights say something in air too: labels are not compared there.",
     ]
-    if memory:
-        lines += memory_lines(json.loads(memory.read_text()))
-    if int8:
-        lines += int8_lines(json.loads(int8.read_text()))
+    for path, section in ((args.batch, batch_lines), (args.memory, memory_lines), (args.int8, int8_lines)):
+        if path:
+            lines += section(json.loads(path.read_text()))
     return "\n".join(lines) + "\n"
 
 
@@ -313,8 +326,8 @@ def main() -> None:
     if args.plot:
         plot(found, args.plot)
     if args.report:
-        write_bytes(args.report, page(found, args.memory, args.int8).encode())
-    print(page(found))
+        write_bytes(args.report, page(found, args).encode())
+    print(page(found, args))
 
 
 if __name__ == "__main__":
