@@ -2,8 +2,8 @@
 
     python scripts/bench_batch.py --json runs/batch.json
 
-Segments a volume several times as so many cases, in one process, with the benchmark's network of random weights and its air left
-out, in each precision; the figure is the share of the wall time in which the network did not compute.
+Segments a volume several times as so many cases, in one process, with the benchmark's network of random weights and its air
+left out, in each precision; the figure is the share of the wall time in which the network did not compute.
 """
 
 from __future__ import annotations
