@@ -282,6 +282,8 @@ def page(found: dict[str, Any], args: argparse.Namespace) -> str:
         "`float32` and `int8` take MONAI's windows, all of them. `own plan` spreads windows over the box of what is no air, as",
         "nnU-Net crops a volume to what is not zero; random weights say something in air too: labels are not compared there.",
     ]
+    if args.plot and args.report:
+        lines += ["", f"![Seconds a volume, step by step]({os.path.relpath(args.plot, args.report.parent)})"]
     for path, section in ((args.batch, batch_lines), (args.memory, memory_lines), (args.int8, int8_lines)):
         if path:
             lines += section(json.loads(path.read_text()))
