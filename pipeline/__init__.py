@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from pipeline.api import Segmentation, load, segment
     from pipeline.errors import PipelineError
 
-__all__ = ["PipelineError", "Segmentation", "load", "segment"]
+__all__ = ["DEFAULT_BUNDLE", "PipelineError", "Segmentation", "load", "segment"]
+
+DEFAULT_BUNDLE = "brain_mr_structures"
 
 
 def __getattr__(name: str) -> Any:

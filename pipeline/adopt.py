@@ -86,7 +86,7 @@ def _spec(kind: Kind, dims: int, channels: int, outputs: int, network: Network) 
     if kind == "buda":
         spec["intensity"] = {"method": "percentiles_zscore", "lower": 10.0, "upper": 99.0}
         spec["fit"] = {"floor": 0.1, "slice_size": 256, "axis": "S"}
-        spec["largest_component"] = "each"
+        spec["largest_component"] = ["each"]
         if "FLAIR" in spec["channels"]:
             spec["stand_in"] = "FLAIR"
     return spec

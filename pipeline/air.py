@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from monai.transforms.utils import generate_spatial_bounding_box
 from torch.nn import functional
 
 Box = tuple[slice, ...]
@@ -53,14 +54,11 @@ def box(image: torch.Tensor, above: float, least: Sequence[int]) -> Box:
         for low, high in zip(places.amin(0).tolist(), places.amax(0).tolist(), strict=True)
     )
     part = (slice(None), *near)
-    bright = (image[part] > above).any(dim=0)
-    found = []
-    for axis, (here, size, wanted) in enumerate(zip(near, shape, least, strict=True)):
-        others = [other for other in range(bright.ndim) if other != axis]
-        along = bright.any(dim=others[0]) if len(others) == 1 else bright.amax(dim=others)
-        hits = along.nonzero()[:, 0]
-        found.append(_at_least(here.start + int(hits[0]), here.start + int(hits[-1]) + 1, size, wanted))
-    return tuple(found)
+    starts, stops = generate_spatial_bounding_box(image[part], select_fn=lambda values: values > above, allow_smaller=True)
+    return tuple(
+        _at_least(here.start + start, here.start + stop, size, wanted)
+        for here, start, stop, size, wanted in zip(near, starts, stops, shape, least, strict=True)
+    )
 
 
 def _at_least(start: int, stop: int, size: int, wanted: int) -> slice:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import DEFAULT_BUNDLE
 from pipeline.bundle import open_model
 from pipeline.engine import Model, predict_case
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
@@ -20,7 +21,7 @@ class Segmentation:
         image: the label map on the input's grid: a SimpleITK image where one came in, else a nibabel image.
         labels: the same as an array (X, Y, Z) of output values.
         affine: the input's, voxel → RAS+ world, mm.
-        volumes_mm3: name → volume of each structure, mm³.
+        volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
         uncertainty: (X, Y, Z) from 0 to 1, the entropy of the model's scores, where `load` was asked for it.
@@ -36,7 +37,7 @@ class Segmentation:
 
 
 def load(
-    bundle: PathOrStr,
+    bundle: PathOrStr = DEFAULT_BUNDLE,
     *,
     device: str = "auto",
     overlap: float | None = None,
@@ -47,7 +48,7 @@ def load(
     """A bundle opened for `segment`; open it once and use it for many images.
 
     Args:
-        bundle: a folder, or the name of a bundle that ships.
+        bundle: a folder, or the name of a bundle that ships; by default that of the brain's structures.
         device: auto, cpu, cuda or mps.
         overlap: of neighbouring windows, a fraction, instead of the bundle's own.
         runtime: auto, torch or openvino.

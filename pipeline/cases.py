@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 
 from pipeline.errors import ConfigError
-from pipeline.read import suffix
+from pipeline.read import stem, suffix
 from pipeline.spec import Spec
 from pipeline.types import Case, PathOrStr
 from pipeline.write import DESCRIPTION
@@ -45,7 +45,7 @@ def _files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
     """Each image file of one input, with the name of its output."""
     path = Path(item)
     if path.is_file():
-        yield _stem(Path(path.name)), _header_of(path)
+        yield stem(path), _header_of(path)
         return
     if path.is_dir():
         root, found = path, list(path.rglob("*"))
@@ -58,7 +58,7 @@ def _files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
     images = sorted(p for p in found if p.is_file() and _is_image(p))
     if not images:
         raise ConfigError(f"{path}: no image files there; expected names such as scan.nii.gz")
-    yield from ((_stem(p.relative_to(root)), p) for p in images)
+    yield from ((p.relative_to(root).with_name(stem(p)).as_posix(), p) for p in images)
 
 
 def _is_image(path: Path) -> bool:
@@ -84,15 +84,10 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def _stem(path: Path) -> str:
-    kind = suffix(path) or path.suffix
-    return path.as_posix()[: len(path.as_posix()) - len(kind)]
-
-
 def name_of(case: Case) -> str:
     """The name of a case that has none of its own: that of its file, without the suffix."""
     image = case["image"]
-    return _stem(Path(Path(image if isinstance(image, str | Path) else image[0]).name))
+    return stem(Path(image if isinstance(image, str | Path) else image[0]))
 
 
 def _grouped(cases: Sequence[Case], channels: Sequence[str], stand_in: str | None) -> list[Case]:

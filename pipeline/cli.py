@@ -9,12 +9,11 @@ from typing import Any
 
 import click
 
-from pipeline import cli_train
+from pipeline import DEFAULT_BUNDLE, cli_train
+from pipeline.cli_train import DEVICES, PRECISIONS
 from pipeline.progress import DONE, SOME_FAILED, line, progress, quiet, refusals
 
-DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
 RUNTIMES = click.Choice(["auto", "torch", "openvino"])
-PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -29,7 +28,7 @@ def main() -> None:
 @main.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@click.option("-b", "--bundle", required=True, help="Bundle to use: a folder, or the name of one that ships.")
+@click.option("-b", "--bundle", default=DEFAULT_BUNDLE, show_default=True, help="A folder, or the name of a bundle that ships.")
 @click.option("--device", type=DEVICES, default="auto", show_default=True, help="Where the network runs.")
 @click.option("--overlap", type=float, help="Of neighbouring windows, a fraction; the bundle's own by default.")
 @click.option("--runtime", type=RUNTIMES, default="auto", show_default=True, help="What runs the network.")

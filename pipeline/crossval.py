@@ -129,7 +129,7 @@ def _largest_component(root: Path, run: Run, folds: Sequence[int], spec: Spec) -
                     kept[name].append(after)
     gains = {name: fmean(kept[name]) - fmean(plain[name]) if plain[name] else nan for name in plain}
     better = all(gain >= 0 for gain in gains.values()) and any(gain > 0 for gain in gains.values())
-    return {"gain": gains, "kept": better and spec.largest_component is None}
+    return {"gain": gains, "kept": better and not spec.largest_component}
 
 
 def _both(case: Case, path: Path, spec: Spec) -> dict[str, tuple[float, float]]:
@@ -171,7 +171,7 @@ def _join(root: Path, folds: Sequence[int], *, keep_largest: bool) -> None:
     joined = {f"folds.{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
     content["network"]["folds"] = len(folds)
     if keep_largest:
-        content["largest_component"] = "each"
+        content["largest_component"] = ["each"]
     write_bytes(root / "configs" / "spec.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     shutil.copyfile(root / "folds" / str(folds[0]) / "configs" / "run.yaml", root / "configs" / "run.yaml")
     save_state(joined if len(folds) > 1 else states[0], root / "models" / "model.pt")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.layouts import MISSING, find_pairs, stem
-from pipeline.read import suffix
+from pipeline.layouts import MISSING, find_pairs
+from pipeline.read import stem, suffix
 from pipeline.report import read_json
 from pipeline.run import Run
 from pipeline.types import Case, PathOrStr

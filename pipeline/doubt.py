@@ -20,19 +20,17 @@ def doubts(labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], s
     Args:
         labels: (X, Y, Z) output values on the file's grid.
         affine: voxel → RAS+ world, mm.
-        volumes_mm3: name → volume of each structure.
+        volumes_mm3: name → volume of each structure and sum.
         spec: `whole` and `plausible_ml`.
     """
     lines = []
     faces = touched(labels, affine) if spec.whole else []
     if faces:
         lines.append(f"structures reach the scan's edge ({', '.join(faces)}): part of them may be missing")
-    sizes = {**volumes_mm3, "all": sum(volumes_mm3.values())}
     for name, (low, high) in spec.plausible_ml.items():
-        ml = sizes[name] / ML
+        ml = volumes_mm3[name] / ML
         if not low <= ml <= high:
-            what = "all structures together" if name == "all" else name
-            lines.append(f"{what}: {ml:.3g} mL, expected {low:g} to {high:g}: look at it")
+            lines.append(f"{name}: {ml:.3g} mL, expected {low:g} to {high:g}: look at it")
     return lines
 
 

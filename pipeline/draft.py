@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
+from pipeline.engine import device_of
 from pipeline.errors import ConfigError
 from pipeline.layouts import Layout, find_pairs
-from pipeline.pace import pace
-from pipeline.plan import Choice, choose, commented, folds, length, nested, this_machine
+from pipeline.pace import Pace, pace
+from pipeline.plan import Choice, choose, commented, folds, length, nested
 from pipeline.report import write_json
 from pipeline.run import Run
 from pipeline.spec import Spec
@@ -74,16 +75,17 @@ def draft(
         )
     labels = layout.labels or _values(prints)
     splits = folds([p.case for p in prints])
-    choices = choose(prints, labels, layout.channels or ("MR",), this_machine(), dims)
+    device = "cpu" if device_of("auto").type == "cpu" else "gpu"
+    choices = choose(prints, labels, layout.channels or ("MR",), device, dims)
     spec = config.parse(Spec, nested(choices, "spec."), "spec")
     settings = nested(choices, "run.") | {"bundle": str(root), "dataset": _spelt(places), "epochs": 1}
     run = config.parse(Run, settings, "run")
     chosen = {p.case for p in prints[:: max(1, len(prints) // SAMPLE)]}
     training, validation = len(splits[0]["train"]), len(splits[0]["val"])
-    seconds = pace(spec, run, [case for case in layout.cases if case["case"] in chosen][:SAMPLE], training, validation)
+    measured = pace(spec, run, [case for case in layout.cases if case["case"] in chosen][:SAMPLE], training, validation)
     steps = max(1, training // run.cases_per_step)
-    epochs, total = length(minutes, steps, seconds)
-    choices += _duration(minutes, epochs, steps, seconds)
+    epochs, total = length(minutes, steps, measured)
+    choices += _duration(minutes, epochs, steps, measured)
     _write(path, root, layout, choices, splits, settings)
     return Draft(layout=layout, cases=len(prints), problems=problems, choices=choices, seconds=total)
 
@@ -104,14 +106,16 @@ def _spelt(places: Sequence[Path]) -> str | list[str]:
     return str(places[0]) if len(places) == 1 else [str(place) for place in places]
 
 
-def _duration(minutes: float, epochs: int, steps: int, seconds: dict[str, float]) -> list[Choice]:
+def _duration(minutes: float, epochs: int, steps: int, pace: Pace) -> list[Choice]:
     decay = round(1 - 1 / max(2, min(MANY_STEPS, epochs * steps // 10)), 4)
+    measured = ", ".join(f"{seconds:.2f} s in {name}" for name, seconds in pace.steps.items())
     return [
-        Choice(name="run.epochs", value=epochs, why=f"{steps} steps of {seconds['step']:.2f} s each, measured here"),
+        Choice(name="run.precision", value=pace.precision, why=f"the faster one here: a step takes {measured}"),
+        Choice(name="run.epochs", value=epochs, why=f"{steps} steps of {pace.step:.2f} s each, measured here"),
         Choice(name="run.minutes", value=minutes, why="the most it may take; the learning rate falls in time"),
         Choice(name="run.ema_decay", value=decay, why="the weights that are kept are an average over the last steps"),
         Choice(name="run.validate_every", value=epochs, why="once, at the end; each time takes "
-               f"{seconds['validation']:.0f} s"),
+               f"{pace.validation:.0f} s"),
     ]  # fmt: skip
 
 

@@ -18,14 +18,16 @@ from monai.data import MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
 from monai.transforms import Compose
+from monai.utils import convert_to_tensor
 from torch import nn
 
 from pipeline.border import WEIGHT
 from pipeline.doubt import doubts
 from pipeline.errors import ConfigError, VolumeError, mendable
 from pipeline.invert import PRED, SOFT_MM3, UNCERTAINTY
+from pipeline.network import channels_last
 from pipeline.preprocess import IMAGE, LABEL
-from pipeline.report import volumes_mm3
+from pipeline.report import volumes_mm3, with_sums
 from pipeline.run import Run
 from pipeline.spec import Spec
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
@@ -39,13 +41,13 @@ MALLOPT_TRIM_THRESHOLD, MALLOPT_MMAP_MAX = -1, -4  # from malloc.h
 def prepare_batch(
     batch: Mapping[str, torch.Tensor], device: torch.device | None = None, non_blocking: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A training batch on the device, the image in channels_last order.
+    """A training batch on the device as plain tensors, the image in channels_last order.
 
     Shapes: `image` (B, C, *roi_size), `label` (B, 1, *roi_size); with a `weight` as large the target is (B, 2, *roi_size).
     """
-    image, label = batch[IMAGE], batch[LABEL]
+    image, label = convert_to_tensor(batch[IMAGE]), convert_to_tensor(batch[LABEL])
     if WEIGHT in batch:
-        label = torch.cat([label, batch[WEIGHT]], dim=1)
+        label = torch.cat([label, convert_to_tensor(batch[WEIGHT])], dim=1)
     order = torch.channels_last_3d if image.ndim == 5 else torch.channels_last
     image = image.to(device=device, memory_format=order, non_blocking=non_blocking)
     return image, label.to(device=device, non_blocking=non_blocking)
@@ -53,8 +55,7 @@ def prepare_batch(
 
 def average(network: nn.Module, run: Run) -> EMAHandler:
     """The exponential moving average of the weights, which is what a run keeps; norm statistics are the last ones."""
-    network.to(memory_format=torch.channels_last_3d if _is_3d(network) else torch.channels_last)  # type: ignore[call-overload]
-    return EMAHandler(network, momentum=min(1 - run.ema_decay, ALL_NEW), handle_buffers="copy")
+    return EMAHandler(channels_last(network), momentum=min(1 - run.ema_decay, ALL_NEW), handle_buffers="copy")
 
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:
@@ -78,10 +79,6 @@ def keep_memory() -> None:
         return
     libc.mallopt(MALLOPT_MMAP_MAX, 0)
     libc.mallopt(MALLOPT_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _is_3d(network: nn.Module) -> bool:
-    return any(isinstance(module, nn.Conv3d) for module in network.modules())
 
 
 def device_of(name: str) -> torch.device:
@@ -129,7 +126,7 @@ class Prediction:
         header: the file's NIfTI header, empty for other formats.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
-        volumes_mm3: name → volume of each structure, mm³.
+        volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
         uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, where it was asked for.
     """
 
@@ -198,7 +195,7 @@ def compute(model: Model, prepared: Prepared) -> Prediction:
     if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
         network = started + float(pred.meta[NETWORK_SECONDS])
     labels, affine = pred[0].numpy(), np.asarray(pred.affine, dtype=np.float64)
-    volumes = volumes_mm3(labels, affine, model.spec.labels, pred.meta.get(SOFT_MM3))
+    volumes = with_sums(volumes_mm3(labels, affine, model.spec.labels, pred.meta.get(SOFT_MM3)), model.spec.sums)
     return Prediction(
         labels=labels,
         affine=affine,

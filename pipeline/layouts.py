@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
-from pipeline.read import suffix
+from pipeline.read import stem, suffix
 from pipeline.report import read_json
 from pipeline.types import Case
 
@@ -69,11 +69,6 @@ def find_pairs(places: Sequence[Path]) -> Layout:
         f"{root}: expected a Decathlon dataset.json, an nnU-Net folder (imagesTr, labelsTr), BIDS with derivatives, or folders "
         "images and labels; or name a folder of images and a folder of labels"
     )
-
-
-def stem(path: Path) -> str:
-    """A file's name without its image suffix; other dots belong to the name."""
-    return path.name[: len(path.name) - len(suffix(path) or path.suffix)]
 
 
 def _volumes(folder: Path) -> list[Path]:

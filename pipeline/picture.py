@@ -8,14 +8,17 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from pipeline.types import Array, LabelMap
 
 LEGEND = 8  # labels that a legend has room for
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
-COLOURS = 20  # as many labels have a colour of their own; then they come round again
+FEW = 10  # labels that are drawn in a palette of their own
+MANY = [colormaps[name](i) for name in ("tab20", "tab20b") for i in range(20)]  # further labels come round again
 
 
 def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, *, title: str = "", slices: int = 1) -> None:
@@ -41,24 +44,29 @@ def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, 
     axes = figure.subplots(1 if slices == 1 else 3, 3 if slices == 1 else slices).reshape(3, slices)
     coloured = np.zeros(found.shape, dtype=np.uint8)
     for i, value in enumerate(value for value in names.values() if value != 0):
-        coloured[found == value] = i % COLOURS + 1
+        coloured[found == value] = i % len(MANY) + 1
+    few = len(names) <= FEW + 1
     window = (float(np.percentile(grey, 1)), float(np.percentile(grey, 99.5)))
     for row, (_, axis) in zip(axes, PLANES, strict=True):
         for panel, place in zip(row, np.rint(places[:, axis]).astype(int), strict=True):
-            _panel(panel, grey.take(place, axis=axis), coloured.take(place, axis=axis), axis, spacing, window)
+            _panel(panel, grey.take(place, axis=axis), coloured.take(place, axis=axis), axis, spacing, window, few=few)
             panel.set_title(f"{PLANES[axis][0]} {place}", fontsize=9)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110 if slices == 1 else 60)
 
 
-def _panel(panel: Axes, grey: Array, coloured: Array, axis: int, spacing: Array, window: tuple[float, float]) -> None:
+def _panel(
+    panel: Axes, grey: Array, coloured: Array, axis: int, spacing: Array, window: tuple[float, float], *, few: bool
+) -> None:
     across, up = (i for i in range(3) if i != axis)
     aspect = float(spacing[up] / spacing[across])
     panel.imshow(grey.T, cmap="gray", origin="lower", vmin=window[0], vmax=window[1], aspect=aspect)
-    colours, shown = ("tab10", 10) if coloured.max() <= 10 else ("tab20", COLOURS)
+    colours = colormaps["tab10"] if few else ListedColormap(MANY)
     index = np.ma.masked_equal(coloured.T, 0)
-    panel.imshow(index, cmap=colours, origin="lower", alpha=0.45, vmin=1, vmax=shown, aspect=aspect, interpolation="nearest")
+    panel.imshow(
+        index, cmap=colours, origin="lower", alpha=0.45, vmin=1, vmax=colours.N, aspect=aspect, interpolation="nearest"
+    )
     if axis != 0:
         panel.invert_xaxis()
     panel.set_axis_off()

@@ -7,7 +7,6 @@ References:
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,35 +15,21 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
+import yaml
 
+from pipeline.pace import Pace
 from pipeline.survey import Fingerprint
 
 ANISOTROPIC = 3.0  # an axis with voxels so many times longer than the others' is taken at its finer cases' spacing
 SMALLEST = 4  # voxels along an axis at the bottleneck
 ZEROS = 0.25  # fraction of voxels at 0 from which a volume counts as cut out (skull-stripped)
-BASE = {"cpu": 16, "cuda": 32}  # features of the first level
-MOST = {"cpu": 320_000, "cuda": 4_000_000}  # voxels a step: what trains often enough in an hour, what a GPU holds
+BASE = {"cpu": 16, "gpu": 32}  # features of the first level
+MOST = {"cpu": 320_000, "gpu": 4_000_000}  # voxels a step: what trains often enough in an hour, what a GPU holds
 WIDEST = 320  # features
 FOLDS = 5
 SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+)")
 SIDE = re.compile(r"[_-](?:left|right|lh|rh|l|r)$", re.IGNORECASE)
 RESERVED = 0.08  # of the time, for reading the data before and leaving the bundle after
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What trains.
-
-    Attributes:
-        device: `cpu` or `cuda`.
-        threads: CPU cores that are used.
-        memory: bytes, of the GPU or of the main memory that is free.
-    """
-
-    device: str
-    threads: int
-    memory: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,25 +41,16 @@ class Choice:
     why: str
 
 
-def this_machine() -> Machine:
-    """The machine that this process runs on."""
-    if torch.cuda.is_available():
-        return Machine(device="cuda", threads=torch.get_num_threads(), memory=torch.cuda.mem_get_info()[0])
-    return Machine(
-        device="cpu", threads=torch.get_num_threads(), memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    )
-
-
 def choose(
-    prints: Sequence[Fingerprint], labels: dict[str, int], channels: Sequence[str], machine: Machine, dims: int = 3
+    prints: Sequence[Fingerprint], labels: dict[str, int], channels: Sequence[str], device: str, dims: int = 3
 ) -> list[Choice]:
-    """The settings of the spec and those of the run that data and machine decide; the length of training comes after.
+    """The settings of the spec and those of the run that data and device decide; the length of training comes after.
 
     Args:
         prints: of all usable cases.
         labels: name → value.
         channels: their names.
-        machine: what trains.
+        device: what trains, `cpu` or `gpu`.
         dims: 2 for a network of slices, 3 for one of volumes.
     """
     spacing, why_spacing = _spacing(prints)
@@ -83,11 +59,11 @@ def choose(
     across = int(np.argmax(spacing)) if max(spacing) > 1.5 * min(spacing) else int(np.argmin(typical))
     axes = [axis for axis in range(3) if dims == 3 or axis != across]
     batch, cases = (32, 4) if dims == 2 else (4, 4)
-    voxels = MOST[machine.device] // batch if dims == 3 else MOST[machine.device]
+    voxels = MOST[device] // batch if dims == 3 else MOST[device]
     roi, strides = _window([float(typical[a]) for a in axes], [spacing[a] for a in axes], voxels)
-    while dims == 3 and batch > 2 and prod(roi) * batch > MOST[machine.device]:
+    while dims == 3 and batch > 2 and prod(roi) * batch > MOST[device]:
         batch //= 2
-    features = [min(WIDEST, BASE[machine.device] * 2**level) for level in range(len(strides) + 1)]
+    features = [min(WIDEST, BASE[device] * 2**level) for level in range(len(strides) + 1)]
     norm = "batch" if batch > 2 else "instance"
     zeros = median(p.zeros for p in prints)
     choices = [
@@ -99,7 +75,7 @@ def choose(
                + (", so only the others count" if zeros > ZEROS else "")),
         Choice(name="spec.roi_size", value=roi, why=f"the median volume has {_text(typical)} voxels at that spacing"
                + ("" if all(r >= typical[a] for r, a in zip(roi, axes, strict=True))
-                  else f"; a step may have {MOST[machine.device]:,} on this {machine.device}")),
+                  else f"; a step may have {MOST[device]:,} on this {device}")),
         Choice(name="spec.network", value={"features": features, "strides": strides, "norm": norm},
                why=f"poolings down to {SMALLEST} voxels or more, and none along an axis twice as coarse as the finest"),
         Choice(name="run.batch_size", value=batch, why="patches a step" if dims == 3 else "slices a step"),
@@ -167,18 +143,18 @@ def folds(cases: Sequence[str], count: int = FOLDS, seed: int = 0) -> list[dict[
     return [{"train": sorted(n for part in parts if part is not val for n in part), "val": sorted(val)} for val in parts]
 
 
-def length(minutes: float, steps_per_epoch: int, seconds: dict[str, float]) -> tuple[int, float]:
+def length(minutes: float, steps_per_epoch: int, pace: Pace) -> tuple[int, float]:
     """How many epochs fit, and the seconds that they and what goes around them take.
 
     Args:
         minutes: in all.
         steps_per_epoch: of training.
-        seconds: measured here: `step`, `validation`, and `around` (reading before, writing after).
+        pace: measured here.
     """
-    epoch = steps_per_epoch * seconds["step"]
-    room = 60 * minutes * (1 - RESERVED) - seconds["around"] - seconds["validation"]
+    epoch = steps_per_epoch * pace.step
+    room = 60 * minutes * (1 - RESERVED) - pace.around - pace.validation
     epochs = max(1, int(room / epoch))
-    return epochs, epochs * epoch + seconds["around"] + seconds["validation"]
+    return epochs, epochs * epoch + pace.around + pace.validation
 
 
 def nested(choices: Sequence[Choice], prefix: str) -> dict[str, Any]:
@@ -188,8 +164,6 @@ def nested(choices: Sequence[Choice], prefix: str) -> dict[str, Any]:
 
 def commented(content: dict[str, Any], why: dict[str, str], head: str) -> str:
     """YAML with each top-level key's reason behind it."""
-    import yaml
-
     lines = [f"# {head}"]
     for key, value in content.items():
         text = yaml.safe_dump(value, sort_keys=False, default_flow_style=True, width=110, allow_unicode=True)

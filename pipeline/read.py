@@ -54,6 +54,11 @@ def suffix(path: Path) -> str | None:
     return max((s for s in SUFFIXES if name.endswith(s)), key=len, default=None)
 
 
+def stem(path: Path) -> str:
+    """A file's name without its image suffix; other dots belong to the name."""
+    return path.name[: len(path.name) - len(suffix(path) or path.suffix)]
+
+
 def read(source: Any, volume: int | None = None) -> Image:
     """One channel of a case.
 

@@ -1,4 +1,4 @@
-"""How weights begin and change: initialisation, optimizer, learning rate, time."""
+"""How weights begin and change: initialisation, precision, optimizer, learning rate, time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.inferers import SimpleInferer
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
@@ -72,6 +73,19 @@ def grown(state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -
         moved[name] = tensor
     fits = {name: tensor for name, tensor in moved.items() if name in into and into[name].shape == tensor.shape}
     return {**into, **fits}
+
+
+class Forward(SimpleInferer):
+    """The network on a training batch in the precision that a run names; its logits, or list of them, in float32."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.reduced = run.precision == "bfloat16"
+
+    def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.reduced):
+            logits = network(inputs, *args, **kwargs)
+        return [level.float() for level in logits] if isinstance(logits, list) else logits.float()
 
 
 def optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
-from pipeline.spec import Spec
+from pipeline.spec import ALL, EACH, Spec
 from pipeline.types import Affine
 
 OFF_GRID = 0.01  # voxels by which a position may lie beyond the outermost voxels and still count as in them
@@ -27,22 +27,41 @@ def kept(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
     if spec.fit is not None:
         own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["file_affine"]))
         labels = labels.masked_fill(outside(image.shape[1:], own, target, labels.shape).to(labels.device), 0)
-    if spec.largest_component == "each":
-        labels = largest_components(labels)
-    if spec.largest_component == "all":
-        labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
+    for name in spec.largest_component:
+        if name == ALL:
+            labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
+        else:
+            labels = largest_components(labels, None if name == EACH else [list(spec.labels).index(name)])
     return labels[None]
 
 
-def largest_components(index: torch.Tensor) -> torch.Tensor:
-    """(X, Y, Z) class numbers with only the largest connected part of each class; voxels that share a face are connected."""
+def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
+    """(X, Y, Z) class numbers with only the largest connected part of classes; voxels that share a face are connected.
+
+    A smaller part takes the class of the nearest voxel around it: background where it lies alone, the other structure where it
+    lies in one, so that no hole is left.
+
+    Args:
+        index: the class numbers.
+        numbers: of the classes that this is done to; None for all but background.
+    """
     kept = index.cpu().numpy().copy()
-    for number in range(1, int(kept.max()) + 1):
-        parts, count = ndimage.label(kept == number)
-        if count > 1:
-            sizes = np.bincount(parts.ravel())
-            kept[(parts > 0) & (parts != 1 + sizes[1:].argmax())] = 0
+    lone = np.zeros(kept.shape, dtype=np.uint8)
+    for number, box in enumerate(ndimage.find_objects(kept), start=1):
+        if box is not None and (numbers is None or number in numbers):
+            parts, count = ndimage.label(kept[box] == number)
+            if count > 1:
+                lone[box] |= (parts > 0) & (parts != 1 + np.bincount(parts.ravel())[1:].argmax())
+    for box in ndimage.find_objects(ndimage.label(lone)[0]) if lone.any() else []:
+        wide = _wider(box, kept.shape)
+        nearest = ndimage.distance_transform_edt(lone[wide], return_distances=False, return_indices=True)
+        kept[wide] = kept[wide][tuple(nearest)]
     return torch.from_numpy(kept).to(index.device)
+
+
+def _wider(box: tuple[slice, ...], shape: Sequence[int]) -> tuple[slice, ...]:
+    """A box with one voxel more at each end, where there is one."""
+    return tuple(slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(box, shape, strict=True))
 
 
 def outside(shape: Sequence[int], affine: Affine, target_affine: Affine, target_shape: Sequence[int]) -> torch.Tensor:

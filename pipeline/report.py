@@ -41,6 +41,11 @@ def volumes_mm3(
     return {name: counts.get(value, 0) * voxel for name, value in names.items() if value != 0}
 
 
+def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Volumes a structure, mm³, and after them those of several together: name → the structures that it sums."""
+    return {**volumes, **{name: sum(volumes[part] for part in parts) for name, parts in sums.items()}}
+
+
 def _counts(labels: LabelMap) -> dict[int, int]:
     """How many voxels have each value; small types are counted without sorting."""
     if labels.dtype == np.uint8:

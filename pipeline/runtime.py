@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.errors import ConfigError
+from pipeline.network import channels_last
 from pipeline.sizes import small_size
 from pipeline.spec import Spec
 from pipeline.types import PathOrStr
@@ -125,14 +126,11 @@ class Runtime(nn.Module):
 
 def torch_forward(network: nn.Module, precision: str) -> Forward:
     """The network in torch: inference mode, channels last, autocast where the precision is not float32."""
-    threed = any(isinstance(module, nn.Conv3d) for module in network.modules())
-    order = torch.channels_last_3d if threed else torch.channels_last
-    network = network.to(memory_format=order)  # type: ignore[call-overload]
-    dtype = getattr(torch, precision)
+    network, dtype = channels_last(network), getattr(torch, precision)
 
     def forward(x: torch.Tensor) -> Any:
         with torch.inference_mode(), torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return network(x.to(memory_format=order))
+            return network(x.to(memory_format=torch.channels_last_3d if x.ndim == 5 else torch.channels_last))
 
     return forward
 

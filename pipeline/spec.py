@@ -5,6 +5,7 @@ Changing any of it makes the weights invalid; how one training run goes is told 
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -14,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
 Stride = int | tuple[int, ...]
+ALL, EACH = "all", "each"  # of the structures
 AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
@@ -85,10 +87,11 @@ class Spec:
             probability is above .5, and above that of the others.
         stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
         fit: null keeps the whole field of view.
-        largest_component: `each` keeps only the largest connected part of every structure (voxels that share a face), `all`
-            that of all structures together; null keeps everything.
+        largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
+            names of structures, `each` for every one, `all` for all of them together, one after the other; none by default.
         whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
-        plausible_ml: name → lowest and highest volume, mL, outside of which a warning asks to look; `all` is their sum.
+        sums: name → structures whose volumes volumes.csv gives together, beside their own.
+        plausible_ml: name of a structure or sum → lowest and highest volume, mL, outside of which a warning asks to look.
         soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
             instead of whole voxels of the label map.
         rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
@@ -107,8 +110,9 @@ class Spec:
     output: Literal["softmax", "sigmoid"] = "softmax"
     stand_in: str | None = None
     fit: Fit | None = None
-    largest_component: Literal["each", "all"] | None = None
+    largest_component: tuple[str, ...] = ()
     whole: bool = False
+    sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plausible_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
     soft_volumes: bool = False
     rotations: int = 1
@@ -188,11 +192,20 @@ def _check_way_in(spec: Spec) -> None:
         raise ConfigError(f"spec.stand_in: expected one of the channels {', '.join(spec.channels)}, got {spec.stand_in!r}")
     if spec.fit is not None and (not 0 <= spec.fit.floor < 1 or spec.fit.slice_size < 1):
         raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
-    unknown = set(spec.plausible_ml) - set(spec.labels) - {"all"}
-    if unknown:
-        raise ConfigError(f"spec.plausible_ml: expected names of labels, or all, got {', '.join(sorted(unknown))}")
+    _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
+    for name, parts in spec.sums.items():
+        _check_names(f"sums.{name}", parts, spec.labels)
+        if name in spec.labels:
+            raise ConfigError(f"spec.sums.{name}: expected a name that is no label's")
+    _check_names("plausible_ml", spec.plausible_ml, {*spec.labels, *spec.sums})
     if spec.rotations < 1:
         raise ConfigError(f"spec.rotations: expected 1 (none) or more, got {spec.rotations}")
+
+
+def _check_names(where: str, names: Iterable[str], known: Container[str]) -> None:
+    unknown = sorted({name for name in names if name not in known})
+    if unknown:
+        raise ConfigError(f"spec.{where}: expected names of labels, got {', '.join(unknown)}")
 
 
 def _check_network(spec: Spec) -> None:

@@ -30,7 +30,6 @@ class Fingerprint:
         voxels: label value → how many voxels have it.
         zeros: fraction of the first channel's voxels that are exactly 0.
         inside: mean and standard deviation of the first channel within the labels.
-        bytes: of the image in float32, all channels.
     """
 
     case: str
@@ -40,7 +39,6 @@ class Fingerprint:
     voxels: dict[int, int]
     zeros: float
     inside: tuple[float, float]
-    bytes: int
 
 
 Problem = tuple[str, str]  # the case, and what is wrong with it
@@ -100,7 +98,6 @@ def _look(case: Case, labels: dict[str, int] | None) -> tuple[Fingerprint, str]:
         voxels=voxels,
         zeros=float((grey == 0).mean()),
         inside=(float(grey[mask].mean()), float(grey[mask].std())),
-        bytes=4 * grey.size * len(images),
     )
     return one, digest
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.transforms import Compose, MapTransform, Orientationd, RandomizableTransform
 from monai.transforms.utils import create_rotate, create_shear
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from pipeline.tissues import CENTRE, SPACING, TissueIndexd, Tissues, read_tissue
 GREY = 255.0  # the scale of the priors
 KNOTS = (0.0, 25.0, 45.0, 90.0, 115.0, 135.0, 165.0)  # T1 means: air, bone, fluid, grey, deep grey, brain-stem and white matter
 FWHM = 2.355  # of a Gaussian, in standard deviations
-REACH = 3  # standard deviations, of a Gaussian kernel
+REACH = 3.0  # standard deviations, of a Gaussian kernel
 
 
 def synthesis(spec: Spec, options: Synthesis, device: torch.device | None = None) -> Compose:
@@ -204,12 +205,6 @@ class RandSynthesized(RandomizableTransform, MapTransform):
 
 def smoothed(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
     """(X, Y, Z) under a Gaussian of so many voxels along each axis; edge values go on beyond the edge."""
-    for axis, width in enumerate(sigma):
-        reach = max(1, round(REACH * float(width)))
-        offsets = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-        kernel = torch.exp(-0.5 * (offsets / float(width)) ** 2)
-        kernel /= kernel.sum()
-        moved = x.movedim(axis, -1)
-        lines = functional.pad(moved.reshape(1, -1, moved.shape[-1]), (reach, reach), mode="replicate")
-        x = functional.conv1d(lines.movedim(1, 0), kernel[None, None]).reshape(moved.shape).movedim(-1, axis)
-    return x
+    kernels = [gaussian_1d(torch.tensor(float(s)), truncated=REACH, approx="sampled", normalize=True) for s in sigma]
+    found: torch.Tensor = separable_filtering(x[None, None], [kernel.to(x) for kernel in kernels], mode="replicate")
+    return found[0, 0]

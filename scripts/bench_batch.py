@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from bench import make_bundle, say
+from bench_tools import AIR
 
 from pipeline import batch
 from pipeline.bundle import open_model
@@ -25,8 +26,6 @@ from pipeline.cases import find_cases
 from pipeline.export import export
 from pipeline.memory import ready_bytes
 from pipeline.report import write_json
-
-AIR = 0.05
 
 
 def arguments() -> argparse.Namespace:

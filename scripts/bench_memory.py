@@ -19,24 +19,14 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-import yaml
+from bench import make_bundle
 from scipy import ndimage
 
-from pipeline import bundle as bundles
-from pipeline import network as networks
-from pipeline import spec as specs
 from pipeline.bundle import open_model
-from pipeline.engine import predict_case, save_weights
+from pipeline.engine import predict_case
 from pipeline.header import peek
 from pipeline.memory import estimate, parse_size, ready_bytes, resident_bytes, within
 from pipeline.report import read_csv, sha256, write_json
-
-CARD = {
-    "name": "Memory", "description": "Random weights.", "task": "none", "authors": "scripts/bench_memory", "copyright": "none",
-    "intended_use": "measuring", "data_source": "none", "data_type": "NIfTI", "references": [], "eval_metrics": {},
-    "changelog": {"0.0.0": "made"},
-}  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -47,6 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limits", nargs="+", default=["2G", "4G", "none"], help="for --max-memory; a class count goes by all")
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 160])
     parser.add_argument("--roi", type=int, nargs=3, default=[96, 96, 96], help="voxels")
+    parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--cases", type=int, default=50, help="crops for the slope")
     parser.add_argument("--json", type=Path, help="writes the results there")
     return parser.parse_args()
@@ -59,22 +50,6 @@ def make_volume(path: Path, shape: list[int]) -> Path:
     array[:, :, : shape[2] // 6] = 0
     nib.save(nib.Nifti1Image(array.clip(0).astype(np.int16), np.eye(4)), path)
     return path
-
-
-def make_bundle(root: Path, classes: int, args: argparse.Namespace) -> Path:
-    """A bundle with random weights."""
-    (root / "configs").mkdir(parents=True)
-    content = {
-        "labels": {"background": 0} | {f"structure {i}": i for i in range(1, classes)}, "channels": ["T1w"],
-        "spacing": [1.0, 1.0, 1.0], "roi_size": args.roi, "overlap": 0.25,
-        "network": {"features": args.features, "norm": "batch"},
-    }  # fmt: skip
-    for name, part in {"spec": content, "card": CARD}.items():
-        (root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(part, sort_keys=False))
-    torch.manual_seed(0)
-    save_weights(networks.from_spec(specs.load(root / "configs" / "spec.yaml")), root / "models" / "model.pt")
-    bundles.refresh(root)
-    return root
 
 
 def once(root: Path, volume: Path, out: Path, limit: str) -> dict[str, Any]:
@@ -128,7 +103,7 @@ def main() -> None:
         folder = Path(name)
         volume = make_volume(folder / "volume.nii.gz", args.shape)
         for classes in args.classes:
-            root = make_bundle(folder / f"bundle_{classes}", classes, args)
+            root = make_bundle(folder / f"bundle_{classes}", argparse.Namespace(**{**vars(args), "classes": classes}))
             for limit in args.limits:
                 one = once(root, volume, folder / f"out_{classes}_{limit}", limit)
                 found["runs"].append({"classes": classes, "limit": limit, "estimate_gb": estimated(root, volume, limit), **one})

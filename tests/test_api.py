@@ -75,7 +75,10 @@ def test_a_list_is_one_case_of_several_channels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"bundle": "no_such"}, "no_such: no such bundle; expected a folder .* or one of hippocampus_mr_2d, hippocampus_mr_3d"),
+        (
+            {"bundle": "no_such"},
+            "no_such: no such bundle; expected a folder .* or one of brain_mr_structures, hippocampus_mr_2d, hippocampus_mr_3d",
+        ),
         ({"device": "tpu"}, "device tpu: not on this machine; it has cpu"),
         ({"overlap": 1.0}, "overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0"),
     ],

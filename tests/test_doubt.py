@@ -24,23 +24,23 @@ def test_sides_that_are_touched_are_the_bodys(axcodes: str) -> None:
 
 
 def test_volumes_outside_their_range_are_named() -> None:
-    spec = parse_spec(plausible_ml={"front": [1, 2], "back": [0.5, 9], "all": [3, 10]})
+    spec = parse_spec(plausible_ml={"front": [1, 2], "back": [0.5, 9], "both": [3, 10]}, sums={"both": ["front", "back"]})
     labels, affine = np.zeros(SHAPE, dtype=np.uint16), nifti().affine
-    assert doubts(labels, affine, {"front": 1500.0, "back": 1600.0}, spec) == []
-    assert doubts(labels, affine, {"front": 2500.0, "back": 400.0}, spec) == [
+    assert doubts(labels, affine, {"front": 1500.0, "back": 1600.0, "both": 3100.0}, spec) == []
+    assert doubts(labels, affine, {"front": 2500.0, "back": 400.0, "both": 2900.0}, spec) == [
         "front: 2.5 mL, expected 1 to 2: look at it",
         "back: 0.4 mL, expected 0.5 to 9: look at it",
-        "all structures together: 2.9 mL, expected 3 to 10: look at it",
+        "both: 2.9 mL, expected 3 to 10: look at it",
     ]
     labels[0] = 7
-    assert doubts(labels, affine, {"front": 1500.0, "back": 1600.0}, spec) == []  # a crop may touch its edge
+    assert doubts(labels, affine, {"front": 1500.0, "back": 1600.0, "both": 3100.0}, spec) == []  # a crop may touch its edge
     with pytest.raises(ConfigError, match=r"plausible_ml.* nose"):
         parse_spec(plausible_ml={"nose": [1, 2]})
 
 
 def test_doubts_stand_in_the_table(tmp_path: Path) -> None:
     """A bundle that asks for them gives them to everyone who segments with it."""
-    bundle = make_bundle(tmp_path / "tiny", whole=True, plausible_ml={"all": [1000, 2000]})
+    bundle = make_bundle(tmp_path / "tiny", whole=True, sums={"both": ["front", "back"]}, plausible_ml={"both": [1000, 2000]})
     arguments = ["segment", str(save(tmp_path / "a.nii.gz")), "-o", str(tmp_path / "out"), "-b", str(bundle), "--device", "cpu"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     warnings = read_csv(tmp_path / "out" / "cases.csv")[0]["warnings"]

@@ -19,7 +19,7 @@ from skimage.measure import label as label_components
 from skimage.transform import resize
 
 from pipeline import fit, invert, regions
-from pipeline.errors import VolumeError
+from pipeline.errors import ConfigError, VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.spec import Fit, Intensity, Network, Spec
 from pipeline.tile import with_background
@@ -42,7 +42,7 @@ def spec_of(size: int = 64, **changes: object) -> Spec:
         "stand_in": "FLAIR",
         "intensity": Intensity(method="percentiles_zscore", lower=10.0, upper=99.0),
         "fit": Fit(floor=0.1, slice_size=size, axis="S"),
-        "largest_component": "each",
+        "largest_component": ["each"],
     }
     return Spec(**{**settings, **changes})  # type: ignore[arg-type]
 
@@ -154,7 +154,7 @@ def test_there_and_back_is_the_files_grid(codes: str) -> None:
     assert (filled.max(axis=0) <= high - 1 + margin).all()
     bright = (np.asarray(image.dataobj) >= 0.6 * np.asarray(image.dataobj).max()).astype(np.float32)
     lone = torch.from_numpy(resampled(bright, case["image"], image.affine))[None]
-    back = invert.inversion(spec_of(96, largest_component=None))({**case, "pred": as_pred(20 * (lone - 0.5))})["pred"]
+    back = invert.inversion(spec_of(96, largest_component=[]))({**case, "pred": as_pred(20 * (lone - 0.5))})["pred"]
     agree = 2 * (back[0].numpy() * bright).sum() / (back.sum() + bright.sum())
     assert agree > 0.9
 
@@ -195,9 +195,25 @@ def test_each_structure_keeps_its_own_largest_component() -> None:
     assert regions.largest_components(index).flatten().tolist() == [0, 0, 1, 1, 0, 2, 2, 0, 0, 0]
 
 
+def test_a_lone_part_takes_what_is_around_it() -> None:
+    """No hole is left where it lies within another structure, and other classes keep their parts."""
+    index = torch.zeros(9, 8, 7, dtype=torch.uint8)
+    index[1:8, 1:7, 1:6] = 1
+    index[3:5, 3:5, 2:4] = 2
+    index[6, 5, 4] = index[0, 0, 6] = 2
+    index[8, 7, 0] = 1
+    expected = index.clone()
+    expected[6, 5, 4], expected[0, 0, 6] = 1, 0
+    assert torch.equal(regions.largest_components(index, [2]), expected)
+    spec = parse_spec(largest_component=["back"])
+    assert torch.equal(regions.kept(index[None], MetaTensor(index[None]), spec)[0], expected)
+    with pytest.raises(ConfigError, match=r"spec.largest_component: expected names of labels, got nose"):
+        parse_spec(largest_component=["nose"])
+
+
 def test_all_structures_together_keep_one_part() -> None:
     """Whatever label its voxels have."""
-    spec = parse_spec(largest_component="all")
+    spec = parse_spec(largest_component=["all"])
     index = torch.tensor([1, 0, 1, 2, 0, 2, 0, 1, 1, 2, 0], dtype=torch.uint8).view(1, -1, 1, 1)
     assert regions.kept(index, MetaTensor(index), spec).flatten().tolist() == [0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 0]
 

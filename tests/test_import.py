@@ -40,7 +40,7 @@ def test_the_bundle_is_complete(imported: tuple[str, Path]) -> None:
     readme = (root / "docs" / "README.md").read_text()
     assert ("82 %" in readme and "91 %" in readme) == (kind == "buda")
     if kind == "buda":
-        assert (said.stand_in, said.largest_component) == ("FLAIR", "each")
+        assert (said.stand_in, said.largest_component) == ("FLAIR", ("each",))
         assert run.load(root / "configs" / "run.yaml").loss == "dice"
 
 

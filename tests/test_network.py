@@ -53,6 +53,29 @@ def test_shapes_layer_by_layer(shape: tuple[int, ...], channels: int) -> None:
     assert shapes["output"] == (batch, 1, *size)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 6, 7, 8), (3, 5, 6, 7), (2, 4, 5, 6, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_instance_norm_is_a_group_norm_of_single_channels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """While it trains and when it does not: what comes out, and every gradient."""
+    order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = 3 + 2 * torch.randn(shape, dtype=dtype).to(memory_format=order)
+    upstream = torch.randn(shape, dtype=dtype)
+    ours, theirs = network.InstanceNorm(shape[1]).to(dtype), nn.GroupNorm(shape[1], shape[1]).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(torch.rand(shape[1]) + 0.5)
+        ours.bias.copy_(torch.randn(shape[1]))
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for norm in (ours.train(), theirs):
+        own = x.clone().requires_grad_()
+        out = norm(own)
+        out.backward(upstream)
+        found.append((out, own.grad, norm.weight.grad, norm.bias.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4 if dtype == torch.float32 else 1e-10, rtol=1e-4)
+    assert torch.equal(ours.eval()(x), theirs(x))
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(("norm", "residual"), list(itertools.product([None, "batch", "instance"], [False, True])))
 @pytest.mark.parametrize("activation", ["relu", "leakyrelu", "prelu", "gelu"])

@@ -19,7 +19,8 @@ from pipeline import plan, verify
 from pipeline.cli import main
 from pipeline.errors import ConfigError
 from pipeline.layouts import find_pairs
-from pipeline.plan import Machine, choose, folds, length
+from pipeline.pace import Pace
+from pipeline.plan import choose, folds, length
 from pipeline.survey import Fingerprint, survey
 
 LABELS = {"background": 0, "front": 1, "back": 2}
@@ -171,16 +172,15 @@ def test_fingerprints_are_of_the_body_not_of_the_file(axcodes: str, tmp_path: Pa
 
 def print_of(shape: tuple[int, int, int], spacing: tuple[float, float, float], zeros: float = 0.0) -> Fingerprint:
     return Fingerprint(
-        case="x", shape=shape, spacing=spacing, foreground=(9, 9, 9), voxels={1: 50}, zeros=zeros, inside=(1.0, 1.0), bytes=4
+        case="x", shape=shape, spacing=spacing, foreground=(9, 9, 9), voxels={1: 50}, zeros=zeros, inside=(1.0, 1.0)
     )
 
 
-CPU = Machine(device="cpu", threads=2, memory=2**33)
-GPU = Machine(device="cuda", threads=8, memory=2**36)
+CPU, GPU = "cpu", "gpu"
 
 
-def chosen(prints: list[Fingerprint], machine: Machine = CPU, dims: int = 3) -> dict[str, Any]:
-    return {choice.name: choice.value for choice in choose(prints, LABELS, ["T1w"], machine, dims)}
+def chosen(prints: list[Fingerprint], device: str = CPU, dims: int = 3) -> dict[str, Any]:
+    return {choice.name: choice.value for choice in choose(prints, LABELS, ["T1w"], device, dims)}
 
 
 def test_choices_follow_the_data() -> None:
@@ -246,11 +246,12 @@ def test_folds_keep_subjects_together() -> None:
 
 def test_the_length_fits_the_time() -> None:
     """As many whole epochs as there is room for, with what goes around them."""
-    seconds = {"step": 2.0, "validation": 30.0, "around": 20.0}
-    epochs, total = length(30, 50, seconds)
+    pace = Pace(steps={"float32": 2.5, "bfloat16": 2.0}, validation=30.0, around=20.0)
+    assert pace.precision == "bfloat16"
+    epochs, total = length(30, 50, pace)
     assert total <= 30 * 60 < total + 100 + 0.1 * 30 * 60
     assert total == epochs * 100 + 50
-    assert length(0.01, 50, seconds)[0] == 1
+    assert length(0.01, 50, pace)[0] == 1
 
 
 def run(*arguments: str) -> Result:

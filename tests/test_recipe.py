@@ -22,8 +22,8 @@ from pipeline.border import WEIGHT, BorderWeightd, border_weights, class_weights
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.loss import loss
 from pipeline.network import UNet
-from pipeline.recipe import Budget, grown, initialise, optimizer, schedule, start_from
-from pipeline.run import Augment, Run
+from pipeline.recipe import Budget, Forward, grown, initialise, optimizer, schedule, start_from
+from pipeline.run import Augment, Precision, Run
 from pipeline.spec import Network, Spec
 from pipeline.types import Array
 
@@ -215,6 +215,25 @@ def test_he_initialisation_keeps_the_variance(dims: int) -> None:
             assert float(module.weight.detach().std()) == pytest.approx((2 / incoming) ** 0.5, rel=0.15)
             assert module.bias is not None
             assert not module.bias.any()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("deep", [0, 1])
+def test_a_run_names_the_precision_of_the_convolutions(precision: Precision, dtype: torch.dtype, deep: int) -> None:
+    """Logits and gradients are in float32 either way, and close to each other."""
+    net = UNet(3, 1, 3, (4, 8, 8), norm="instance", deep_supervision=deep)
+    seen = []
+    net.output.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    x = torch.randn(1, 1, 8, 12, 16)
+    found = Forward(replace(RUN, precision=precision))(x, net)
+    logits, levels = (found[0], found) if deep else (found, [found])
+    assert seen == [dtype]
+    assert {level.dtype for level in levels} == {torch.float32}
+    assert [level.shape[2:] for level in levels] == [(8, 12, 16), (4, 6, 8)][: deep + 1]
+    logits.square().mean().backward()
+    assert net.output.weight.grad is not None
+    assert net.output.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(logits, net.eval()(x), atol=0.05, rtol=0.05)
 
 
 def test_the_optimizers() -> None:

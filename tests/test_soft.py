@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from phantom import LABELS, make_bundle, nifti, oblique, save, turn
+from phantom import LABELS, make_bundle, nifti, oblique, parse_spec, save, turn
 from scipy.ndimage import map_coordinates
 from scipy.stats import entropy as scipy_entropy
 
@@ -18,6 +18,7 @@ import pipeline
 from pipeline.bundle import open_model
 from pipeline.cli import main
 from pipeline.engine import Model, predict_case
+from pipeline.errors import ConfigError
 from pipeline.preprocess import IMAGE
 from pipeline.report import read_csv
 from pipeline.soft import entropy
@@ -57,6 +58,20 @@ def test_volumes_are_sums_of_probabilities(held: float, model: Model, monkeypatc
     found = predict_case(model, nifti()).volumes_mm3
     voxel = abs(np.linalg.det(affine[:3, :3]))
     np.testing.assert_allclose(list(found.values()), expected.sum((1, 2, 3))[1:] * voxel, rtol=1e-5)
+
+
+def test_sums_follow_the_structures_in_the_table(tmp_path: Path) -> None:
+    """Each is the sum of its own, in mm³; a name that a label has is refused, and so are parts that are no labels."""
+    both = make_bundle(tmp_path / "tiny", sums={"both": ["back", "front"], "one": ["back"]})
+    arguments = ["segment", str(save(tmp_path / "a.nii.gz")), "-o", str(tmp_path / "out"), "-b", str(both), "--device", "cpu"]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    row = read_csv(tmp_path / "out" / "volumes.csv")[0]
+    assert list(row)[-4:] == ["front", "back", "both", "one"]
+    assert float(row["both"]) == pytest.approx(float(row["front"]) + float(row["back"]))
+    assert float(row["one"]) == float(row["back"])
+    for sums, says in (({"front": ["back"]}, "no label's"), ({"both": ["nose"]}, r"sums.both: .* got nose")):
+        with pytest.raises(ConfigError, match=says):
+            parse_spec(sums=sums)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
