@@ -28,7 +28,7 @@ What trains: `layouts` (folders as people keep them), `survey` (what is wrong, w
 (what that asks for, how fast it goes here, and its files), `training` (one run), `dataset` (labelled cases and folds),
 `augment` (random patches), `synthesize` (images drawn from label maps) and `tissues` (what the maps' values are), `loss`,
 `recipe` (initialisation, optimizer, learning rate, time), `validate` and `history` (how good it gets, and what it went
-through), `resume` (a run cut off and gone on), `crossval` (every fold).
+through), `resume` (a run cut off and gone on), `distribute` (a run in several processes), `crossval` (every fold).
 
 What the published U-Nets need: `classics` (their weights under our names), `adopt` (their checkpoints as bundles), `sizes`
 (what goes in and comes out), `tile` (overlap-tile), `rotate` (averages over rotations), `fit` (slices of one size), `regions`

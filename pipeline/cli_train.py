@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.progress import DONE, SOME_FAILED, epoch_line, line, progress, qui
 
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
 PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
+WORST = 3  # cases that are drawn
 SHOWN = ("dice", "nsd", "hd95_mm")
 
 
@@ -62,13 +63,15 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
     with --resume and ends with the same weights as one that was not.
     """
     with refusals():
+        from pipeline.distribute import is_first
         from pipeline.training import read_run, train_bundle
 
         quiet()
         run, content = read_run(config, changes)
         with progress("training", run.epochs) as advance:
             train_bundle(run, content, lambda row: advance(epoch_line(row, run.epochs)), resume=resume, restart=restart)
-    click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
+    if is_first():
+        click.echo(f"trained; the weights are in {run.bundle}/models", err=True)
 
 
 @click.command()
@@ -125,7 +128,7 @@ def evaluate(
     """Segment the labelled cases of a dataset and score them against the labels as read.
 
     Writes beside what `segment` leaves: scores.csv (one row a case and label), summary.json (means with bootstrap 95 %
-    intervals) and dice.png. A case that failed is scored as one in which nothing was found.
+    intervals), dice.png and worst.png. A case that failed is scored as one in which nothing was found.
     """
     with refusals():
         from pipeline import batch, score
@@ -147,6 +150,7 @@ def evaluate(
         write_csv(output / "scores.csv", scores)
         write_json(output / "summary.json", {"tolerance_mm": tolerance, "labels": summary})
         dice_bars(scores, output / "dice.png", title=bundle)
+        _draw_worst(cases, scores, output, model.spec.labels)
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
@@ -167,6 +171,21 @@ def compare(ours: Path, theirs: Path, metric: str) -> None:
         for row in score.compare(read_csv(ours / "scores.csv"), read_csv(theirs / "scores.csv"), metric):
             means = f"{row['ours']:.4f} against {row['theirs']:.4f}"
             click.echo(f"{row['label']}: {metric} {means} over {row['cases']} cases, p = {row['p_value']:.3g}")
+
+
+def _draw_worst(cases: Sequence[Any], scores: Sequence[Any], output: Path, names: Mapping[str, int]) -> None:
+    """worst.png: the cases with the lowest Dice that were segmented at all, beside their labels."""
+    from pipeline import batch, picture, score
+    from pipeline.read import read
+
+    by_name = {case["case"]: case for case in cases if batch.output_path(output, case["case"]).is_file()}
+    drawn = []
+    for name in score.worst_cases([row for row in scores if row["case"] in by_name], WORST):
+        image, label = by_name[name]["image"], by_name[name]["label"]
+        first = image[0] if isinstance(image, list | tuple) else image
+        drawn.append((name, read(first), read(batch.output_path(output, name)), read(label)))
+    if drawn:
+        picture.disagreements(drawn, names, output / "worst.png")
 
 
 def _print_summary(summary: Sequence[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
+from pipeline import distribute
 from pipeline.errors import ConfigError
 from pipeline.picture import training_curves
 from pipeline.report import write_csv
@@ -38,7 +39,7 @@ class History:
         self.rows: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.started = self.drawn = time.monotonic()
-        self.board = _board(self.folder) if run.tensorboard else None
+        self.board = _board(self.folder) if run.tensorboard and distribute.is_first() else None
 
     def attach(self, engine: Engine) -> None:
         """Ignite's way of adding a handler."""
@@ -64,7 +65,7 @@ class History:
     def _end(self, engine: Engine) -> None:
         row = {
             "epoch": engine.state.epoch,
-            "loss": fmean(self.losses),
+            "loss": distribute.mean(fmean(self.losses)),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": time.monotonic() - self.started,
             **engine.state.metrics,
@@ -72,6 +73,8 @@ class History:
         engine.state.metrics = {}
         self.losses = []
         self.rows.append(row)
+        if not distribute.is_first():
+            return
         write_csv(self.folder / "history.csv", self.rows)
         if self.board is not None:
             for name, value in row.items():
@@ -85,7 +88,7 @@ class History:
         elif self.rows and engine.state.metrics:
             self.rows[-1] |= engine.state.metrics
             write_csv(self.folder / "history.csv", self.rows)
-        if self.rows:
+        if self.rows and distribute.is_first():
             self._draw()
         if self.board is not None:
             self.board.close()

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from pipeline.read import Image
 from pipeline.types import Array, LabelMap
 
 LEGEND = 8  # labels that a legend has room for
@@ -42,9 +43,7 @@ def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, 
     places = np.linspace(low, high, slices + 2)[1:-1] if slices > 1 else middle[None]
     figure = Figure(figsize=(4 * max(3, slices), 4.5 if slices == 1 else 12), layout="constrained")
     axes = figure.subplots(1 if slices == 1 else 3, 3 if slices == 1 else slices).reshape(3, slices)
-    coloured = np.zeros(found.shape, dtype=np.uint8)
-    for i, value in enumerate(value for value in names.values() if value != 0):
-        coloured[found == value] = i % len(MANY) + 1
+    coloured = _numbered(found, names)
     few = len(names) <= FEW + 1
     window = (float(np.percentile(grey, 1)), float(np.percentile(grey, 99.5)))
     for row, (_, axis) in zip(axes, PLANES, strict=True):
@@ -54,6 +53,36 @@ def overlay(image: Any, labels: LabelMap, names: Mapping[str, int], path: Path, 
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110 if slices == 1 else 60)
+
+
+def disagreements(cases: Sequence[tuple[str, Image, Image, Image]], names: Mapping[str, int], path: Path) -> None:
+    """Writes a PNG with a row a case: in three planes where they differ most, what was found and the outlines of the reference.
+
+    Args:
+        cases: a heading, the image, what was found and the reference, all on one grid.
+        names: name → output value.
+        path: the PNG.
+    """
+    figure = Figure(figsize=(12, 4 * len(cases)), layout="constrained")
+    for row, (title, image, found, reference) in zip(figure.subplots(len(cases), 3, squeeze=False), cases, strict=True):
+        scan = nib.Nifti1Image(np.asarray(image.array, dtype=np.float32), image.affine)
+        grey, ours, spacing = _canonical(scan, found.array)
+        theirs = _canonical(scan, reference.array)[1]
+        coloured, outlined = _numbered(ours, names), _numbered(np.rint(theirs), names)
+        window = (float(np.percentile(grey, 1)), float(np.percentile(grey, 99.5)))
+        for panel, (_, axis) in zip(row, PLANES, strict=True):
+            place = int((coloured != outlined).sum(axis=tuple(i for i in range(3) if i != axis)).argmax())
+            _panel(panel, grey.take(place, axis=axis), coloured.take(place, axis=axis), axis, spacing, window,
+                   few=len(names) <= FEW + 1)  # fmt: skip
+            _outline(panel, outlined.take(place, axis=axis).T)
+            panel.set_title(f"{title}, {PLANES[axis][0]} {place}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+
+
+def _outline(panel: Axes, labels: Array) -> None:
+    for number in np.unique(labels[labels > 0]):
+        panel.contour(labels == number, levels=[0.5], colors="white", linewidths=0.8)
 
 
 def _panel(
@@ -73,6 +102,14 @@ def _panel(
     left, right = ("P", "A") if axis == 0 else ("R", "L")
     panel.text(0.02, 0.5, left, transform=panel.transAxes, color="yellow", va="center")
     panel.text(0.98, 0.5, right, transform=panel.transAxes, color="yellow", va="center", ha="right")
+
+
+def _numbered(labels: Array, names: Mapping[str, int]) -> Array:
+    """The number of each voxel's colour, from 1; 0 for background."""
+    coloured = np.zeros(labels.shape, dtype=np.uint8)
+    for i, value in enumerate(value for value in names.values() if value != 0):
+        coloured[labels == value] = i % len(MANY) + 1
+    return coloured
 
 
 def _canonical(image: Any, labels: LabelMap) -> tuple[Array, Array, Array]:

@@ -14,6 +14,7 @@ from monai.inferers import SimpleInferer
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from pipeline import distribute
 from pipeline.errors import ConfigError
 from pipeline.run import Run
 
@@ -106,8 +107,8 @@ class Budget:
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self.limit = None if minutes is None else 60 * minutes
         self.now = now
-        self.before = 0.0
-        self.started: float | None = None
+        self.before = self.elapsed = 0.0
+        self.started = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Follows a trainer: ignite calls this."""
@@ -115,8 +116,8 @@ class Budget:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_in_time)
 
     def spent(self) -> float:
-        """Seconds of training so far, those before the run was resumed among them."""
-        return self.before + (0.0 if self.started is None else self.now() - self.started)
+        """Seconds of training up to the last step, those before the run was resumed among them."""
+        return self.before + self.elapsed
 
     def used(self) -> float:
         """The fraction of the limit that is used, 0 to 1; 0 without a limit."""
@@ -126,6 +127,7 @@ class Budget:
         self.started = self.now()
 
     def _stop_in_time(self, engine: Engine) -> None:
+        self.elapsed = distribute.firsts(self.now() - self.started)
         if self.used() >= 1:
             engine.terminate()
 

@@ -12,6 +12,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -19,6 +20,7 @@ from monai.data import set_rnd
 from monai.utils import set_determinism
 from torch.utils.data import Dataset
 
+from pipeline import distribute
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.types import PathOrStr
 from pipeline.write import write_bytes
@@ -50,12 +52,14 @@ class Checkpoint:
         """Ignite's way of adding a handler."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_without_number)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-        engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
+        if distribute.is_first():
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+            engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
 
     def seed_epoch(self, engine: Engine) -> None:
-        """Makes the epoch's random numbers follow from the run's seed and its own number."""
-        seed = int(np.random.SeedSequence([self.seed, engine.state.epoch]).generate_state(1)[0])
+        """Makes the epoch's random numbers follow from the run's seed, its own number, and that of the process."""
+        words = [self.seed, engine.state.epoch, *([rank] if (rank := idist.get_rank()) else [])]
+        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
         set_determinism(seed)
         set_rnd(self.dataset, seed)
 

@@ -70,6 +70,7 @@ class Synthesis:
         rotation: largest angle, degrees, about each axis.
         scaling: largest relative change of size along each axis; shear: largest shear.
         shift: how far, mm, the middle of the image may lie from the middle of the structures, along each axis.
+        neck_chance: of an image that lies lower than that, by up to `neck` mm, as windows over a neck do.
         elastic: largest standard deviation of an elastic displacement, mm, drawn every `elastic_every` mm.
         t1_chance: of grey values as in T1 images; sequence_chance: of a random function of those; otherwise each class has any.
         texture: smallest factor on the spread within a class.
@@ -87,6 +88,8 @@ class Synthesis:
     scaling: float = 0.15
     shear: float = 0.02
     shift: float = 20.0
+    neck_chance: float = 0.0
+    neck: float = 100.0
     elastic: float = 4.0
     elastic_every: float = 40.0
     t1_chance: float = 0.6

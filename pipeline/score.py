@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,15 @@ def score_case(
         for name, value in names.items()
         if value != 0
     ]
+
+
+def worst_cases(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """The cases with the lowest mean Dice over their labels, the worst first; cases that are not scored are left out."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["dice"] == row["dice"]:
+            found.setdefault(row["case"], []).append(row["dice"])
+    return sorted(found, key=lambda case: fmean(found[case]))[:count]
 
 
 def _on_grid(prediction: Image, reference: Image, name: str) -> Array:

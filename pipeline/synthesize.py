@@ -48,13 +48,12 @@ def synthesis(spec: Spec, options: Synthesis, device: torch.device | None = None
         raise ConfigError("run.synthesis: expected a spec with one channel, a 3D roi_size and a spacing in mm along every axis")
     tissues = read_tissues(expand(options.table), spec.labels)
     spacing = [float(mm) for mm in spec.spacing if mm is not None]
-    side = [AXES[code] for code in spec.orientation].index(AXES["R"])
     return Compose(
         [
             ReadVolumed(LABEL),
             Orientationd(LABEL, axcodes=spec.orientation, labels=AXIS_LABELS),
             TissueIndexd(LABEL, tissues, device),
-            RandSynthesized(tissues, spec.roi_size, spacing, options, side=side),
+            RandSynthesized(tissues, spec.roi_size, spacing, options, orientation=spec.orientation),
             normalisation(spec.intensity),
         ]
     )
@@ -71,15 +70,23 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         roi_size: of the image, voxels.
         spacing: of the image, mm.
         options: what is drawn from which range.
-        side: the axis that runs between left and right.
+        orientation: axis codes of maps and images.
     """
 
     def __init__(
-        self, tissues: Tissues, roi_size: Sequence[int], spacing: Sequence[float], options: Synthesis, *, side: int = 0
+        self,
+        tissues: Tissues,
+        roi_size: Sequence[int],
+        spacing: Sequence[float],
+        options: Synthesis,
+        *,
+        orientation: str = "RAS",
     ) -> None:
         MapTransform.__init__(self, LABEL)
         RandomizableTransform.__init__(self, 1.0)
-        self.tissues, self.options, self.side = tissues, options, side
+        self.tissues, self.options = tissues, options
+        self.side = [AXES[code] for code in orientation].index(AXES["R"])
+        self.up = np.array([{"S": 1.0, "I": -1.0}.get(code, 0.0) for code in orientation])
         self.roi_size, self.spacing = tuple(roi_size), np.asarray(spacing, dtype=np.float64)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -109,7 +116,10 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         flipped = self._chance(0.5)
         reflect = np.diag([-1.0 if flipped and axis == self.side else 1.0 for axis in range(3)])
         matrix = np.diag(1 / spacing) @ turn @ shear @ scale @ reflect
-        middle = centre + self.R.uniform(-1, 1, 3) * o.shift / spacing
+        shift = self.R.uniform(-1, 1, 3) * o.shift
+        if self._chance(o.neck_chance):
+            shift = shift - self.up * self.R.uniform(0, o.neck)
+        middle = centre + shift / spacing
         axes = [
             (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * s for n, s in zip(self.roi_size, self.spacing, strict=True)
         ]

@@ -11,7 +11,7 @@ import yaml
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from pipeline import bundle, config, spec
+from pipeline import bundle, config, distribute, spec
 from pipeline.errors import ConfigError, mendable
 from pipeline.history import History
 from pipeline.resume import checkpoint_of
@@ -62,7 +62,8 @@ def train_bundle(
 ) -> None:
     """Trains the weights of the bundle that a run names, and refreshes all that is generated in it.
 
-    The bundle's folder needs configs/spec.yaml and configs/card.yaml; the run is kept beside them as run.yaml.
+    The bundle's folder needs configs/spec.yaml and configs/card.yaml; the run is kept beside them as run.yaml. Started by
+    `torchrun` in several processes it is one run: a step then takes the run's batch in each of them.
 
     Args:
         run: how it goes.
@@ -75,33 +76,54 @@ def train_bundle(
         ConfigError: no spec, a dataset that cannot be used, or an unfinished run and neither `resume` nor `restart`.
     """
     root = Path(run.bundle)
+    _check(root, unfinished=resume or restart)
+    with distribute.joined() as device:
+        if distribute.is_first():
+            write_bytes(root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+            bundle.refresh(root)
+        distribute.wait()
+        parser = wiring(root)
+        if device is not None:
+            parser["device"] = device
+        try:
+            _run(parser, epoch_done, resume=resume)
+        except Exception as error:
+            known = mendable(error)
+            if known is None:
+                raise
+            raise known from error
+
+
+def _check(root: Path, *, unfinished: bool) -> None:
+    """Nothing, if a run can fill this bundle; `unfinished`: whether it may find one that was cut off."""
     if not (root / "configs" / "spec.yaml").is_file():
         raise ConfigError(f"{root}/configs/spec.yaml: no such file; write down there what the weights are to see and to say")
-    if not (resume or restart) and (root / CHECKPOINT).is_file():
+    if not unfinished and (root / CHECKPOINT).is_file():
         raise ConfigError(
             f"{root / CHECKPOINT}: an unfinished run is there; go on with --resume, or throw it away with --restart"
         )
     if spec.load(root / "configs" / "spec.yaml").network.folds > 1:
         raise ConfigError(f"{root}/configs/spec.yaml: network.folds is above 1; train each fold alone, with folds: 1")
-    write_bytes(root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode())
-    bundle.refresh(root)
+
+
+def wiring(root: Path) -> ConfigParser:
+    """The configuration of a bundle that holds all but the weights, read and not yet built."""
     parser = ConfigParser()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
         parser.read_config([root / "configs" / name for name in bundle.WIRING])
     parser["bundle_root"] = str(root)
-    try:
-        parser.get_parsed_content("initialize")
-        trainer: Engine = parser.get_parsed_content("train::trainer")
-        if epoch_done is not None:
-            history = next(handler for handler in parser.get_parsed_content("train::handlers") if isinstance(handler, History))
-            trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
-        if resume:
-            checkpoint_of(parser.get_parsed_content("train::handlers")).load(trainer)
-        parser.get_parsed_content("run")
-        parser.get_parsed_content("finalize")
-    except Exception as error:
-        known = mendable(error)
-        if known is None:
-            raise
-        raise known from error
+    return parser
+
+
+def _run(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: bool) -> None:
+    parser.get_parsed_content("initialize")
+    trainer: Engine = parser.get_parsed_content("train::trainer")
+    handlers = parser.get_parsed_content("train::handlers")
+    if epoch_done is not None and distribute.is_first():
+        history = next(handler for handler in handlers if isinstance(handler, History))
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
+    if resume:
+        checkpoint_of(handlers).load(trainer)
+    parser.get_parsed_content("run")
+    parser.get_parsed_content("finalize")

@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from pipeline import distribute
 from pipeline.engine import Model, predict_case, save_weights
 from pipeline.read import read
 from pipeline.run import Run
@@ -48,10 +49,12 @@ class Validation:
         if self.at == engine.state.iteration:
             return
         self.at = engine.state.iteration
-        engine.state.metrics |= mean_dice(self.model, self.cases)
-        if engine.state.metrics[DICE] > self.best:
-            self.best, self.waited = engine.state.metrics[DICE], 0
-            if self.run.keep == "best":
+        if distribute.is_first():
+            engine.state.metrics |= mean_dice(self.model, self.cases)
+        found = distribute.firsts(engine.state.metrics.get(DICE, 0.0))
+        if found > self.best:
+            self.best, self.waited = found, 0
+            if self.run.keep == "best" and distribute.is_first():
                 save_weights(self._network(), self.path)
             return
         self.waited += 1
@@ -60,6 +63,8 @@ class Validation:
 
     def finish(self, path: PathOrStr) -> None:
         """Leaves the weights that the run keeps, the last or the best, under their final name."""
+        if not distribute.is_first():
+            return
         if self.run.keep == "best" and self.path.is_file():
             self.path.replace(path)
         else:

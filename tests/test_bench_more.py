@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from phantom import save
+from phantom import make_bundle, nifti, save, smooth
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SMALL = ["--features", "4", "6", "--roi", "16", "16", "16"]
@@ -39,3 +40,17 @@ def test_batch(tmp_path: Path) -> None:
     (one,) = json.loads(found.read_text())["batches"]
     assert one["cases"] == 2
     assert 0 <= one["outside"] <= 1
+
+
+def test_training_steps(tmp_path: Path) -> None:
+    """Both loops take a run over the same cases."""
+    root = make_bundle(tmp_path / "tiny", labels={"background": 0, "front": 7, "back": 300})
+    for i in range(3):
+        save(tmp_path / "data" / "images" / f"{i}.nii.gz", nifti(smooth(seed=i)))
+        save(tmp_path / "data" / "labels" / f"{i}.nii.gz", nifti((7 * (smooth(seed=i) > 110)).astype(np.uint8)))
+    run_file, found = root / "configs" / "run.yaml", tmp_path / "train.json"
+    run("bench_train.py", str(run_file), f"bundle={root}", f"dataset={tmp_path / 'data'}", "--steps", "2", "--rounds", "1",
+        "--json", str(found))  # fmt: skip
+    result = json.loads(found.read_text())
+    assert {len(seconds) for seconds in result["seconds"].values()} == {1}
+    assert result["ratio"] > 0

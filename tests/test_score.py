@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from math import nan
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +12,7 @@ from monai.metrics import compute_dice
 from phantom import SPACING, oblique, save
 
 from pipeline.errors import GeometryError
-from pipeline.score import score, score_case
+from pipeline.score import score, score_case, worst_cases
 
 
 def maps() -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.uint8]], ...]:
@@ -76,3 +77,12 @@ def test_real_labels_against_themselves(data: Path) -> None:
     path = data / "hippocampus" / "labelsTr" / "hippocampus_001.nii.gz"
     rows = score_case({"case": "x", "label": str(path)}, path, {"background": 0, "anterior": 1, "posterior": 2})
     assert [row["dice"] for row in rows] == [1, 1]
+
+
+def test_the_worst_cases_come_first() -> None:
+    """By the mean over labels; cases in which nothing is scored are none."""
+    rows = [{"case": case, "label": label, "dice": dice}
+            for case, pair in {"a": (0.9, 0.5), "b": (0.6, 0.7), "c": (0.9, 0.9), "d": (nan, nan), "e": (nan, 0.1)}.items()
+            for label, dice in zip("xy", pair, strict=True)]  # fmt: skip
+    assert worst_cases(rows, 3) == ["e", "b", "a"]
+    assert worst_cases(rows, 9)[-1] == "c"

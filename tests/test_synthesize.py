@@ -95,6 +95,23 @@ def sides(channels: Array) -> tuple[float, float]:
     return float(np.argwhere(channels == 1)[:, 0].mean()), float(np.argwhere(channels == 2)[:, 0].mean())
 
 
+@pytest.mark.parametrize("orientation", ["RAS", "SPL", "ARI"])
+def test_a_neck_s_window_has_the_structures_above_its_middle(map_file: Path, table: Path, orientation: str) -> None:
+    """In the direction that is up in the network's orientation, and in no other."""
+    axis = next(i for i, code in enumerate(orientation) if code in "SI")
+    sizes: dict[str, Any] = {"orientation": orientation, "roi_size": [24, 24, 24], "spacing": [2.5, 2.5, 2.5]}
+    still = np.argwhere(draw(map_file, options(table), **sizes)[1] > 0).mean(axis=0)
+    heights = []
+    for seed in range(8):
+        there = np.argwhere(draw(map_file, options(table, neck_chance=1.0, neck=15.0), seed, **sizes)[1] > 0).mean(axis=0)
+        up = (there - still) * (1 if orientation[axis] == "S" else -1)
+        heights.append(up[axis] * 2.5)
+        assert np.abs(np.delete(up, axis)).max() < 1.0
+    assert min(heights) > -1.5
+    assert 8 < max(heights) < 16.5
+    assert np.std(heights) > 2
+
+
 def test_undeformed_it_is_the_map_on_the_network_s_grid(map_file: Path, table: Path) -> None:
     """Against scipy, around the structures' middle; half of the draws are mirrored, and their sides swapped."""
     array = head()

@@ -78,6 +78,8 @@ def test_training_leaves_a_complete_bundle_that_segments(dims: int, dataset: Pat
     )
     assert evaluated.exit_code == 0, evaluated.output
     assert len(list((tmp_path / "out").glob("*_seg.nii.gz"))) == 2
+    for name in ("dice.png", "worst.png"):
+        assert (tmp_path / "out" / name).read_bytes()[:4] == b"\x89PNG"
     labels = nib.load(tmp_path / "out" / "case_5_seg.nii.gz")
     reference = np.asarray(nib.load(dataset / "labels" / "case_5.nii.gz").dataobj)
     found, there = np.asarray(labels.dataobj) > 0, reference > 0

@@ -1,0 +1,65 @@
+"""One run in several processes, as `torchrun` starts them: one a GPU, each with its share of the cases.
+
+The first process writes and decides; the others follow it. In a single process all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ignite.distributed as idist
+import torch
+from monai.data import CacheDataset, DataLoader, DistributedSampler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.run import Run
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def joined() -> Iterator[torch.device | None]:
+    """Joins the processes that `torchrun` started; gives this one's device, or None where there is one process only."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    idist.initialize("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield idist.device()
+    finally:
+        idist.finalize()
+
+
+def replicated(network: nn.Module) -> nn.Module:
+    """The network whose gradients are the mean over all processes; itself where there is one."""
+    if idist.get_world_size() < 2:
+        return network
+    on_gpu = idist.device().type == "cuda"
+    return DistributedDataParallel(network, device_ids=[idist.get_local_rank()] if on_gpu else None)
+
+
+def loader(dataset: CacheDataset, run: Run) -> DataLoader:
+    """A run's training batches, each case once an epoch, in some process."""
+    share = DistributedSampler(dataset, even_divisible=True, shuffle=True) if idist.get_world_size() > 1 else None
+    return DataLoader(dataset, batch_size=run.cases_per_step, shuffle=share is None, sampler=share, drop_last=True)
+
+
+def firsts(value: float) -> float:
+    """The first process's value of a number, in every process; all have to ask."""
+    return float(idist.broadcast(value, src=0)) if idist.get_world_size() > 1 else value
+
+
+def mean(value: float) -> float:
+    """A number's mean over the processes; all have to ask."""
+    return float(idist.all_reduce(value)) / idist.get_world_size()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    idist.barrier()
