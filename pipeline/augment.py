@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from math import radians
 from typing import Any
 
@@ -28,7 +29,7 @@ from monai.transforms.traits import RandomizableTrait
 
 from pipeline.border import WEIGHT, BorderWeightd
 from pipeline.elastic import RandCoarseElasticd
-from pipeline.errors import VolumeError
+from pipeline.errors import ConfigError, VolumeError
 from pipeline.preprocess import IMAGE, LABEL
 from pipeline.run import Augment, Run
 from pipeline.spec import AXES, Spec
@@ -68,8 +69,15 @@ def training_transform(preprocessing: Compose, spec: Spec, run: Run, device: tor
     Where convolutions are not padded, volumes are mirrored around, and the border of a patch is there for the middle's sake.
 
     Shapes: a labelled case → `patches_per_case` dicts of `image` (C, *roi_size) float32 and `label` (1, *roi_size) channel
-    numbers, and `weight` (1, *roi_size) where the run's loss asks for it.
+    numbers, and `weight` (1, *roi_size) where the run's loss asks for it; of the run's patch_size where it has one.
+
+    Raises:
+        ConfigError: a patch_size that the network cannot have.
     """
+    if run.patch_size is not None:
+        if len(run.patch_size) != spec.spatial_dims:
+            raise ConfigError(f"run.patch_size: expected {spec.spatial_dims} numbers, as roi_size has, got {run.patch_size}")
+        spec = replace(spec, roi_size=run.patch_size)
     if run.synthesis:
         return synthesis(spec, run.synthesis, device)
     roi = crop_size(spec)

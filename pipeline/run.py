@@ -139,6 +139,7 @@ class Run:
         minutes: wall time after which training ends, if its epochs have not ended before; the learning rate falls by whichever
             is further, the clock or the epochs; null sets no limit. Runs that the clock ends are not repeatable to the bit.
         batch_size: patches a step.
+        patch_size: of a patch, voxels, where it is not the spec's roi_size: windows may be larger than what is trained on.
         patches_per_case: patches taken from a case each time it comes up; a step mixes batch_size / patches_per_case cases.
         learning_rate, weight_decay: the optimizer's, at the top of the schedule.
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
@@ -169,6 +170,7 @@ class Run:
     epochs: int
     minutes: float | None = None
     batch_size: int
+    patch_size: tuple[int, ...] | None = None
     patches_per_case: int = 1
     learning_rate: float
     weight_decay: float = 1e-4

@@ -2,8 +2,8 @@
 
     python scripts/synthesize.py configs/brain_mr_structures_4mm.yaml -o runs/drawn --count 12
 
-The images are 1 mm wide in every direction and as large as those of the training, whatever its grid. Which contrasts come
-up, and how often, is the run's; a seed gives the same dataset again.
+The images have voxels of 1 mm and the size of those of the training, whatever its grid, or another one: `--field 180 230 230`
+holds whole heads. Which contrasts come up, and how often, is the run's; a seed gives the same dataset again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ from pipeline.write import write_bytes
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the dataset.")
 @click.option("--count", default=12, show_default=True, help="Images.")
 @click.option("--spacing", default=1.0, show_default=True, help="Of the images, mm.")
+@click.option("--field", type=float, nargs=3, metavar="R A S", help="Size of the images, mm; the run's own by default.")
 @click.option("--seed", default=0, show_default=True)
-def main(config: Path, output: Path, count: int, spacing: float, seed: int) -> None:
+def main(config: Path, output: Path, count: int, spacing: float, field: tuple[float, float, float] | None, seed: int) -> None:
     """Draw COUNT images from the maps that CONFIG's run holds out."""
     run, _ = read_run(config)
     if run.synthesis is None or not run.hold_out:
         raise ConfigError(f"{config}: expected a run with synthesis and hold_out")
     spec = specs.load(Path(run.bundle) / "configs" / "spec.yaml")
-    size = tuple(round(n * float(mm or 1) / spacing) for n, mm in zip(spec.roi_size, spec.spacing, strict=True))
+    mm = field or [n * float(one or 1) for n, one in zip(run.patch_size or spec.roi_size, spec.spacing, strict=True)]
+    size = tuple(round(length / spacing) for length in mm)
     # a network that takes any size; only the grid matters here
     wide = replace(spec, roi_size=size, spacing=(spacing,) * 3, intensity=Intensity(),
                    network=replace(spec.network, features=(1, 1), strides=(1,), deep_supervision=0))  # fmt: skip

@@ -10,7 +10,7 @@ from phantom import LABELS, RUN, nifti, parse_spec, smooth
 
 from pipeline import config
 from pipeline.augment import ClassIndexd, crop_size, training_transform
-from pipeline.errors import VolumeError
+from pipeline.errors import ConfigError, VolumeError
 from pipeline.preprocess import preprocessing
 from pipeline.run import Run
 
@@ -66,6 +66,16 @@ def agreement(taken: list[dict[str, torch.Tensor]]) -> float:
         image, label = patch["image"].flatten(), patch["label"].flatten()
         found.append(torch.corrcoef(torch.stack([image[image != 0], label[image != 0]]))[0, 1])
     return float(torch.stack(found).nanmedian())
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_run_may_train_on_other_sizes_than_windows_have(dims: int) -> None:
+    """The patch is the run's; a size that the poolings do not divide, or of other dimensions, is refused."""
+    size = [8, 12, 4][:dims]
+    assert {tuple(patch["image"].shape) for patch in patches(dims, run={"patch_size": size}, count=2)} == {(1, *size)}
+    for wrong, says in (([7, 12, 4][:dims], "expected a multiple"), ([8] * (5 - dims), f"patch_size: expected {dims} numbers")):
+        with pytest.raises(ConfigError, match=says):
+            patches(dims, run={"patch_size": wrong}, count=2)
 
 
 def test_nothing_random_leaves_the_volume_as_it_is() -> None:
