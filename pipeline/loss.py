@@ -25,7 +25,7 @@ def loss(spec: Spec, run: Run) -> nn.Module:
     """
     sigmoid = spec.output == "sigmoid"
     parts: dict[str, nn.Module] = {
-        "dice_ce": DiceAndCrossEntropy(sigmoid=sigmoid),
+        "dice_ce": DiceAndCrossEntropy(sigmoid=sigmoid, balance=run.balance),
         "dice": DiceAndCrossEntropy(sigmoid=sigmoid, cross_entropy=False),
         "border_ce": WeightedCrossEntropy(sigmoid=sigmoid),
     }
@@ -39,20 +39,22 @@ class DiceAndCrossEntropy(nn.Module):
     Args:
         sigmoid: whether there is a logit a structure, each for itself, and not one for each class.
         cross_entropy: whether it is added.
+        balance: by how much rare classes weigh more in it: a voxel's weight falls with that power of its class's share of the
+            batch; 0 weighs all voxels alike, 1 all classes. For softmax outputs.
 
     Shapes: logits (B, outputs, *spatial), channel numbers (B, 1, *spatial) → a number.
     """
 
-    def __init__(self, *, sigmoid: bool, cross_entropy: bool = True) -> None:
+    def __init__(self, *, sigmoid: bool, cross_entropy: bool = True, balance: float = 0.0) -> None:
         super().__init__()
-        self.sigmoid, self.cross_entropy = sigmoid, cross_entropy
+        self.sigmoid, self.cross_entropy, self.balance = sigmoid, cross_entropy, balance
         self.dice = DiceLoss(sigmoid=sigmoid, softmax=not sigmoid, batch=True)
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target = centre(target, logits.shape[2:])
         _check(logits, target, 1)
         if self.cross_entropy and not self.sigmoid:
-            return SoftmaxDiceCrossEntropy.apply(logits, target[:, 0].long())  # type: ignore[no-any-return, no-untyped-call]
+            return SoftmaxDiceCrossEntropy.apply(logits, target[:, 0].long(), self.balance)  # type: ignore[no-any-return, no-untyped-call]
         one_hot = _one_hot(target, logits, sigmoid=self.sigmoid)
         value: torch.Tensor = self.dice(logits, one_hot)
         if self.cross_entropy:
@@ -63,38 +65,43 @@ class DiceAndCrossEntropy(nn.Module):
 class SoftmaxDiceCrossEntropy(torch.autograd.Function):
     """MONAI's `DiceCELoss(softmax=True, to_onehot_y=True, batch=True)` with its gradient written out.
 
+    With a balance the cross-entropy is the weighted mean over voxels, as `torch.nn.functional.cross_entropy(weight=…)` has it.
+
     Passes over classes × voxels numbers fewer times than automatic differentiation: with many classes these cost a CPU much.
 
-    Shapes: logits (B, C, *spatial), channel numbers (B, *spatial) int64 → a number.
+    Shapes: logits (B, C, *spatial), channel numbers (B, *spatial) int64, the balance → a number.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, balance: float = 0.0) -> torch.Tensor:
         """The loss; keeps probabilities for the way back."""
         classes, labels = logits.shape[1], target.reshape(-1, 1)
         rows = torch.log_softmax(logits.movedim(1, -1).reshape(-1, classes).float(), dim=1)  # (voxels, C)
-        entropy = -rows.gather(1, labels).mean()
+        counts = torch.bincount(labels[:, 0], minlength=classes)
+        weight = (counts.clamp(min=1) / counts.sum()).float() ** -balance
+        share = (weight / (weight * counts).sum())[labels[:, 0]]  # of each voxel in the mean; they sum to 1
+        entropy = -(rows.gather(1, labels)[:, 0] * share).sum()
         probability = rows.exp_()
         chosen = probability.gather(1, labels)[:, 0]
         both = torch.zeros(classes, device=chosen.device).index_add_(0, labels[:, 0], chosen)
-        sizes = probability.sum(dim=0) + torch.bincount(labels[:, 0], minlength=classes) + SMOOTH
-        ctx.save_for_backward(probability, labels, chosen, both, sizes)
+        sizes = probability.sum(dim=0) + counts + SMOOTH
+        ctx.save_for_backward(probability, labels, chosen, both, sizes, share)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         return entropy + (1 - (2 * both + SMOOTH) / sizes).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """The gradient with respect to the logits."""
-        probability, labels, chosen, both, sizes = ctx.saved_tensors
-        voxels, classes = probability.shape
+        probability, labels, chosen, both, sizes, share = ctx.saved_tensors
+        classes = probability.shape[1]
         every = (2 * both + SMOOTH) / sizes**2 / classes  # of the loss, by each probability of a class
         hit = -2 / sizes / classes  # and by that of the voxels that are of the class
         there = chosen * hit[labels[:, 0]]
-        pull = every[None] - (probability @ every + there - 1 / voxels)[:, None]
+        pull = every[None] - (probability @ every + there - share)[:, None]
         gradient = pull.mul_(probability)
-        gradient.scatter_add_(1, labels, (there - 1 / voxels)[:, None])
+        gradient.scatter_add_(1, labels, (there - share)[:, None])
         shape = (ctx.shape[0], *ctx.shape[2:], classes)
-        return (gradient.mul_(grads[0])).reshape(shape).movedim(-1, 1).to(ctx.dtype), None
+        return (gradient.mul_(grads[0])).reshape(shape).movedim(-1, 1).to(ctx.dtype), None, None
 
 
 class WeightedCrossEntropy(nn.Module):

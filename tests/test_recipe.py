@@ -167,6 +167,24 @@ def test_its_gradient_is_monais(dims: int, order: str) -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_a_balance_weighs_the_cross_entropy_by_class(balance: float) -> None:
+    """As torch's own weights do, gradient included; classes that are not there weigh nothing."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 6, 7, 8, requires_grad=True)
+    target = (4 * torch.rand(2, 1, 6, 7, 8) ** 3).floor()
+    counts = torch.bincount(target.long().flatten(), minlength=5)
+    weight = torch.where(counts > 0, (counts.clamp(min=1) / counts.sum()) ** -balance, 0)
+    dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, target)
+    theirs = dice + nn.functional.cross_entropy(logits, target[:, 0].long(), weight=weight)
+    ours = loss(spec_of(3), replace(RUN, balance=balance))(logits, target)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits), strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-7, rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"run.balance: expected 0 ≤ balance ≤ 1"):
+        replace(RUN, balance=1.5)
+
+
 def test_the_sigmoid_loss_takes_each_structure_for_itself() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 2, 8, 9), torch.randint(0, 3, (2, 1, 8, 9)).float()
