@@ -40,7 +40,7 @@ def test_commands_exist_with_their_options(page: Path) -> None:
             assert {word for word in words[2:] if re.fullmatch(r"--?[a-z][\w-]*", word)} <= known, line
 
 
-@pytest.mark.parametrize("name", ["hippocampus_mr_3d", "hippocampus_mr_2d"])
+@pytest.mark.parametrize("name", ["brain_mr_structures", "hippocampus_mr_3d", "hippocampus_mr_2d"])
 def test_figures_are_those_of_the_card(name: str) -> None:
     """README, the bundle's page and metadata.json say the same Dice."""
     card = yaml.safe_load((ROOT / "bundles" / name / "configs" / "card.yaml").read_text(encoding="utf-8"))
