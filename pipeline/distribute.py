@@ -57,7 +57,7 @@ def firsts(value: float) -> float:
 
 def mean(value: float) -> float:
     """A number's mean over the processes; all have to ask."""
-    return float(idist.all_reduce(value)) / idist.get_world_size()
+    return float(idist.all_reduce(value) / idist.get_world_size())
 
 
 def wait() -> None:
