@@ -23,6 +23,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_alone() -> bool:
+    """Whether this is the only process."""
+    return bool(idist.get_world_size() < 2)
+
+
 @contextmanager
 def joined() -> Iterator[torch.device | None]:
     """Joins the processes that `torchrun` started; gives this one's device, or None where there is one process only."""
@@ -38,7 +43,7 @@ def joined() -> Iterator[torch.device | None]:
 
 def replicated(network: nn.Module) -> nn.Module:
     """The network whose gradients are the mean over all processes; itself where there is one."""
-    if idist.get_world_size() < 2:
+    if is_alone():
         return network
     on_gpu = idist.device().type == "cuda"
     return DistributedDataParallel(network, device_ids=[idist.get_local_rank()] if on_gpu else None)
@@ -46,13 +51,13 @@ def replicated(network: nn.Module) -> nn.Module:
 
 def loader(dataset: CacheDataset, run: Run) -> DataLoader:
     """A run's training batches, each case once an epoch, in some process."""
-    share = DistributedSampler(dataset, even_divisible=True, shuffle=True) if idist.get_world_size() > 1 else None
+    share = DistributedSampler(dataset, even_divisible=True, shuffle=True) if not is_alone() else None
     return DataLoader(dataset, batch_size=run.cases_per_step, shuffle=share is None, sampler=share, drop_last=True)
 
 
 def firsts(value: float) -> float:
     """The first process's value of a number, in every process; all have to ask."""
-    return float(idist.broadcast(value, src=0)) if idist.get_world_size() > 1 else value
+    return value if is_alone() else float(idist.broadcast(value, src=0))
 
 
 def mean(value: float) -> float:

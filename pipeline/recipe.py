@@ -107,8 +107,8 @@ class Budget:
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self.limit = None if minutes is None else 60 * minutes
         self.now = now
-        self.before = self.elapsed = 0.0
-        self.started = 0.0
+        self.before = self.agreed = 0.0
+        self.started: float | None = None
 
     def attach(self, engine: Engine) -> None:
         """Follows a trainer: ignite calls this."""
@@ -116,18 +116,21 @@ class Budget:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_in_time)
 
     def spent(self) -> float:
-        """Seconds of training up to the last step, those before the run was resumed among them."""
-        return self.before + self.elapsed
+        """Seconds of training so far, those before the run was resumed among them; of several processes, the first one's."""
+        return self.before + (self._here() if distribute.is_alone() else self.agreed)
 
     def used(self) -> float:
         """The fraction of the limit that is used, 0 to 1; 0 without a limit."""
         return 0.0 if self.limit is None else min(1.0, self.spent() / self.limit)
 
+    def _here(self) -> float:
+        return 0.0 if self.started is None else self.now() - self.started
+
     def _start(self) -> None:
         self.started = self.now()
 
     def _stop_in_time(self, engine: Engine) -> None:
-        self.elapsed = distribute.firsts(self.now() - self.started)
+        self.agreed = distribute.firsts(self._here())
         if self.used() >= 1:
             engine.terminate()
 

@@ -91,7 +91,7 @@ def test_json_is_for_machines(tiny_bundle_3d: Path, folder: Path) -> None:
         ),
         (["segment", "{in}", "-o", "{out}", "-b", "{bundle}", "--overlap", "half"], "'half' is not a valid float"),
         (["segment", "{in}", "-o", "{out}", "-b", "{bundle}", "--device", "tpu"], "'tpu' is not one of"),
-        (["segment", "{in}", "-o", "{out}"], "Missing option '-b'"),
+        (["segment", "{in}"], "Missing option '-o'"),
         (["segment", "-o", "{out}", "-b", "{bundle}"], "Missing argument 'INPUT...'"),
         (["segmnt"], "No such command 'segmnt'"),
         (["check", "none"], "none: no such bundle"),

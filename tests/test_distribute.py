@@ -67,6 +67,7 @@ def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: P
 def test_the_clock_is_the_first_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that all end after the same step, and have one learning rate."""
     monkeypatch.setattr(distribute, "firsts", lambda value: 30.0)
+    monkeypatch.setattr(distribute, "is_alone", lambda: False)
     ticks = iter(range(100))
     budget = Budget(1.0, now=lambda: float(next(ticks)))
     trainer = Engine(lambda engine, batch: None)
