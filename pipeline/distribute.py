@@ -20,7 +20,12 @@ from pipeline.run import Run
 
 def is_first() -> bool:
     """Whether this process writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return not _are_several() or int(os.environ["RANK"]) == 0
+
+
+def _are_several() -> bool:
+    """Whether `torchrun` started more than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_alone() -> bool:
@@ -31,7 +36,7 @@ def is_alone() -> bool:
 @contextmanager
 def joined() -> Iterator[torch.device | None]:
     """Joins the processes that `torchrun` started; gives this one's device, or None where there is one process only."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not _are_several():
         yield None
         return
     idist.initialize("nccl" if torch.cuda.is_available() else "gloo")

@@ -27,11 +27,11 @@ def kept(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
     if spec.fit is not None:
         own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["file_affine"]))
         labels = labels.masked_fill(outside(image.shape[1:], own, target, labels.shape).to(labels.device), 0)
-    for name in spec.largest_component:
-        if name == ALL:
-            labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
-        else:
-            labels = largest_components(labels, None if name == EACH else [list(spec.labels).index(name)])
+    if ALL in spec.largest_component:
+        labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
+    names = [name for name in spec.largest_component if name != ALL]
+    if names:
+        labels = largest_components(labels, None if EACH in names else [list(spec.labels).index(name) for name in names])
     return labels[None]
 
 

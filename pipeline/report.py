@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.spec import ALL
 from pipeline.types import Affine, LabelMap
 from pipeline.write import write_bytes
 
@@ -42,8 +43,11 @@ def volumes_mm3(
 
 
 def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Volumes a structure, mm³, and after them those of several together: name → the structures that it sums."""
-    return {**volumes, **{name: sum(volumes[part] for part in parts) for name, parts in sums.items()}}
+    """Volumes a structure, mm³, and after them those of several together: name → the structures that it sums, or `all`."""
+    return {
+        **volumes,
+        **{name: sum(volumes[part] for part in (volumes if ALL in parts else parts)) for name, parts in sums.items()},
+    }
 
 
 def _counts(labels: LabelMap) -> dict[int, int]:

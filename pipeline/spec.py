@@ -88,9 +88,9 @@ class Spec:
         stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
         fit: null keeps the whole field of view.
         largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
-            names of structures, `each` for every one, `all` for all of them together, one after the other; none by default.
+            names of structures, `each` for every one, `all` for all of them together, which comes first; none by default.
         whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
-        sums: name → structures whose volumes volumes.csv gives together, beside their own.
+        sums: name → structures, or `all`, whose volumes volumes.csv gives together, beside their own.
         plausible_ml: name of a structure or sum → lowest and highest volume, mL, outside of which a warning asks to look.
         soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
             instead of whole voxels of the label map.
@@ -194,7 +194,7 @@ def _check_way_in(spec: Spec) -> None:
         raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
     _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
     for name, parts in spec.sums.items():
-        _check_names(f"sums.{name}", parts, spec.labels)
+        _check_names(f"sums.{name}", parts, {*spec.labels, ALL})
         if name in spec.labels:
             raise ConfigError(f"spec.sums.{name}: expected a name that is no label's")
     _check_names("plausible_ml", spec.plausible_ml, {*spec.labels, *spec.sums})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,14 @@ def model_of(net: torch.nn.Module, tiny: Spec) -> Model:
         device=torch.device("cpu"), val_data_loader=[], network=net, inferer=inferer(tiny), postprocessing=inversion(tiny)
     )
     return Model(root=".", spec=tiny, preprocessing=preprocessing(tiny), evaluator=evaluator)
+
+
+def load_script(name: str) -> Any:
+    """scripts/<name>.py as a module."""
+    where = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "scripts" / f"{name}.py")
+    assert where is not None
+    assert where.loader is not None
+    module = importlib.util.module_from_spec(where)
+    sys.modules[name] = module
+    where.loader.exec_module(module)
+    return module

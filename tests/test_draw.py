@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from phantom import load_script
 
 from pipeline.network import UNet
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    path = Path(__file__).parent.parent / "scripts" / "draw_unet.py"
-    where = importlib.util.spec_from_file_location("draw_unet", path)
-    assert where is not None
-    assert where.loader is not None
-    module = importlib.util.module_from_spec(where)
-    sys.modules["draw_unet"] = module
-    where.loader.exec_module(module)
-    return module
+    """scripts/draw_unet.py as a module."""
+    return load_script("draw_unet")
 
 
 def test_the_papers_figure(script: Any) -> None:

@@ -62,11 +62,12 @@ def test_volumes_are_sums_of_probabilities(held: float, model: Model, monkeypatc
 
 def test_sums_follow_the_structures_in_the_table(tmp_path: Path) -> None:
     """Each is the sum of its own, in mm³; a name that a label has is refused, and so are parts that are no labels."""
-    both = make_bundle(tmp_path / "tiny", sums={"both": ["back", "front"], "one": ["back"]})
+    both = make_bundle(tmp_path / "tiny", sums={"both": ["back", "front"], "one": ["back"], "whole": ["all"]})
     arguments = ["segment", str(save(tmp_path / "a.nii.gz")), "-o", str(tmp_path / "out"), "-b", str(both), "--device", "cpu"]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     row = read_csv(tmp_path / "out" / "volumes.csv")[0]
-    assert list(row)[-4:] == ["front", "back", "both", "one"]
+    assert list(row)[-5:] == ["front", "back", "both", "one", "whole"]
+    assert row["whole"] == row["both"]
     assert float(row["both"]) == pytest.approx(float(row["front"]) + float(row["back"]))
     assert float(row["one"]) == float(row["back"])
     for sums, says in (({"front": ["back"]}, "no label's"), ({"both": ["nose"]}, r"sums.both: .* got nose")):
