@@ -1,0 +1,64 @@
+"""Trains nnU-Net for a given time instead of 1,000 epochs, and predicts the cases that its fold leaves out.
+
+Run by scripts/head_to_head.py with the Python of nnU-Net's own environment; `nnUNet_raw`, `nnUNet_preprocessed` and
+`nnUNet_results` say where, as nnU-Net has it.
+
+    python scripts/nnunet.py DATASET_ID FOLD MINUTES [--configuration 3d_fullres]
+
+Network, augmentation, loss, optimizer and prediction (mirrored eight times) are nnU-Net's. Two things are ours: its polynomial
+decay follows the clock, so that it ends when the time does, and it does not stop to validate on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+
+import torch
+from nnunetv2.run import run_training
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+POWER = 0.9  # of nnU-Net's polynomial decay
+
+
+class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
+    """nnU-Net's trainer, which ends by the clock."""
+
+    minutes = 30.0
+
+    def run_training(self) -> None:
+        """Steps until the time is used up."""
+        self.on_train_start()
+        self.network.train()
+        started, steps, used = time.monotonic(), 0, 0.0
+        while used < 1:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.initial_lr * (1 - used) ** POWER
+            loss = self.train_step(next(self.dataloader_train))["loss"]
+            steps += 1
+            used = (time.monotonic() - started) / (60 * self.minutes)
+            if steps % 20 == 0:
+                print(f"step {steps}: loss {loss:.4f}, {60 * self.minutes * used:.0f} s", flush=True)
+        self.current_epoch = 1
+        self.on_train_end()
+        print(json.dumps({"steps": steps, "seconds": time.monotonic() - started}), flush=True)
+
+
+def main() -> None:
+    """Trains and predicts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dataset", help="its number")
+    parser.add_argument("fold", type=int)
+    parser.add_argument("minutes", type=float)
+    parser.add_argument("--configuration", default="3d_fullres")
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    ClockedTrainer.minutes = args.minutes
+    run_training.recursive_find_trainer_class_by_name = lambda name: ClockedTrainer
+    run_training.run_training(args.dataset, args.configuration, args.fold, device=torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    main()
