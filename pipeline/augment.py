@@ -24,6 +24,7 @@ from monai.transforms import (
     RandScaleIntensityFixedMeand,
     SpatialPadd,
     SqueezeDimd,
+    Transform,
 )
 from monai.transforms.traits import RandomizableTrait
 
@@ -71,6 +72,12 @@ def training_transform(preprocessing: Compose, spec: Spec, run: Run, device: tor
     Shapes: a labelled case → `patches_per_case` dicts of `image` (C, *roi_size) float32 and `label` (1, *roi_size) channel
     numbers, and `weight` (1, *roi_size) where the run's loss asks for it; of the run's patch_size where it has one.
 
+    Args:
+        preprocessing: that of inference.
+        spec: of the network.
+        run: what patches, and how they change.
+        device: the one that trains. A GPU keeps the cases there, as far as they fit, and their patches are changed there.
+
     Raises:
         ConfigError: a patch_size that the network cannot have.
     """
@@ -80,31 +87,65 @@ def training_transform(preprocessing: Compose, spec: Spec, run: Run, device: tor
         spec = replace(spec, roi_size=run.patch_size)
     if run.synthesis:
         return synthesis(spec, run.synthesis, device)
+    on_gpu = device if device is not None and device.type == "cuda" else None
+    return Compose([*preprocessing.transforms, *_cases(spec, run, on_gpu), *_patches(spec, run, on_gpu)])
+
+
+def _cases(spec: Spec, run: Run, gpu: torch.device | None) -> list[Transform]:
+    """After preprocessing, what is done to a case once."""
+    return [
+        ClassIndexd(LABEL, spec.labels),
+        *([BorderWeightd(LABEL, run.border_weight, run.border_sigma_mm)] if run.loss == "border_ce" else []),
+        EnsureTyped(MOVED, track_meta=False, allow_missing_keys=True),
+        *([ToGpud(MOVED, gpu)] if gpu else []),
+        *([SpatialPadd(MOVED, spatial_size=crop_size(spec), allow_missing_keys=True)] if spec.network.padding else []),
+    ]
+
+
+def _patches(spec: Spec, run: Run, gpu: torch.device | None) -> list[Transform]:
+    """What is done each time that a case comes up."""
     roi = crop_size(spec)
-    weighted = [BorderWeightd(LABEL, run.border_weight, run.border_sigma_mm)] if run.loss == "border_ce" else []
-    return Compose(
-        [
-            *preprocessing.transforms,
-            ClassIndexd(LABEL, spec.labels),
-            *weighted,
-            EnsureTyped(MOVED, track_meta=False, allow_missing_keys=True),
-            SpatialPadd(MOVED, spatial_size=roi, allow_missing_keys=True)
-            if spec.network.padding
-            else MirrorPadd(MOVED, roi, _volume_axes(spec, spec.margin, 0)),
-            RandCropByPosNegLabeld(
-                MOVED,
-                label_key=LABEL,
-                spatial_size=roi,
-                pos=2,
-                neg=1,
-                num_samples=run.patches_per_case,
-                allow_smaller=True,
-                allow_missing_keys=True,
-            ),
-            *([SqueezeDimd(MOVED, dim=spec.slice_dim + 1, allow_missing_keys=True)] if spec.slice_dim is not None else []),
-            *augmentation(run.augment, spec),
-        ]
-    )
+    return [
+        *([] if spec.network.padding else [MirrorPadd(MOVED, roi, _volume_axes(spec, spec.margin, 0))]),
+        RandCropByPosNegLabeld(
+            MOVED,
+            label_key=LABEL,
+            spatial_size=roi,
+            pos=2,
+            neg=1,
+            num_samples=run.patches_per_case,
+            allow_smaller=True,
+            allow_missing_keys=True,
+        ),
+        *([SqueezeDimd(MOVED, dim=spec.slice_dim + 1, allow_missing_keys=True)] if spec.slice_dim is not None else []),
+        *augmentation(run.augment, spec),
+        *([EnsureTyped(MOVED, device=gpu, track_meta=False, allow_missing_keys=True)] if gpu else []),
+    ]
+
+
+class ToGpud(MapTransform):
+    """Moves a case to the GPU as long as that has more than half of its memory free; cases that come later stay on the host.
+
+    Args:
+        keys: of tensors; absent ones are allowed.
+        device: the GPU.
+    """
+
+    def __init__(self, keys: KeysCollection, device: torch.device) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.device = device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        if has_room(self.device):
+            case.update({key: case[key].to(self.device) for key in self.key_iterator(case)})
+        return case
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether more than half of a GPU's memory is free."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free > total / 2
 
 
 class MirrorPadd(MapTransform, RandomizableTrait):

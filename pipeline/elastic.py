@@ -72,7 +72,8 @@ def dense_field(coarse: NDArray[np.float64], shape: Sequence[int]) -> torch.Tens
 
 def displaced(x: torch.Tensor, field: torch.Tensor, mode: str) -> torch.Tensor:
     """(C, *spatial) with each voxel taken from where the field (axes, *spatial) points, voxels away; mirrored at the border."""
-    sizes = torch.tensor(x.shape[1:], dtype=torch.float32)
-    places = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in x.shape[1:]), indexing="ij")) + field
+    sizes = torch.tensor(x.shape[1:], dtype=torch.float32, device=x.device)
+    axes = (torch.arange(n, dtype=torch.float32, device=x.device) for n in x.shape[1:])
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij")) + field.to(x.device)
     grid = (2 * places.movedim(0, -1) / (sizes - 1).clamp(min=1) - 1).flip(-1)
     return functional.grid_sample(x[None].float(), grid[None], mode=mode, padding_mode="reflection", align_corners=True)[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from math import prod, sqrt
@@ -19,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.run import Run
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+COMPILERS = ("g++", "clang++", "c++")
 TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -74,6 +77,22 @@ def grown(state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -
         moved[name] = tensor
     fits = {name: tensor for name, tensor in moved.items() if name in into and into[name].shape == tensor.shape}
     return {**into, **fits}
+
+
+def compile_network(network: nn.Module, run: Run) -> None:
+    """Has torch compile the network where a run asks for it, in place; the names of its weights stay.
+
+    Raises:
+        ConfigError: a network on a CPU, and no C++ compiler.
+    """
+    if not run.compile:
+        return
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if on_cpu and not any(shutil.which(name) for name in (os.environ.get("CXX", ""), *COMPILERS) if name):
+        raise ConfigError(
+            f"run.compile: expected a C++ compiler ({', '.join(COMPILERS)}, or $CXX); compile: false does without"
+        )
+    network.compile()
 
 
 class Forward(SimpleInferer):

@@ -8,7 +8,7 @@ import torch
 from monai.utils import set_determinism
 from phantom import LABELS, RUN, nifti, parse_spec, smooth
 
-from pipeline import config
+from pipeline import augment, config
 from pipeline.augment import ClassIndexd, crop_size, training_transform
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.preprocess import preprocessing
@@ -154,3 +154,12 @@ def test_a_value_that_no_label_names_is_refused() -> None:
     with pytest.raises(VolumeError, match=r"x: label values 300, expected only \[0, 7\]"):
         ClassIndexd("label", {"background": 0, "front": 7})(case)
     assert LABELS["back"] == 300
+
+
+def test_cases_move_to_the_gpu_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two cases fit; the third stays where it is. A device without memory stands for the GPU."""
+    room = iter([True, True, False])
+    monkeypatch.setattr(augment, "has_room", lambda device: next(room))
+    move = augment.ToGpud(("image", "label"), torch.device("meta"))
+    cases = [move({"case": str(i), "image": torch.zeros(1, 2, 3, 4)}) for i in range(3)]
+    assert [case["image"].device.type for case in cases] == ["meta", "meta", "cpu"]

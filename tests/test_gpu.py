@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phantom import make_bundle, nifti, smooth
+from phantom import RUN, make_bundle, nifti, parse_spec, smooth
 from test_window import Near
 
+from pipeline import config
+from pipeline.augment import training_transform
 from pipeline.bundle import open_model
 from pipeline.engine import predict_case
+from pipeline.preprocess import preprocessing
+from pipeline.run import Augment, Run
 from pipeline.window import WindowInferer
 
 pytestmark = pytest.mark.gpu
@@ -82,3 +86,22 @@ def test_sums_move_to_the_host_where_the_volume_does_not_fit() -> None:
     inferer = WindowInferer((64, 64, 64), 0.25)
     found = inferer(x.cuda(), Hungry(1_000_000))
     torch.testing.assert_close(found.cpu().as_tensor(), inferer(x.as_tensor(), Hungry(1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_cases_are_kept_on_the_gpu_and_patches_are_drawn_there(dims: int) -> None:
+    """Every random change works there; nothing random, and a patch is that of the CPU."""
+    spec = parse_spec(dims)
+    image = nifti(smooth((60, 50, 40)))
+    label = nifti(np.where(smooth((60, 50, 40)) > 130, 300, 0).astype(np.int16))
+    case = {"image": image, "label": label}
+    every = {name: 1.0 for name in Augment.__dataclass_fields__ if name.endswith("_chance")} | {"mirror": ["R"]}
+    none = dict.fromkeys((name for name in Augment.__dataclass_fields__ if name.endswith("_chance")), 0.0)
+    for changes in (every, none):
+        run = config.parse(Run, RUN | {"augment": changes}, "run")
+        there, here = (training_transform(preprocessing(spec), spec, run, torch.device(name)) for name in ("cuda", "cpu"))
+        drawn = [transform.set_random_state(3)(case)[0] for transform in (there, here)]
+        assert {patch["image"].device.type for patch in drawn} == {"cuda", "cpu"}
+        if changes is none:
+            torch.testing.assert_close(drawn[0]["image"].cpu(), drawn[1]["image"])
+            torch.testing.assert_close(drawn[0]["label"].cpu(), drawn[1]["label"])

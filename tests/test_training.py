@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 
 from pipeline import verify
 from pipeline.cli import main
+from pipeline.recipe import COMPILERS
 from pipeline.report import read_csv
 
 CASES = 6
@@ -100,6 +102,27 @@ def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: P
     """ema_decay 0, the default, trains as well."""
     assert train(tmp_path, dataset, 2, "epochs=1", "ema_decay=0").exit_code == 0
     assert (tmp_path / "bundle" / "models" / "model.pt").is_file()
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="no C++ compiler")
+def test_a_compiled_network_leaves_the_same_bundle(dataset: Path, tmp_path: Path) -> None:
+    """Its weights have the names that inference asks for, and nearly the values that they have without."""
+    weights = []
+    for name, compiled in (("plain", "false"), ("compiled", "true")):
+        (tmp_path / name).mkdir()
+        result = train(tmp_path / name, dataset, 2, "epochs=1", f"compile={compiled}")
+        assert result.exit_code == 0, result.output
+        weights.append(torch.load(tmp_path / name / "bundle" / "models" / "model.pt", weights_only=True))
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0.05, atol=0.02)
+
+
+def test_compiling_without_a_compiler_is_refused(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    result = train(tmp_path, dataset, 2, "epochs=1", "compile=true")
+    assert result.exit_code == 2
+    assert "expected a C++ compiler" in result.stderr
 
 
 @pytest.mark.parametrize("dims", [2, 3])
