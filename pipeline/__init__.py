@@ -10,6 +10,9 @@ The path of a volume, one module a step:
     runtime     the U-Net as it runs, in torch or OpenVINO
     window      the network over a volume of any size
     air         the part of it that holds something
+    focus       one window over all structures
+    look        the network's scores in windows, and their batches
+    mirror      averages over mirror images
     stitch      overlapping windows as finished blocks of it
     outputs     networks that give several tensors
     invert      logits to labels on the file's own grid

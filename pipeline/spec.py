@@ -82,6 +82,10 @@ class Spec:
         overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without padding, where tiles abut.
         air: fraction of the way from a volume's lowest value to its brightest (its quantile .995) below which it is air, and
             background without being looked at; null looks everywhere.
+        focus: whether one window holds all structures of a scan: it is placed over them, and windows are spread only where they
+            do not fit in; needs `air`.
+        mirror: anatomical directions along which mirror images are segmented too, and averaged; along R labels that are named
+            left and right change places. Each doubles the time of the network.
         network: the U-Net's shape.
         output: `softmax` has a channel for every label, `sigmoid` one for every structure; a structure is found where its
             probability is above .5, and above that of the others.
@@ -107,6 +111,8 @@ class Spec:
     slice_axis: Literal["R", "A", "S"] | None = None
     overlap: float = 0.5
     air: float | None = None
+    focus: bool = False
+    mirror: tuple[Literal["R", "A", "S"], ...] = ()
     output: Literal["softmax", "sigmoid"] = "softmax"
     stand_in: str | None = None
     fit: Fit | None = None
@@ -231,6 +237,11 @@ def _check_window(spec: Spec) -> None:
         )
     if not 0 <= spec.overlap < 1:
         raise ConfigError(f"spec.overlap: expected a fraction, 0 ≤ overlap < 1, got {spec.overlap}")
+    if spec.focus and (spec.air is None or spec.spatial_dims == 2):
+        raise ConfigError("spec.focus: expected false for a network of slices, and without air")
+    odd = len(set(spec.mirror)) < len(spec.mirror) or spec.slice_axis in spec.mirror
+    if odd or (spec.mirror and not spec.network.padding):
+        raise ConfigError(f"spec.mirror: expected distinct directions within a padded window, got {', '.join(spec.mirror)}")
     if spec.overlap and not spec.network.padding:
         raise ConfigError(f"spec.overlap: expected 0 without padding, where tiles abut, got {spec.overlap}")
     if spec.network.deep_supervision and not spec.network.padding:

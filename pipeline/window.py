@@ -5,18 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import torch
 from monai.data import MetaTensor, decollate_batch
 from monai.data.utils import collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
-from torch.nn import functional
 
-from pipeline.air import box, holds, level, occupied
+from pipeline.air import Box, box, level, occupied
 from pipeline.errors import ConfigError, ShapeError
-from pipeline.outputs import map_tensors, several, split_batch
+from pipeline.focus import focused, towards_top
+from pipeline.look import Look, padded, part_of, unpadded
+from pipeline.mirror import Mirror, mirror_of, mirrored
+from pipeline.outputs import map_tensors, several
 from pipeline.rotate import rotations
 from pipeline.spec import Spec
 from pipeline.stitch import Block, Lattice, Placement, blocks, fit, lattice, whole
@@ -64,7 +65,9 @@ def _windows_or_tiles(spec: Spec, overlap: float, sw_batch_size: int | None, fin
         overlap,
         slice_dim=spec.slice_dim,
         sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
+        mirror=mirror_of(spec),
         air=spec.air,
+        towards=towards_top(spec) if spec.focus else None,
         finish=finish,
     )
 
@@ -79,10 +82,12 @@ class WindowInferer(Inferer):
         sw_batch_size: windows that go through the network together.
         placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
         mode: `gaussian` or `constant`, the weight of a window's voxels.
-        mirror: spatial axes of the window along which mirror images are averaged in.
+        mirror: the mirror images of a window that are averaged in; None for none.
         air: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
             are spread over the box of what is above, those that hold nothing of it are not looked at, and all else is
             background; None looks at all.
+        towards: where the top of a head is (`focus.towards_top`), for images whose structures one window holds: it is placed
+            over them, and only where they do not fit in are windows spread; needs `air`. None always spreads.
         held_bytes: of sums that may be held at a time; the result does not depend on it.
         finish: what is made of each image's blocks while they come; whole logits by default.
 
@@ -100,8 +105,9 @@ class WindowInferer(Inferer):
         sw_batch_size: int = 1,
         placement: Placement = "even",
         mode: str = "gaussian",
-        mirror: Sequence[int] = (),
+        mirror: Mirror | None = None,
         air: float | None = None,
+        towards: Sequence[int] | None = None,
         held_bytes: float = HELD_BYTES,
         finish: Finish | None = None,
     ) -> None:
@@ -111,7 +117,8 @@ class WindowInferer(Inferer):
             raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
         self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
         self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
-        self.mirror, self.air, self.held_bytes, self.finish = tuple(mirror), air, held_bytes, finish
+        self.mirror, self.air, self.towards = mirror, air, towards
+        self.held_bytes, self.finish = held_bytes, finish
         self.roi = self.roi_size if slice_dim is None else (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
 
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -146,21 +153,25 @@ class WindowInferer(Inferer):
     def _attempt(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device) -> Any:
         image = _finite(_plain(item).to(device, torch.float32))
         shape = tuple(image.shape[1:])
-        inside = tuple(slice(0, n) for n in shape)
         above = None if self.air is None else level(image, self.air)
-        if above is not None:
-            inside = box(image, above, self.roi)
-            part = (slice(None), *inside)
-            image = image[part]
-        margins = [max(0, r - n) for r, n in zip(self.roi, image.shape[1:], strict=True)]
-        if any(margins):
-            image = functional.pad(image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)])
-        look = _Look(self, image, network, item.device, above)
-        if not isinstance(look.first, torch.Tensor):
-            if self.air is not None:
-                raise ConfigError("air: expected None for a network of several outputs, which have no background in common")
+        started = time.perf_counter()
+        inside = self._inside(image, above, network, item.device)
+        placing = time.perf_counter() - started
+        image, margins = padded(part_of(image, inside), self.roi)
+        cells = None if above is None else occupied(image, above)
+        look = Look(
+            image,
+            mirrored(network, self.mirror),
+            self.roi,
+            slice_dim=self.slice_dim,
+            batch=self.sw_batch_size,
+            device=item.device,
+            cells=cells,
+        )
+        look.seconds.append(placing)
+        if self.air is None and not isinstance(look.first, torch.Tensor):
             return several(self.windows(image.shape[1:], 1), look, look.first, lambda roi: weightmap_tensors(roi, self.mode))
-        channels = len(look.first)
+        channels = len(_one_output(look.first))
         windows = self.windows(image.shape[1:], channels)
         weights = weightmap_tensors(self.roi, self.mode).to(device)
         found = blocks(windows, look, weights, channels, batch=self.sw_batch_size)
@@ -169,69 +180,29 @@ class WindowInferer(Inferer):
             result.meta[NETWORK_SECONDS] = sum(look.seconds)
         return result
 
+    def _inside(
+        self, image: torch.Tensor, above: float | None, network: Callable[[torch.Tensor], Any], device: torch.device
+    ) -> Box:
+        """The part of an image that windows are spread over."""
+        if above is None:
+            return tuple(slice(0, n) for n in image.shape[1:])
+        inside = box(image, above, self.roi)
+        if self.towards is None:
+            return inside
 
-class _Look:
-    """The network's scores in windows of one image, for `stitch.blocks`."""
+        plain = WindowInferer(self.roi_size, self.overlap, sw_batch_size=self.sw_batch_size)
 
-    def __init__(
-        self,
-        how: WindowInferer,
-        image: torch.Tensor,
-        network: Callable[[torch.Tensor], Any],
-        device: torch.device,
-        above: float | None,
-    ) -> None:
-        self.how, self.image, self.network, self.device = how, image, network, device
-        self.batch = how.sw_batch_size
-        self.cells = None if above is None else occupied(image, above)
-        self.seconds = [0.0]
-        started = time.perf_counter()
-        self.first: Any = self._scores([(0,) * (image.ndim - 1)])[0]  # tells the number of classes, and is used again
-        self.seconds[0] += time.perf_counter() - started
+        def scores(at: Box) -> torch.Tensor:
+            found = plain(part_of(image, at)[None].to(device), network)
+            return _one_output(found)[0]
 
-    def __call__(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
-        seen = [start for start in starts if any(start) and not self._is_air(start)]
-        found: dict[tuple[int, ...], Any] = dict(zip(seen, self._scores(seen), strict=True))
-        if not any(starts[0]):
-            found[starts[0]], self.first = self.first, None
-        return [found.get(start) for start in starts]
+        return focused(image, inside, self.roi, self.towards, above, scores)
 
-    def _is_air(self, start: tuple[int, ...]) -> bool:
-        return self.cells is not None and not holds(self.cells, start, self.how.roi)
 
-    def _at(self, start: tuple[int, ...]) -> tuple[slice, ...]:
-        return (slice(None), *(slice(i, i + n) for i, n in zip(start, self.how.roi, strict=True)))
-
-    def _scores(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
-        """One result a window; half as many windows at once where the GPU's memory does not do."""
-        results: list[Any] = []
-        while len(results) < len(starts):
-            some = starts[len(results) : len(results) + self.batch]
-            try:
-                patch = torch.stack([self.image[self._at(start)] for start in some]).to(self.device)
-                results += split_batch(self._mirrored(self._flat(patch)), self.how.slice_dim)
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    raise
-                self.batch //= 2
-        return results
-
-    def _flat(self, patch: torch.Tensor) -> torch.Tensor:
-        return patch if self.how.slice_dim is None else patch.squeeze(self.how.slice_dim + 2)
-
-    def _mirrored(self, patch: torch.Tensor) -> Any:
-        """The network's output, averaged over the patch and its mirror images."""
-        output = self.network(patch)
-        if not self.how.mirror:
-            return output
-        sets = [
-            [axis + 2 for axis, flip in zip(self.how.mirror, flips, strict=True) if flip]
-            for flips in product((False, True), repeat=len(self.how.mirror))
-        ][1:]
-        for dims in sets:
-            other = self.network(patch.flip(dims))
-            output = map_tensors(lambda a, b, dims=dims: a + b.flip(dims), output, other)
-        return map_tensors(lambda a: a / (len(sets) + 1), output)
+def _one_output(found: Any) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise ConfigError("air: expected None for a network of several outputs, which have no background in common")
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -252,9 +223,8 @@ def _finite(image: torch.Tensor) -> torch.Tensor:
 
 def _placed(block: Block, margins: Sequence[int], inside: Sequence[slice], shape: tuple[int, ...]) -> Block:
     """A block in the whole volume, without the padding of a small image; along a padded axis there is one window."""
-    cut = (slice(None), *(slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, block.scores.shape[1:], strict=True)))
     start = tuple(s.start + i for s, i in zip(inside, block.start, strict=True))
-    return Block(start=start, scores=block.scores[cut], shape=shape)
+    return Block(start=start, scores=unpadded(block.scores, margins), shape=shape)
 
 
 def _each(

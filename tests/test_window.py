@@ -13,6 +13,7 @@ from torch import nn
 
 from pipeline.engine import predict_case
 from pipeline.errors import ConfigError, ShapeError
+from pipeline.mirror import Mirror
 from pipeline.window import WindowInferer, inferer
 
 
@@ -194,7 +195,7 @@ def test_networks_of_several_outputs(order: tuple[str, str]) -> None:
 def test_mirror_images_are_averaged() -> None:
     """A network averaged over both directions cannot tell left from right."""
     x = torch.randn(1, 2, 20, 14, 9)
-    how = WindowInferer((16, 12, 8), 0.5, mirror=(0, 2), mode="constant")
+    how = WindowInferer((16, 12, 8), 0.5, mirror=Mirror(axes=(0, 2)), mode="constant")
     with torch.no_grad():
         there, back = how(x, Near(3)), how(x.flip(2, 4), Near(3)).flip(2, 4)
         assert not torch.allclose(there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)))
