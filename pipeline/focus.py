@@ -71,7 +71,11 @@ def _first(image: torch.Tensor, inside: Box, roi: Sequence[int], towards: Sequen
         size, whole = roi[axis], inside[axis]
         middle = whole.stop - size // BELOW - size / 2 if way > 0 else whole.start + size // BELOW + size / 2
         at[axis] = _around(middle, size, whole)
-        half = slice(at[axis].start + size // 2, whole.stop) if way > 0 else slice(whole.start, at[axis].stop - size // 2)
+        half = (
+            slice((at[axis].start + whole.stop) // 2, whole.stop)
+            if way > 0
+            else slice(whole.start, (whole.start + at[axis].stop + 1) // 2)
+        )
         upper = tuple(half if i == axis else part for i, part in enumerate(inside))
         head = box(part_of(image, upper), above, [1] * len(roi))
         for other in range(len(roi)):
@@ -89,8 +93,14 @@ def _around(middle: float, size: int, whole: slice) -> slice:
 
 
 def _cut(part: slice, at: slice, whole: slice) -> tuple[bool, bool]:
-    """Whether what was found in a window reaches its first and its last voxels, beyond which there is more to see."""
-    return part.start < EDGE and at.start > whole.start, part.stop > at.stop - at.start - EDGE and at.stop < whole.stop
+    """Whether what was found in a window reaches its first and its last voxels, beyond which there is more to see.
+
+    Both are, where the window has no room to be moved away from one.
+    """
+    size = at.stop - at.start
+    before, after = part.start < EDGE and at.start > whole.start, part.stop > size - EDGE and at.stop < whole.stop
+    tight = (before and size - part.stop < ROOM) or (after and part.start < ROOM)
+    return before or tight, after or tight
 
 
 def _moved(part: slice, at: slice, whole: slice, before: bool, after: bool) -> slice:
@@ -107,5 +117,6 @@ def _moved(part: slice, at: slice, whole: slice, before: bool, after: bool) -> s
 
 def _over(part: slice, at: slice, whole: slice, size: int) -> slice:
     """A window's slice around what was found in `at`, or a longer one where that does not fit in."""
-    longer = max(size, part.stop - part.start + 2 * EDGE)
+    found = part.stop - part.start
+    longer = size if found <= size - EDGE else found + 2 * EDGE
     return _around(at.start + (part.start + part.stop) / 2, longer, whole)

@@ -90,6 +90,14 @@ def test_an_image_smaller_than_the_window_is_one_window() -> None:
     assert torch.equal(labels(image, (0, 0, 1))[0], labels(image, None)[0])
 
 
+@pytest.mark.parametrize("thin", [(1, 40, 40), (40, 2, 30), (30, 40, 3)])
+@pytest.mark.parametrize("towards", [(0, 0, 1), (0, 0, -1), (0, 1, 0)])
+def test_an_image_of_few_slices_is_looked_at(thin: tuple[int, int, int], towards: tuple[int, int, int]) -> None:
+    at = (slice(None), slice(None), *(slice(25, 25 + n) for n in thin))
+    image = head((25, 30, 44), (9.3, 12.4, 10.6))[at]
+    assert torch.equal(labels(image, towards)[0], labels(image, None)[0])
+
+
 def test_the_top_goes_with_the_orientation() -> None:
     assert towards_top(parse_spec(orientation="RAS")) == (0, 0, 1)
     assert towards_top(parse_spec(orientation="ILP")) == (-1, 0, 0)
