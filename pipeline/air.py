@@ -14,6 +14,12 @@ BRIGHT = 0.995  # quantile of the values that counts as the brightest
 SAMPLES = 10**6  # voxels that it is taken of
 
 
+def part_of(image: torch.Tensor, box: Sequence[slice]) -> torch.Tensor:
+    """A box of an image (C, *spatial)."""
+    at = (slice(None), *box)
+    return image[at]
+
+
 def level(image: torch.Tensor, fraction: float) -> float:
     """The value that lies so far from the lowest of an image (C, *spatial) to its brightest, which are a quantile."""
     values = image.flatten()
@@ -53,8 +59,9 @@ def box(image: torch.Tensor, above: float, least: Sequence[int]) -> Box:
         slice(max(0, (low - 1) * CELL), (high + 2) * CELL)
         for low, high in zip(places.amin(0).tolist(), places.amax(0).tolist(), strict=True)
     )
-    part = (slice(None), *near)
-    starts, stops = generate_spatial_bounding_box(image[part], select_fn=lambda values: values > above, allow_smaller=True)
+    starts, stops = generate_spatial_bounding_box(
+        part_of(image, near), select_fn=lambda values: values > above, allow_smaller=True
+    )
     return tuple(
         _at_least(here.start + start, here.start + stop, size, wanted)
         for here, start, stop, size, wanted in zip(near, starts, stops, shape, least, strict=True)

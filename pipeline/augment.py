@@ -24,6 +24,7 @@ from monai.transforms import (
     RandScaleIntensityFixedMeand,
     SpatialPadd,
     SqueezeDimd,
+    ToDeviced,
     Transform,
 )
 from monai.transforms.traits import RandomizableTrait
@@ -119,11 +120,11 @@ def _patches(spec: Spec, run: Run, gpu: torch.device | None) -> list[Transform]:
         ),
         *([SqueezeDimd(MOVED, dim=spec.slice_dim + 1, allow_missing_keys=True)] if spec.slice_dim is not None else []),
         *augmentation(run.augment, spec),
-        *([EnsureTyped(MOVED, device=gpu, track_meta=False, allow_missing_keys=True)] if gpu else []),
+        *([ToDeviced(MOVED, gpu, allow_missing_keys=True)] if gpu else []),
     ]
 
 
-class ToGpud(MapTransform):
+class ToGpud(ToDeviced):
     """Moves a case to the GPU as long as that has more than half of its memory free; cases that come later stay on the host.
 
     Args:
@@ -132,14 +133,12 @@ class ToGpud(MapTransform):
     """
 
     def __init__(self, keys: KeysCollection, device: torch.device) -> None:
-        super().__init__(keys, allow_missing_keys=True)
+        super().__init__(keys, device, allow_missing_keys=True)
         self.device = device
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        case = dict(data)
-        if has_room(self.device):
-            case.update({key: case[key].to(self.device) for key in self.key_iterator(case)})
-        return case
+        moved: dict[Hashable, Any] = super().__call__(data) if has_room(self.device) else dict(data)
+        return moved
 
 
 def has_room(device: torch.device) -> bool:

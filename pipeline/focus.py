@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.air import Box, box, occupied
-from pipeline.look import part_of
+from pipeline.air import Box, box, occupied, part_of
 from pipeline.spec import Spec
+
+Top = tuple[int, int]  # an axis, and 1 where a head's top is at its end, -1 where it is at its start
 
 LOOKS = 4  # at most, before windows are spread over all
 EDGE = 2  # voxels from a window's face within which structures count as cut by it
@@ -21,16 +22,17 @@ HALF = 0.5  # of a cell
 BELOW = 16  # the first window begins a 16th of its height below the top of the head
 
 
-def towards_top(spec: Spec) -> tuple[int, ...]:
-    """For each axis of a spec's grid: 1 where a head's top is at its end, -1 where it is at its start, 0 for the others."""
-    return tuple({"S": 1, "I": -1}.get(code, 0) for code in spec.orientation)
+def top_of(spec: Spec) -> Top:
+    """Where the top of a head is on a spec's grid."""
+    axis = next(i for i, code in enumerate(spec.orientation) if code in "SI")
+    return axis, 1 if spec.orientation[axis] == "S" else -1
 
 
 def focused(
     image: torch.Tensor,
     inside: Box,
     roi: Sequence[int],
-    towards: Sequence[int],
+    top: Top,
     above: float,
     look: Callable[[Box], torch.Tensor],
 ) -> Box:
@@ -43,11 +45,11 @@ def focused(
         image: (C, *spatial).
         inside: the box of what is no air.
         roi: a window's size, voxels.
-        towards: see `towards_top`.
+        top: where a head's top is.
         above: the level above which there is no air.
         look: a box → the network's scores there, (classes, *box), background first.
     """
-    at = _first(image, inside, roi, towards, above)
+    at = _first(image, inside, roi, top, above)
     for _ in range(LOOKS):
         scores = look(at)
         found = (scores[1:].amax(dim=0) > scores[0]).float()[None]
@@ -62,26 +64,18 @@ def focused(
     return inside
 
 
-def _first(image: torch.Tensor, inside: Box, roi: Sequence[int], towards: Sequence[int], above: float) -> Box:
+def _first(image: torch.Tensor, inside: Box, roi: Sequence[int], top: Top, above: float) -> Box:
     """The window to begin with: near the top, in the middle of what is there: a face and a neck lie lower."""
-    at = [_around((whole.start + whole.stop) / 2, n, whole) for whole, n in zip(inside, roi, strict=True)]
-    for axis, way in enumerate(towards):
-        if not way:
-            continue
-        size, whole = roi[axis], inside[axis]
-        middle = whole.stop - size // BELOW - size / 2 if way > 0 else whole.start + size // BELOW + size / 2
-        at[axis] = _around(middle, size, whole)
-        half = (
-            slice((at[axis].start + whole.stop) // 2, whole.stop)
-            if way > 0
-            else slice(whole.start, (whole.start + at[axis].stop + 1) // 2)
-        )
-        upper = tuple(half if i == axis else part for i, part in enumerate(inside))
-        head = box(part_of(image, upper), above, [1] * len(roi))
-        for other in range(len(roi)):
-            if other != axis:
-                middle = upper[other].start + (head[other].start + head[other].stop) / 2
-                at[other] = _around(middle, roi[other], inside[other])
+    axis, way = top
+    size, whole = roi[axis], inside[axis]
+    end = whole.stop if way > 0 else whole.start
+    high = _around(end - way * (size // BELOW + size / 2), size, whole)
+    half = slice((high.start + end) // 2, end) if way > 0 else slice(end, (end + high.stop + 1) // 2)
+    upper = [half if i == axis else part for i, part in enumerate(inside)]
+    head = box(part_of(image, upper), above, [1] * len(roi))
+    middles = [part.start + (found.start + found.stop) / 2 for part, found in zip(upper, head, strict=True)]
+    at = [_around(middle, n, part) for middle, n, part in zip(middles, roi, inside, strict=True)]
+    at[axis] = high
     return tuple(at)
 
 

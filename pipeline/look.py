@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from pipeline.air import holds
+from pipeline.air import holds, part_of
 from pipeline.outputs import split_batch
 
 
@@ -72,12 +72,6 @@ class Look:
                     raise
                 self.batch //= 2
         return results
-
-
-def part_of(image: torch.Tensor, box: Sequence[slice]) -> torch.Tensor:
-    """A box of an image (C, *spatial)."""
-    at = (slice(None), *box)
-    return image[at]
 
 
 def padded(image: torch.Tensor, roi: Sequence[int]) -> tuple[torch.Tensor, list[int]]:

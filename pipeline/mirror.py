@@ -14,8 +14,8 @@ from pipeline.errors import ConfigError
 from pipeline.outputs import map_tensors
 from pipeline.spec import AXES, Spec
 
-SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])", re.IGNORECASE)
 OTHER = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
+SIDE = re.compile(rf"(?<![A-Za-z])({'|'.join(OTHER)})(?![A-Za-z])")
 Network = Callable[[torch.Tensor], Any]
 
 
@@ -55,7 +55,7 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
     Raises:
         ConfigError: a name whose counterpart is missing.
     """
-    others = [SIDE.sub(lambda found: OTHER.get(found[0], found[0]), name) for name in names]
+    others = [SIDE.sub(lambda found: OTHER[found[0]], name) for name in names]
     alone = [name for name, other in zip(names, others, strict=True) if other not in names]
     if alone:
         raise ConfigError(f"spec.mirror: expected each side's labels on the other side too, got only {', '.join(alone)}")
@@ -68,16 +68,18 @@ def mirrored(network: Network, mirror: Mirror | None) -> Network:
         return network
 
     def mean(patch: torch.Tensor) -> Any:
-        total, count = None, 0
+        total, count = None, 2 ** len(mirror.axes)
         for flips in product((False, True), repeat=len(mirror.axes)):
             flipped = [axis for axis, flip in zip(mirror.axes, flips, strict=True) if flip]
-            one = map_tensors(lambda x, flipped=flipped: back(x, flipped), network(patch.flip([a + 2 for a in flipped])))
+            found = network(patch.flip([axis + 2 for axis in flipped]))
+            one = map_tensors(lambda x, flipped=flipped: _back(x, flipped, mirror) / count, found)
             total = one if total is None else map_tensors(torch.add, total, one)
-            count += 1
-        return map_tensors(lambda x: x / count, total)
-
-    def back(scores: torch.Tensor, flipped: list[int]) -> torch.Tensor:
-        scores = scores.flip([axis + 2 for axis in flipped])
-        return scores[:, list(mirror.order)] if mirror.sides in flipped and mirror.order else scores
+        return total
 
     return mean
+
+
+def _back(scores: torch.Tensor, flipped: Sequence[int], mirror: Mirror) -> torch.Tensor:
+    """Scores of a mirror image as those of the original."""
+    scores = scores.flip([axis + 2 for axis in flipped])
+    return scores[:, list(mirror.order)] if mirror.sides in flipped else scores

@@ -21,8 +21,8 @@ from pipeline.errors import ConfigError
 from pipeline.run import Run
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
-COMPILERS = ("g++", "clang++", "c++")
 TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+COMPILERS = ("g++", "clang++", "c++")
 
 
 def initialise(network: nn.Module, run: Run) -> None:

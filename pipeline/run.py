@@ -145,8 +145,8 @@ class Run:
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
         precision: of the convolutions while training, `float32` or `bfloat16` (autocast; the weights stay in float32): up to
             twice as fast on GPUs and on processors with AVX512-BF16 or AMX, slower on others.
-        compile: whether torch compiles the network for training (`torch.compile`): that takes minutes, its steps are faster on
-            GPUs; a CPU needs a C++ compiler for it.
+        compile: whether torch compiles the network for training (`torch.compile`), before the first step; a CPU needs a C++
+            compiler for it, and gains next to nothing.
         loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`: cross-entropy weighted by class
             balance and by `border_weight` where two objects are within about `border_sigma_mm` of each other.
         balance: of the cross-entropy in `dice_ce`: how much rare classes weigh more, 0 (every voxel alike) to 1 (every class

@@ -12,10 +12,10 @@ from monai.data import MetaTensor, decollate_batch
 from monai.data.utils import collate_meta_tensor, compute_importance_map
 from monai.inferers import Inferer
 
-from pipeline.air import Box, box, level, occupied
+from pipeline.air import Box, box, level, occupied, part_of
 from pipeline.errors import ConfigError, ShapeError
-from pipeline.focus import focused, towards_top
-from pipeline.look import Look, padded, part_of, unpadded
+from pipeline.focus import Top, focused, top_of
+from pipeline.look import Look, padded, unpadded
 from pipeline.mirror import Mirror, mirror_of, mirrored
 from pipeline.outputs import map_tensors, several
 from pipeline.rotate import rotations
@@ -67,7 +67,7 @@ def _windows_or_tiles(spec: Spec, overlap: float, sw_batch_size: int | None, fin
         sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
         mirror=mirror_of(spec),
         air=spec.air,
-        towards=towards_top(spec) if spec.focus else None,
+        top=top_of(spec) if spec.focus else None,
         finish=finish,
     )
 
@@ -86,8 +86,8 @@ class WindowInferer(Inferer):
         air: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
             are spread over the box of what is above, those that hold nothing of it are not looked at, and all else is
             background; None looks at all.
-        towards: where the top of a head is (`focus.towards_top`), for images whose structures one window holds: it is placed
-            over them, and only where they do not fit in are windows spread; needs `air`. None always spreads.
+        top: where a head's top is, for images whose structures one window holds: it is placed over them, and only where they
+            do not fit in are windows spread (`pipeline.focus`); needs `air`. None always spreads.
         held_bytes: of sums that may be held at a time; the result does not depend on it.
         finish: what is made of each image's blocks while they come; whole logits by default.
 
@@ -107,7 +107,7 @@ class WindowInferer(Inferer):
         mode: str = "gaussian",
         mirror: Mirror | None = None,
         air: float | None = None,
-        towards: Sequence[int] | None = None,
+        top: Top | None = None,
         held_bytes: float = HELD_BYTES,
         finish: Finish | None = None,
     ) -> None:
@@ -117,7 +117,7 @@ class WindowInferer(Inferer):
             raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
         self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
         self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
-        self.mirror, self.air, self.towards = mirror, air, towards
+        self.mirror, self.air, self.top = mirror, air, top
         self.held_bytes, self.finish = held_bytes, finish
         self.roi = self.roi_size if slice_dim is None else (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
 
@@ -137,8 +137,8 @@ class WindowInferer(Inferer):
 
     def windows(self, shape: Sequence[int], channels: int) -> Lattice:
         """Where windows lie over a volume of (*spatial) voxels, and how they are grouped for so many classes."""
-        padded = [max(n, r) for n, r in zip(shape, self.roi, strict=True)]
-        return fit(lattice(padded, self.roi, self.overlap, self.placement), channels, self.held_bytes)
+        least = [max(n, r) for n, r in zip(shape, self.roi, strict=True)]
+        return fit(lattice(least, self.roi, self.overlap, self.placement), channels, self.held_bytes)
 
     def _one(self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device | None = None) -> Any:
         """One image; where a GPU's memory does not do, once more with image and sums on the host."""
@@ -187,7 +187,7 @@ class WindowInferer(Inferer):
         if above is None:
             return tuple(slice(0, n) for n in image.shape[1:])
         inside = box(image, above, self.roi)
-        if self.towards is None:
+        if self.top is None:
             return inside
 
         plain = WindowInferer(self.roi_size, self.overlap, sw_batch_size=self.sw_batch_size)
@@ -196,7 +196,7 @@ class WindowInferer(Inferer):
             found = plain(part_of(image, at)[None].to(device), network)
             return _one_output(found)[0]
 
-        return focused(image, inside, self.roi, self.towards, above, scores)
+        return focused(image, inside, self.roi, self.top, above, scores)
 
 
 def _one_output(found: Any) -> torch.Tensor:
