@@ -12,6 +12,7 @@ from pipeline.types import Affine, LabelMap
 FACES = {"R": "right", "L": "left", "A": "anterior", "P": "posterior", "S": "superior", "I": "inferior"}
 OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 ML = 1000.0  # mm³
+NAMED = 4  # volumes out of their range that are told one by one; more than that are summed up
 
 
 def doubts(labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], spec: Spec) -> list[str]:
@@ -27,11 +28,12 @@ def doubts(labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], s
     faces = touched(labels, affine) if spec.whole else []
     if faces:
         lines.append(f"structures reach the scan's edge ({', '.join(faces)}): part of them may be missing")
-    for name, (low, high) in spec.plausible_ml.items():
-        ml = volumes_mm3[name] / ML
-        if not low <= ml <= high:
-            lines.append(f"{name}: {ml:.3g} mL, expected {low:g} to {high:g}: look at it")
-    return lines
+    sizes = {name: (volumes_mm3[name] / ML, *ends) for name, ends in spec.plausible_ml.items()}
+    odd = {name: (ml, low, high) for name, (ml, low, high) in sizes.items() if not low <= ml <= high}
+    told = [f"{name}: {ml:.3g} mL, expected {low:g} to {high:g}" for name, (ml, low, high) in odd.items()]
+    if len(told) > NAMED:
+        return [*lines, f"{len(told)} of {len(sizes)} volumes are out of range ({', '.join(told[:NAMED])}, …): look at it"]
+    return [*lines, *(f"{line}: look at it" for line in told)]
 
 
 def touched(labels: LabelMap, affine: Affine) -> list[str]:

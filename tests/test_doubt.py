@@ -38,6 +38,18 @@ def test_volumes_outside_their_range_are_named() -> None:
         parse_spec(plausible_ml={"nose": [1, 2]})
 
 
+def test_many_odd_volumes_are_one_sentence() -> None:
+    """A scan in which nearly nothing is found gets a line that can be read."""
+    names = ["a", "b", "c", "d", "e", "f"]
+    labels = {"background": 0, **{name: i + 1 for i, name in enumerate(names)}}
+    spec = parse_spec(labels=labels, plausible_ml={name: [1, 2] for name in names})
+    background, affine = np.zeros(SHAPE, dtype=np.uint16), nifti().affine
+    volumes = {name: 100.0 for name in names} | {"f": 1500.0}
+    (line,) = doubts(background, affine, volumes, spec)
+    assert line.startswith("5 of 6 volumes are out of range (a: 0.1 mL, expected 1 to 2, b: 0.1 mL")
+    assert line.endswith(", d: 0.1 mL, expected 1 to 2, …): look at it")
+
+
 def test_doubts_stand_in_the_table(tmp_path: Path) -> None:
     """A bundle that asks for them gives them to everyone who segments with it."""
     bundle = make_bundle(tmp_path / "tiny", whole=True, sums={"both": ["front", "back"]}, plausible_ml={"both": [1000, 2000]})
