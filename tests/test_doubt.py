@@ -44,7 +44,7 @@ def test_many_odd_volumes_are_one_sentence() -> None:
     labels = {"background": 0, **{name: i + 1 for i, name in enumerate(names)}}
     spec = parse_spec(labels=labels, plausible_ml={name: [1, 2] for name in names})
     background, affine = np.zeros(SHAPE, dtype=np.uint16), nifti().affine
-    volumes = {name: 100.0 for name in names} | {"f": 1500.0}
+    volumes = dict.fromkeys(names, 100.0) | {"f": 1500.0}
     (line,) = doubts(background, affine, volumes, spec)
     assert line.startswith("5 of 6 volumes are out of range (a: 0.1 mL, expected 1 to 2, b: 0.1 mL")
     assert line.endswith(", d: 0.1 mL, expected 1 to 2, …): look at it")
