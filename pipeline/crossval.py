@@ -20,6 +20,7 @@ from pipeline.config import read_yaml
 from pipeline.dataset import fold_cases, read_splits
 from pipeline.engine import save_state
 from pipeline.errors import ConfigError
+from pipeline.network import members
 from pipeline.picture import dice_bars
 from pipeline.read import read
 from pipeline.regions import largest_components
@@ -163,16 +164,17 @@ def _tell(root: Path, summary: Sequence[Row], by_fold: dict[int, list[Row]]) -> 
 
 
 def _join(root: Path, folds: Sequence[int], *, keep_largest: bool) -> None:
-    """The bundle itself: the folds' weights as one ensemble, whose spec says how many there are."""
+    """The bundle itself: the folds' networks as one ensemble, whose spec says how many there are."""
     content = read_yaml(_one_spec(root), "spec")
     if _one_spec(root).name == "spec.yaml":
         shutil.copyfile(root / "configs" / "spec.yaml", root / "configs" / "single_fold.yaml")
     states = [torch.load(_weights(root, fold), map_location="cpu", weights_only=True) for fold in folds]
-    joined = {f"folds.{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.items()}
-    content["network"]["folds"] = len(folds)
+    networks = [network for state in states for network in members(state)]
+    joined = {f"members.{i}.{name}": tensor for i, state in enumerate(networks) for name, tensor in state.items()}
+    content["network"]["ensemble"] = len(networks)
     if keep_largest:
         content["largest_component"] = ["each"]
     write_bytes(root / "configs" / "spec.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
     shutil.copyfile(root / "folds" / str(folds[0]) / "configs" / "run.yaml", root / "configs" / "run.yaml")
-    save_state(joined if len(folds) > 1 else states[0], root / "models" / "model.pt")
+    save_state(joined if len(networks) > 1 else states[0], root / "models" / "model.pt")
     bundle.refresh(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ SMOOTH = 1e-5  # of Dice, as MONAI has it
 def loss(spec: Spec, run: Run) -> nn.Module:
     """The loss that a run names, for the output that a spec has, at each resolution that the network gives while training.
 
-    Shapes: logits (B, outputs, *spatial), or a list of them; target (B, 1, *spatial) channel numbers, with their weights as a
-    second channel for `border_ce`. Targets larger than the logits (no padding) are cropped to their middle.
+    Shapes: logits (B, outputs, *spatial), or a list of them; of an ensemble, a list of what each network gives; target
+    (B, 1, *spatial) channel numbers, with their weights as a second channel for `border_ce`. Targets larger than the logits
+    (no padding) are cropped to their middle.
     """
     sigmoid = spec.output == "sigmoid"
     parts: dict[str, nn.Module] = {
@@ -30,7 +32,26 @@ def loss(spec: Spec, run: Run) -> nn.Module:
         "border_ce": WeightedCrossEntropy(sigmoid=sigmoid),
     }
     one = parts[run.loss]
-    return DeepSupervisionLoss(one) if spec.network.deep_supervision else one
+    each = DeepSupervisionLoss(one) if spec.network.deep_supervision else one
+    return EnsembleLoss(each) if spec.network.ensemble > 1 else each
+
+
+class EnsembleLoss(nn.Module):
+    """The sum of the losses of an ensemble's networks: each learns as if it were alone.
+
+    Args:
+        one: the loss of one network.
+
+    Shapes: a list of what each network gives, target → a number.
+    """
+
+    def __init__(self, one: nn.Module) -> None:
+        super().__init__()
+        self.one = one
+
+    def forward(self, outputs: Sequence[Any], target: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = torch.stack([self.one(output, target) for output in outputs]).sum()
+        return value
 
 
 class DiceAndCrossEntropy(nn.Module):

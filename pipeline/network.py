@@ -7,7 +7,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -212,25 +212,39 @@ def centre(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 class Ensemble(nn.Module):
-    """U-Nets of one shape, as the folds of a cross-validation leave them, run one after the other; what they say is averaged.
+    """U-Nets of one shape, run one after the other; what they say is averaged.
+
+    They begin with different weights and learn from the same batches, or are those that the folds of a cross-validation left.
 
     Args:
-        folds: the networks.
+        members: the networks.
         sigmoid: whether each logit stands for itself, instead of a softmax over all.
 
-    Shapes: as one of them; the logits are those of the mean probability. For inference: while training, train each alone.
+    Shapes: as one of them; the logits are those of the mean probability. While training: a list of what each of them gives.
     """
 
-    def __init__(self, folds: Sequence[UNet], *, sigmoid: bool) -> None:
+    def __init__(self, members: Sequence[UNet], *, sigmoid: bool) -> None:
         super().__init__()
-        self.folds, self.sigmoid = nn.ModuleList(folds), sigmoid
+        self.members, self.sigmoid = nn.ModuleList(members), sigmoid
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[Any]:
+        if self.training:
+            return [member(x) for member in self.members]
         mean: Any = 0.0
-        for fold in self.folds:
-            logits = fold(x).float()
-            mean = mean + (torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)) / len(self.folds)
+        for member in self.members:
+            logits = member(x).float()
+            mean = mean + (torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)) / len(self.members)
         return torch.logit(mean, eps=TINY) if self.sigmoid else torch.log(mean.clamp(min=TINY))
+
+
+def members(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The state dicts of an ensemble's networks, from the ensemble's; of a lone network its own."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        head, _, rest = name.partition(".")
+        number, _, rest = rest.partition(".") if head == "members" else ("0", "", name)
+        parts.setdefault(number, {})[rest] = tensor
+    return list(parts.values())
 
 
 def channels_last(network: nn.Module) -> nn.Module:
@@ -242,8 +256,8 @@ def channels_last(network: nn.Module) -> nn.Module:
 
 def from_spec(spec: Spec) -> nn.Module:
     """The network that a spec names, with random weights: a U-Net, or an ensemble of them."""
-    if spec.network.folds > 1:
-        return Ensemble([unet(spec) for _ in range(spec.network.folds)], sigmoid=spec.output == "sigmoid")
+    if spec.network.ensemble > 1:
+        return Ensemble([unet(spec) for _ in range(spec.network.ensemble)], sigmoid=spec.output == "sigmoid")
     return unet(spec)
 
 

@@ -96,7 +96,7 @@ def compile_network(network: nn.Module, run: Run) -> None:
 
 
 class Forward(SimpleInferer):
-    """The network on a training batch in the precision that a run names; its logits, or list of them, in float32."""
+    """The network on a training batch in the precision that a run names; its logits, or lists of them, in float32."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -105,7 +105,12 @@ class Forward(SimpleInferer):
     def __call__(self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.reduced):
             logits = network(inputs, *args, **kwargs)
-        return [level.float() for level in logits] if isinstance(logits, list) else logits.float()
+        return in_float32(logits)
+
+
+def in_float32(logits: Any) -> Any:
+    """Logits, or lists of them at any depth, in float32."""
+    return [in_float32(level) for level in logits] if isinstance(logits, list) else logits.float()
 
 
 def optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:

@@ -53,7 +53,7 @@ class Fit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """The U-Net's shape; `pipeline.network.UNet` documents each value. `folds`: how many such U-Nets are averaged."""
+    """The U-Net's shape; `pipeline.network.UNet` documents each value. `ensemble`: how many such U-Nets are averaged."""
 
     features: tuple[int, ...]
     strides: tuple[Stride, ...] | None = None
@@ -64,7 +64,7 @@ class Network:
     contraction_dropout: float = 0.0
     deep_supervision: int = 0
     padding: bool = True
-    folds: int = 1
+    ensemble: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,8 +216,8 @@ def _check_names(where: str, names: Iterable[str], known: Container[str]) -> Non
 
 def _check_network(spec: Spec) -> None:
     n = spec.network
-    if n.folds < 1:
-        raise ConfigError(f"spec.network.folds: expected 1 or more, got {n.folds}")
+    if n.ensemble < 1:
+        raise ConfigError(f"spec.network.ensemble: expected 1 or more, got {n.ensemble}")
     if len(n.features) < 2 or min(n.features) < 1:
         raise ConfigError(f"spec.network.features: expected at least two numbers above 0, got {n.features}")
     for name in ("dropout", "contraction_dropout"):

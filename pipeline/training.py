@@ -11,7 +11,7 @@ import yaml
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from pipeline import bundle, config, distribute, spec
+from pipeline import bundle, config, distribute
 from pipeline.errors import ConfigError, mendable
 from pipeline.history import History
 from pipeline.resume import checkpoint_of
@@ -102,8 +102,6 @@ def _check(root: Path, *, unfinished: bool) -> None:
         raise ConfigError(
             f"{root / CHECKPOINT}: an unfinished run is there; go on with --resume, or throw it away with --restart"
         )
-    if spec.load(root / "configs" / "spec.yaml").network.folds > 1:
-        raise ConfigError(f"{root}/configs/spec.yaml: network.folds is above 1; train each fold alone, with folds: 1")
 
 
 def wiring(root: Path) -> ConfigParser:

@@ -78,12 +78,12 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
 
     assert not any(verify.check(root).values())
     spec = yaml.safe_load((root / "configs" / "spec.yaml").read_text())
-    assert spec["network"]["folds"] == 3
+    assert spec["network"]["ensemble"] == 3
     assert (spec.get("largest_component") == ["each"]) == summary["largest_component"]["kept"]
     state = torch.load(root / "models" / "model.pt", weights_only=True)
     for fold in range(3):
         own = torch.load(root / "folds" / str(fold) / "models" / "model.pt", weights_only=True)
-        assert all(torch.equal(state[f"folds.{fold}.{name}"], tensor) for name, tensor in own.items())
+        assert all(torch.equal(state[f"members.{fold}.{name}"], tensor) for name, tensor in own.items())
     assert json.loads((root / "configs" / "metadata.json").read_text())["eval_metrics"]["dice_front"] >= 0
     volume = save(run_file.parent / "in" / "a.nii.gz")
     segmented = call("segment", str(volume), "-o", str(run_file.parent / "out"), "-b", str(root))
@@ -101,3 +101,22 @@ def test_a_fold_that_was_cut_off_goes_on(run_file: Path, tmp_path: Path) -> None
     assert one == two
     assert call("crossval", str(run_file), "--fold", "7").exit_code == 2
     assert call("crossval", str(run_file), "splits=null").exit_code == 2
+
+
+def test_folds_of_ensembles_join_to_one(run_file: Path, tmp_path: Path) -> None:
+    """Two folds of two networks each are four, fold by fold; the bundle passes its checks."""
+    root = tmp_path / "bundle"
+    (root / "configs").mkdir(parents=True)
+    network = spec_content(3)["network"] | {"ensemble": 2}
+    for name, content in {"spec": spec_content(3, network=network, overlap=0.0), "card": CARD}.items():
+        (root / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    result = call("crossval", str(run_file), f"bundle={root}", "epochs=1", "--fold", "0", "--fold", "2")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load((root / "configs" / "spec.yaml").read_text())["network"]["ensemble"] == 4
+    state = torch.load(root / "models" / "model.pt", weights_only=True)
+    for i, (fold, member) in enumerate([(0, 0), (0, 1), (2, 0), (2, 1)]):
+        own = torch.load(root / "folds" / str(fold) / "models" / "model.pt", weights_only=True)
+        names = [name for name in own if name.startswith(f"members.{member}.")]
+        assert names
+        assert all(torch.equal(state[name.replace(f"members.{member}", f"members.{i}", 1)], own[name]) for name in names)
+    assert not any(verify.check(root).values())

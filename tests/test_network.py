@@ -211,17 +211,17 @@ def test_from_spec_takes_every_fact_of_the_spec(dims: int) -> None:
 
 
 @pytest.mark.parametrize(("dims", "output"), [(3, "softmax"), (2, "softmax"), (3, "sigmoid")])
-def test_an_ensemble_is_the_mean_of_its_folds(dims: int, output: str) -> None:
-    """Of their probabilities, whatever scale their logits have; in one fold's order of labels."""
-    spec = parse_spec(dims, output=output, network={"features": [4, 6], "norm": "instance", "folds": 3})
+def test_an_ensemble_is_the_mean_of_its_networks(dims: int, output: str) -> None:
+    """Of their probabilities, whatever scale their logits have; in one network's order of labels."""
+    spec = parse_spec(dims, output=output, network={"features": [4, 6], "norm": "instance", "ensemble": 3})
     net = network.from_spec(spec).eval()
     assert isinstance(net, network.Ensemble)
-    for scale, fold in enumerate(net.folds, start=1):
-        assert isinstance(fold, UNet)
-        torch.nn.init.normal_(fold.output.weight, std=scale)
+    for scale, member in enumerate(net.members, start=1):
+        assert isinstance(member, UNet)
+        torch.nn.init.normal_(member.output.weight, std=scale)
     x = torch.rand(2, 1, *spec.roi_size)
     activation = torch.sigmoid if output == "sigmoid" else partial(torch.softmax, dim=1)
     with torch.no_grad():
-        expected = torch.stack([activation(fold(x)) for fold in net.folds]).mean(dim=0)
+        expected = torch.stack([activation(member(x)) for member in net.members]).mean(dim=0)
         found = activation(net(x))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

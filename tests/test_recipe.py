@@ -21,7 +21,7 @@ from pipeline.augment import augmentation
 from pipeline.border import WEIGHT, BorderWeightd, border_weights, class_weights
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.loss import loss
-from pipeline.network import UNet
+from pipeline.network import Ensemble, UNet, from_spec
 from pipeline.recipe import Budget, Forward, grown, initialise, optimizer, schedule, start_from
 from pipeline.run import Augment, Precision, Run
 from pipeline.spec import Network, Spec
@@ -252,6 +252,28 @@ def test_a_run_names_the_precision_of_the_convolutions(precision: Precision, dty
     assert net.output.weight.grad is not None
     assert net.output.weight.grad.dtype == torch.float32
     torch.testing.assert_close(logits, net.eval()(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("deep", [0, 1])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_ensemble_learns_as_its_networks_alone(dims: int, deep: int) -> None:
+    """The same gradients, to rounding, in each network as if it saw the batch by itself."""
+    shape = Network(features=(4, 6, 8), norm="instance", deep_supervision=deep, ensemble=2)
+    spec = replace(spec_of(dims), network=shape)
+    net = from_spec(spec).train()
+    assert isinstance(net, Ensemble)
+    x, target = torch.randn(2, 1, *[16] * dims), torch.randint(0, len(spec.labels), (2, 1, *[16] * dims)).float()
+    both = loss(spec, RUN)(Forward(RUN)(x, net), target)
+    both.backward()
+    together = [[p.grad for p in member.parameters()] for member in net.members]
+    net.zero_grad()
+    alone = loss(replace(spec, network=replace(shape, ensemble=1)), RUN)
+    values = [alone(member(x), target) for member in net.members]
+    torch.stack(values).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(both, torch.stack(values).sum())
+    for gradients, member in zip(together, net.members, strict=True):
+        for gradient, parameter in zip(gradients, member.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_optimizers() -> None:

@@ -47,8 +47,8 @@ def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_ensemble_runs_in_openvino(dims: int) -> None:
-    """As one network, to 1e-4 of what torch makes of its folds."""
-    spec = parse_spec(dims, network={"features": [4, 6], "norm": "instance", "folds": 3})
+    """As one network, to 1e-4 of what torch makes of its networks."""
+    spec = parse_spec(dims, network={"features": [4, 6], "norm": "instance", "ensemble": 3})
     net = network.from_spec(spec).eval()
     ours, x = Runtime(net, spec), torch.randn(1, 1, *spec.roi_size)
     with torch.no_grad():

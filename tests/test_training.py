@@ -17,6 +17,7 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 
 from pipeline import verify
 from pipeline.cli import main
+from pipeline.network import members
 from pipeline.recipe import COMPILERS
 from pipeline.report import read_csv
 
@@ -41,11 +42,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+NETWORK = {"features": [6, 8], "norm": "instance"}  # so few steps settle no running statistics
+
+
 def train(folder: Path, dataset: Path, dims: int, /, *changes: str, **settings: Any) -> Result:
-    """`volseg train` on a bundle that has a spec and a card only."""
+    """`volseg train` on a bundle that has a spec and a card only; the settings are the run's, `network` the spec's."""
+    network = settings.pop("network", NETWORK)
     configs = folder / "bundle" / "configs"
     configs.mkdir(parents=True, exist_ok=True)
-    network = {"features": [6, 8], "norm": "instance"}  # so few steps settle no running statistics
     for name, content in {"spec": spec_content(dims, network=network, overlap=0.0), "card": CARD}.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run = {
@@ -102,6 +106,22 @@ def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: P
     """ema_decay 0, the default, trains as well."""
     assert train(tmp_path, dataset, 2, "epochs=1", "ema_decay=0").exit_code == 0
     assert (tmp_path / "bundle" / "models" / "model.pt").is_file()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_path: Path) -> None:
+    """Each of its networks learns, none is a copy of another, and what they leave is a complete bundle."""
+    network = {"features": [4, 6, 8], "norm": "instance", "ensemble": 3, "deep_supervision": 1}
+    result = train(tmp_path, dataset, dims, "epochs=6", network=network, precision="bfloat16")
+    assert result.exit_code == 0, result.output
+    losses = [float(loss) for loss in re.findall(r"epoch \d+ of 6: loss ([\d.]+)", result.stderr)]
+    assert losses[-1] < losses[0]
+    assert not any(verify.check(tmp_path / "bundle").values())
+    state = torch.load(tmp_path / "bundle" / "models" / "model.pt", weights_only=True)
+    one, two, three = members(state)
+    for name in one:
+        assert not name.endswith("weight") or one[name].ndim < 2 or not torch.equal(one[name], two[name])
+        assert torch.equal(state[f"members.2.{name}"], three[name])
 
 
 @pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="no C++ compiler")
