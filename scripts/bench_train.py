@@ -1,6 +1,6 @@
 """Times training steps beside MONAI's stock loop: the same network, batch, transforms and cases, one process after the other.
 
-    python scripts/bench_train.py configs/hippocampus_mr_3d.yaml precision=bfloat16 --json runs/train.json
+    python scripts/bench_train.py configs/hippocampus_mr_3d.yaml --json runs/train.json
 
 The stock loop is `SupervisedTrainer` as MONAI's tutorials have it: contiguous float32 tensors, `CacheDataset`, MONAI's default
 `DataLoader`, `DiceCELoss`, AdamW. Ours is the run's own wiring. Each takes its turn in every round; what counts is the median
