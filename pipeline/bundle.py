@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import textwrap
 import warnings
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -117,9 +118,8 @@ def open_model(
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:
-        raise mendable(error) or ConfigError(
-            f"{root}: cannot be opened: {root_cause(error)}; try `volseg check {root}`"
-        ) from error
+        cause = textwrap.shorten(root_cause(error), 240, placeholder=" …")  # torch lists every weight that does not fit
+        raise mendable(error) or ConfigError(f"{root}: cannot be opened: {cause}; try `volseg check {root}`") from error
     return replace(model, max_memory=max_memory, uncertainty=uncertainty)
 
 
@@ -192,7 +192,7 @@ def refresh(root: Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """What went wrong at the bottom of wrapped errors, in one line."""
+    """What went wrong at the bottom of wrapped errors."""
     known = mendable(error)
     while known is None and error.__cause__ is not None:
         error = error.__cause__

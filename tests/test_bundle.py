@@ -130,6 +130,20 @@ def test_a_broken_bundle_is_not_opened(name: str, tiny_bundle_3d: Path, tmp_path
     assert says in str(raised.value)
 
 
+def test_weights_of_another_network_are_refused_in_one_line(tiny_bundle_3d: Path, tmp_path: Path) -> None:
+    """Not with a list of all that is missing: `volseg check` has that."""
+    root = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle_3d, root)
+    state = torch.load(root / "models" / "model.pt", weights_only=True)
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, root / "models" / "model.pt")
+    with pytest.raises(ConfigError) as raised:
+        bundle.open_model(root, device="cpu")
+    assert "Missing key(s)" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 300 + 2 * len(str(root))
+    assert sum(name in verify.check(root)["weights fit the spec"] for name in state) == len(state)
+
+
 def test_metadata_comes_from_spec_and_card(tiny_bundle_3d: Path) -> None:
     """Labels, channels and sizes that divide stand there as the spec has them."""
     content = bundle.metadata(tiny_bundle_3d)
