@@ -30,7 +30,9 @@ from pipeline.tissues import CENTRE, SPACING, TissueIndexd, Tissues, read_tissue
 GREY = 255.0  # the scale of the priors
 KNOTS = (0.0, 25.0, 45.0, 90.0, 115.0, 135.0, 165.0)  # T1 means: air, bone, fluid, grey, deep grey, brain-stem and white matter
 FWHM = 2.355  # of a Gaussian, in standard deviations
-REACH = 3.0  # standard deviations, of a Gaussian kernel
+REACH = 4.0  # standard deviations, of a Gaussian kernel
+# places in a voxel, in voxels from its middle, whose tissues it mixes: every second corner of a cube of half its size
+PARTS = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]) / 4
 
 
 def synthesis(spec: Spec, options: Synthesis, device: torch.device | None = None) -> Compose:
@@ -92,13 +94,13 @@ class RandSynthesized(RandomizableTransform, MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         noise = torch.Generator(device=case[LABEL].device).manual_seed(int(self.R.randint(2**31)))
-        rows = self._deformed(case[LABEL][0], case[CENTRE].numpy(), case[SPACING].numpy())
-        rows = self._cut(rows)
-        channels = torch.as_tensor(self.tissues.channels, device=rows.device)[rows]
-        grey = self._painted(rows, noise)
+        seen = self._deformed(case[LABEL][0], case[CENTRE].numpy(), case[SPACING].numpy())
+        self._cut(seen)
+        channels = torch.as_tensor(self.tissues.channels, device=seen.device)[seen[0]]
+        grey = self._painted(seen[1:], noise)
         grey = self._scanned(grey, noise)
         if self._chance(self.options.strip_chance):
-            channels, grey = self._stripped(rows, channels, grey)
+            channels, grey = self._stripped(seen, channels, grey)
         return {key: value for key, value in case.items() if key not in (CENTRE, SPACING)} | {
             IMAGE: grey[None],
             LABEL: channels[None].float(),
@@ -108,7 +110,11 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return bool(self.R.rand() < probability)
 
     def _deformed(self, rows: torch.Tensor, centre: NDArray[np.float64], spacing: NDArray[np.float64]) -> torch.Tensor:
-        """The map seen through a random affine and elastic deformation, mirrored or not, as row numbers (*roi_size)."""
+        """The map seen through a random affine and elastic deformation, mirrored or not.
+
+        Returns:
+            (1 + PARTS, *roi_size) row numbers: in the middle of each voxel of the image, and at places around it.
+        """
         o = self.options
         turn = create_rotate(3, self.R.uniform(-1, 1, 3) * radians(o.rotation))[:3, :3]
         shear = create_shear(3, self.R.uniform(-o.shear, o.shear, 6))[:3, :3]
@@ -124,17 +130,13 @@ class RandSynthesized(RandomizableTransform, MapTransform):
             (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * s for n, s in zip(self.roi_size, self.spacing, strict=True)
         ]
         field = self._field(self.R.uniform(0, o.elastic), o.elastic_every).to(rows.device)
-        inside = torch.ones(self.roi_size, dtype=torch.bool, device=rows.device)
-        flat = torch.zeros(self.roi_size, dtype=torch.int64, device=rows.device)
-        for axis, size in enumerate(rows.shape):
-            place = field[axis] / float(spacing[axis]) + float(middle[axis])
-            for dim, along in enumerate(axes):
-                place += (float(matrix[axis, dim]) * along.to(rows.device)).view([-1 if i == dim else 1 for i in range(3)])
-            nearest = place.round_().long()
-            inside &= (nearest >= 0) & (nearest < size)
-            flat = flat * size + nearest.clamp_(0, size - 1)
-        found = rows.flatten()[flat].long() * inside
-        return torch.as_tensor(self.tissues.mirror, device=rows.device)[found] if flipped else found
+        place = torch.stack([field[axis] / float(spacing[axis]) + float(middle[axis]) for axis in range(3)])
+        for axis, dim in np.ndindex(3, 3):
+            along = float(matrix[axis, dim]) * axes[dim].to(rows.device)
+            place[axis] += along.view([-1 if i == dim else 1 for i in range(3)])
+        steps = [np.zeros(3), *(matrix @ (part * self.spacing) for part in PARTS)]
+        seen = torch.stack([nearest(rows, place, step) for step in steps])
+        return torch.as_tensor(self.tissues.mirror, device=rows.device)[seen] if flipped else seen
 
     def _field(self, sigma: float, every: float) -> torch.Tensor:
         """(3, *roi_size): smooth random displacements with a standard deviation of sigma mm, drawn every so many mm."""
@@ -146,23 +148,25 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         coarse = torch.from_numpy(self.R.normal(size=(count, *points)).astype(np.float32))
         return functional.interpolate(coarse[None], size=self.roi_size, mode="trilinear", align_corners=True)[0]
 
-    def _cut(self, rows: torch.Tensor) -> torch.Tensor:
+    def _cut(self, seen: torch.Tensor) -> None:
         """Sometimes a field of view that ends within the head, at one or more of its faces."""
         if not self._chance(self.options.cut_chance):
-            return rows
-        for axis, size in enumerate(self.roi_size):
+            return
+        for axis, size in enumerate(self.roi_size, start=1):
             lost = [round(float(size * self.R.uniform(0, self.options.cut))) if self._chance(0.4) else 0 for _ in range(2)]
-            rows.narrow(axis, 0, lost[0]).zero_()
-            rows.narrow(axis, size - lost[1], lost[1]).zero_()
-        return rows
+            seen.narrow(axis, 0, lost[0]).zero_()
+            seen.narrow(axis, size - lost[1], lost[1]).zero_()
 
-    def _painted(self, rows: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-        """Grey values (*roi_size): each class from a Gaussian of its own."""
+    def _painted(self, seen: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+        """Grey values (*roi_size): each class from a Gaussian of its own, the mean of what a voxel holds."""
         mean, spread = self._contrast()
-        classes = torch.as_tensor(self.tissues.classes, device=rows.device)[rows]
-        values = torch.as_tensor(np.stack([mean, spread]), dtype=torch.float32, device=rows.device)[:, classes]
-        texture = torch.randn(self.roi_size, generator=noise, device=rows.device)
-        return values[0].addcmul_(values[1], texture)
+        values = torch.as_tensor(np.stack([mean, spread]) / len(seen), dtype=torch.float32, device=seen.device)
+        values = values[:, torch.as_tensor(self.tissues.classes, device=seen.device)]
+        total = values[:, seen[0]]
+        for rows in seen[1:]:
+            total += values[:, rows]
+        texture = torch.randn(self.roi_size, generator=noise, device=seen.device)
+        return total[0].addcmul_(total[1], texture)
 
     def _contrast(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and standard deviation of each class: as in T1 images, as some function of that, or anything.
@@ -192,7 +196,8 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         if self._chance(o.slices_chance):
             mm[self.R.randint(3)] = self.R.uniform(*o.slices_mm)
         ratio = np.maximum(1.0, mm / self.spacing)
-        grey = smoothed(grey, ratio / FWHM * self.R.uniform(0.8, 1.2))
+        wide = ratio / FWHM * self.R.uniform(0.8, 1.2)
+        grey = smoothed(grey, np.sqrt(wide**2 - (PARTS**2).mean()))  # a voxel's parts have been averaged already
         noisy = self.R.uniform(0, o.noise) * GREY
         if (ratio > 1.05).any():
             size = [max(2, round(n / r)) for n, r in zip(self.roi_size, ratio, strict=True)]
@@ -206,15 +211,27 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         top = grey.amax().clamp(min=1e-6)
         return (grey / top).pow_(float(np.exp(self.R.normal() * o.gamma))) * GREY
 
-    def _stripped(self, rows: torch.Tensor, channels: torch.Tensor, grey: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _stripped(self, seen: torch.Tensor, channels: torch.Tensor, grey: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Without what is no structure, as brain extraction leaves it; with or without the fluid around the brain."""
-        fluid = torch.as_tensor(np.isin(self.tissues.values, self.options.outer_fluid), device=rows.device)[rows]
-        kept = (channels > 0) & (~fluid if self._chance(0.5) else torch.ones_like(fluid))
-        return channels * kept, grey * kept
+        fluid = np.isin(self.tissues.values, self.options.outer_fluid)
+        kept = (self.tissues.channels > 0) & (~fluid if self._chance(0.5) else True)
+        inside = torch.as_tensor(kept, device=seen.device)[seen]
+        return channels * inside[0], grey * inside[1:].float().mean(dim=0)
+
+
+def nearest(rows: torch.Tensor, place: torch.Tensor, step: NDArray[np.float64]) -> torch.Tensor:
+    """The values of a map (X, Y, Z) at places (3, *spatial) moved by a step (3,), voxels; 0 beyond it. (*spatial) int64."""
+    flat = torch.zeros(place.shape[1:], dtype=torch.int64, device=rows.device)
+    inside = torch.ones_like(flat, dtype=torch.bool)
+    for axis, size in enumerate(rows.shape):
+        voxel = (place[axis] + float(step[axis])).round_().long()
+        inside &= (voxel >= 0) & (voxel < size)
+        flat = flat * size + voxel.clamp_(0, size - 1)
+    return rows.flatten()[flat].long() * inside
 
 
 def smoothed(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
     """(X, Y, Z) under a Gaussian of so many voxels along each axis; edge values go on beyond the edge."""
-    kernels = [gaussian_1d(torch.tensor(float(s)), truncated=REACH, approx="sampled", normalize=True) for s in sigma]
+    kernels = [gaussian_1d(torch.tensor(float(s)), truncated=REACH, approx="scalespace", normalize=True) for s in sigma]
     found: torch.Tensor = separable_filtering(x[None, None], [kernel.to(x) for kernel in kernels], mode="replicate")
     return found[0, 0]
