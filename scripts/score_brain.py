@@ -1,6 +1,6 @@
 """Scores a brain model on real scans with a truth, none of which it was trained on, and draws it on those without.
 
-    python scripts/score_brain.py $VOLSEG_DATA/real -b brain_mr_structures -o runs/score_brain
+    python scripts/score_brain.py $VOLSEG_DATA/real -o runs/score_brain [--mask deepbet=runs/deepbet/mask.nii.gz]
 
 Needs: oasis1000 (manual structures), head18 (brain mask, aparc+aseg) and any other volumes named `head*` to draw.
 Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan. A truth on another grid than its scan is
@@ -97,15 +97,22 @@ def structures() -> dict[str, int]:
     return sided | MIDDLE
 
 
+def score_masks(folder: Path, out: Path, others: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """All that is not background against the brain mask, and masks that other tools made of the same scan."""
+    truth = read(folder / "head18_brainmask.nii.gz")
+    brain = (np.asarray(truth.array) > 0).astype(np.uint8)
+    mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
+    theirs = {f"brain mask, {name}": path for name, path in others.items()}
+    files = {"brain mask": batch.output_path(out, "head18_T1w")} | theirs
+    found = {name: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for name, path in files.items()}
+    return [row for name, mask in found.items() for row in rows_of("head18", mask, brain, mm, {name: 1})]
+
+
 def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """All comparisons that the folder has a truth for."""
+    """All structures that the folder has a truth for."""
     rows = []
     scans = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
     predictions = {name: read(batch.output_path(out, stem)) for name, stem in scans.items()}
-    mask = read(folder / "head18_brainmask.nii.gz")
-    ours = on_grid_of(mask, predictions["head18"])
-    mm = np.linalg.norm(mask.affine[:3, :3], axis=0)
-    rows += rows_of("head18", (ours > 0).astype(np.uint8), (np.asarray(mask.array) > 0).astype(np.uint8), mm, {"brain mask": 1})
     manual, segmented = read(folder / "oasis1000_manual_structures.nii.gz"), read(folder / "head18_aparc+aseg.mgz")
     table = oasis_values(folder / "oasis_structures.csv")
     there = np.zeros(int(np.asarray(manual.array).max()) + 1, dtype=np.int32)
@@ -128,10 +135,9 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     for scan in ("oasis1000", "head18"):
         dice = {row["structure"]: row["dice"] for row in rows if row["scan"] == scan}
         sided = {name: [dice[k] for k in (f"left {name}", f"right {name}") if k in dice] for name in BOTH}
-        if "brain mask" in dice:
-            lines.append(f"{scan}: brain mask {dice['brain mask']:.3f}")
+        lines += [f"{scan}: {name} {value:.4f}" for name, value in dice.items() if name.startswith("brain mask")]
         deep = [value for name in DEEP for value in sided[name]]
-        lines.append(f"{scan}: mean of {', '.join(DEEP)} {np.mean(deep):.3f}")
+        lines.append(f"{scan}: mean of {', '.join(DEEP)} {np.mean(deep):.4f}")
         lines += [f"{scan}: {name} " + " ".join(f"{v:.3f}" for v in values) for name, values in sided.items() if values]
         lines += [f"{scan}: {name} {dice[name]:.3f}" for name in MIDDLE if name in dice]
     return lines
@@ -143,7 +149,8 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--truth/--no-truth", default=True, help="Whether to score, or only to draw.")
-def main(folder: Path, bundle: str, output: Path, device: str, truth: bool) -> None:
+@click.option("--mask", "masks", multiple=True, metavar="NAME=FILE", help="Another tool's mask of head18.")
+def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, masks: tuple[str, ...]) -> None:
     """Score BUNDLE on the real scans in FOLDER."""
     quiet()
     model = open_model(bundle, device=device)
@@ -156,7 +163,8 @@ def main(folder: Path, bundle: str, output: Path, device: str, truth: bool) -> N
         labels = np.asarray(nib.load(batch.output_path(output, stem)).dataobj)
         picture.overlay(nib.load(path), labels, model.spec.labels, output / f"{stem}.png", title=stem, slices=5)
     if truth:
-        rows = score_scans(folder, output)
+        others = {name: Path(path) for name, path in (mask.split("=", 1) for mask in masks)}
+        rows = score_masks(folder, output, others) + score_scans(folder, output)
         write_csv(output / "scores.csv", rows)
         click.echo("\n".join(summary(rows)))
 

@@ -96,3 +96,17 @@ def test_the_truth_s_voxels_ask_the_nearest_of_the_prediction(script: Any) -> No
         Image(array=np.asarray(truth.dataobj), affine=other), Image(array=labels, affine=prediction.affine)
     )
     assert (ours == expected).mean() > 0.999
+
+
+def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path) -> None:
+    """By the same truth, whatever their values."""
+    brain = np.zeros((12, 15, 10), dtype=np.uint8)
+    brain[3:9, 2:12, 2:8] = 1
+    part = brain.copy()
+    part[3:6] = 0
+    masks = {"head18_brainmask": brain * 255, "head18_T1w_seg": brain * 17, "other": part}
+    for name, array in masks.items():
+        nib.save(nib.Nifti1Image(array, oblique()), tmp_path / f"{name}.nii.gz")
+    rows = script.score_masks(tmp_path, tmp_path, {"half": tmp_path / "other.nii.gz"})
+    found = {row["structure"]: row["dice"] for row in rows}
+    assert found == {"brain mask": 1.0, "brain mask, half": pytest.approx(2 / 3)}
