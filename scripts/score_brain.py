@@ -3,8 +3,9 @@
     python scripts/score_brain.py $VOLSEG_DATA/real -o runs/score_brain [--mask deepbet=runs/deepbet/mask.nii.gz]
 
 Needs: oasis1000 (manual structures), head18 (brain mask, aparc+aseg) and any other volumes named `head*` to draw.
-Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan. A truth on another grid than its scan is
-compared on the truth's own grid: each of its voxels asks the nearest voxel of the prediction.
+Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan, and prints the table that stands in the
+bundle's README. A truth on another grid than its scan is compared on the truth's own grid: each of its voxels asks the nearest
+voxel of the prediction.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pipeline.types import Array
 BOTH = {"white matter": (2, 41), "cortex": (3, 42), "lateral ventricle": (4, 43), "cerebellum white matter": (7, 46),
         "cerebellum cortex": (8, 47), "thalamus": (10, 49), "caudate": (11, 50), "putamen": (12, 51), "pallidum": (13, 52),
         "hippocampus": (17, 53), "amygdala": (18, 54), "accumbens": (26, 58), "ventral DC": (28, 60)}  # fmt: skip
+SCANS = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
 MIDDLE = {"3rd ventricle": 14, "4th ventricle": 15, "brain-stem": 16}
 DEEP = ("thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala")
 # The manual protocol's names; its outermost gyri have numbers of their own, odd ones left
@@ -103,7 +105,7 @@ def score_masks(folder: Path, out: Path, others: Mapping[str, Path]) -> list[dic
     brain = (np.asarray(truth.array) > 0).astype(np.uint8)
     mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
     theirs = {f"brain mask, {name}": path for name, path in others.items()}
-    files = {"brain mask": batch.output_path(out, "head18_T1w")} | theirs
+    files = {"brain mask": batch.output_path(out, SCANS["head18"])} | theirs
     found = {name: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for name, path in files.items()}
     return [row for name, mask in found.items() for row in rows_of("head18", mask, brain, mm, {name: 1})]
 
@@ -111,8 +113,7 @@ def score_masks(folder: Path, out: Path, others: Mapping[str, Path]) -> list[dic
 def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
     """All structures that the folder has a truth for."""
     rows = []
-    scans = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
-    predictions = {name: read(batch.output_path(out, stem)) for name, stem in scans.items()}
+    predictions = {name: read(batch.output_path(out, stem)) for name, stem in SCANS.items()}
     manual, segmented = read(folder / "oasis1000_manual_structures.nii.gz"), read(folder / "head18_aparc+aseg.mgz")
     table = oasis_values(folder / "oasis_structures.csv")
     there = np.zeros(int(np.asarray(manual.array).max()) + 1, dtype=np.int32)
@@ -129,18 +130,22 @@ def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """The means that stand in the bundle's README, one line each."""
-    lines = []
-    for scan in ("oasis1000", "head18"):
-        dice = {row["structure"]: row["dice"] for row in rows if row["scan"] == scan}
-        sided = {name: [dice[k] for k in (f"left {name}", f"right {name}") if k in dice] for name in BOTH}
-        lines += [f"{scan}: {name} {value:.4f}" for name, value in dice.items() if name.startswith("brain mask")]
-        deep = [value for name in DEEP for value in sided[name]]
-        lines.append(f"{scan}: mean of {', '.join(DEEP)} {np.mean(deep):.4f}")
-        lines += [f"{scan}: {name} " + " ".join(f"{v:.3f}" for v in values) for name, values in sided.items() if values]
-        lines += [f"{scan}: {name} {dice[name]:.3f}" for name in MIDDLE if name in dice]
-    return lines
+def table(rows: list[dict[str, Any]]) -> str:
+    """Dice as it stands in the bundle's README: a line a structure, a column a scan."""
+    dice = {(row["scan"], row["structure"]): float(row["dice"]) for row in rows}
+    masks = [name for scan, name in dice if name.startswith("brain mask")]
+    deep = [f"{side} {name}" for name in DEEP for side in ("left", "right")]
+    lines = ["| structure (left / right) | `oasis1000`, manual | `head18`, FreeSurfer |", "|---|---|---|"]
+    lines += [_line(name, [[dice.get((scan, name))] for scan in SCANS], 4) for name in masks]
+    lines.append(_line(f"mean of {', '.join(DEEP)}", [[float(np.mean([dice[scan, k] for k in deep]))] for scan in SCANS], 4))
+    for name in BOTH:
+        lines.append(_line(name, [[dice.get((scan, f"{side} {name}")) for side in ("left", "right")] for scan in SCANS], 3))
+    return "\n".join(lines + [_line(name, [[dice.get((scan, name))] for scan in SCANS], 3) for name in MIDDLE])
+
+
+def _line(name: str, cells: list[list[float | None]], digits: int) -> str:
+    texts = [" / ".join(f"{value:.{digits}f}" for value in cell if value is not None) for cell in cells]
+    return f"| {name} | " + " | ".join(texts) + " |"
 
 
 @click.command()
@@ -166,7 +171,7 @@ def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, mask
         others = {name: Path(path) for name, path in (mask.split("=", 1) for mask in masks)}
         rows = score_masks(folder, output, others) + score_scans(folder, output)
         write_csv(output / "scores.csv", rows)
-        click.echo("\n".join(summary(rows)))
+        click.echo(table(rows))
 
 
 if __name__ == "__main__":
