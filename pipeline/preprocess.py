@@ -21,7 +21,7 @@ from monai.transforms import (
 from pipeline.check import CheckVolumed
 from pipeline.fit import ClippedZscored, FitSlicesd
 from pipeline.read import ReadVolumed
-from pipeline.resample import Antialiasd, spacing
+from pipeline.resample import spacing
 from pipeline.spec import Intensity, Spec
 
 IMAGE, LABEL = "image", "label"
@@ -45,7 +45,6 @@ def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
             CheckVolumed(IMAGE),
             *([OneForAlld(IMAGE, len(spec.channels))] if spec.stand_in else []),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
-            Antialiasd(IMAGE, spec.spacing),
             spacing(spec, KEYS),
             *([FitSlicesd(KEYS, spec.fit, spec.orientation)] if spec.fit else []),
             normalisation(spec.intensity),

@@ -1,20 +1,20 @@
 """Linear interpolation between two grids whose axes run parallel: one axis at a time, in float32; an average on coarser ones.
 
 MONAI's own resampling takes 64 bytes a voxel for positions in float64; on parallel axes the same values come from two
-neighbours along one axis after the other.
+neighbours along one axis after the other. Where an axis gets coarser, those two are not all that a voxel should see: the
+triangle that weighs what it sees is then as wide as the new voxels are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Spacingd, SpatialResample
+from monai.transforms import Spacingd, SpatialResample
 from monai.transforms.inverse import TraceableTransform
 from numpy.typing import NDArray
 
@@ -27,52 +27,18 @@ BORDER, BILINEAR = "border", "bilinear"
 
 
 def spacing(spec: Spec, keys: Sequence[str]) -> Spacingd:
-    """MONAI's transform to the spec's spacing, for an image and its label, with the fast resampling in it."""
+    """MONAI's transform to the spec's spacing, for an image and its label, with our own resampling of the image in it."""
     pixdim = [-1.0 if mm is None else mm for mm in spec.spacing]
     transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
     transform.spacing_transform.sp_resample = Resample(mode=BILINEAR, padding_mode=BORDER, dtype=np.float64)
     return transform
 
 
-class Antialiasd(MapTransform):
-    """Averages over the neighbours of a voxel that no voxel of a coarser grid would see.
-
-    Each axis is convolved with a triangle that reaches as far to either side as the spacing asked for; axes that get no
-    coarser stay as they are. At the volume's edge the triangle is cut off.
-
-    Args:
-        keys: (C, X, Y, Z) MetaTensors.
-        spacing: that they will be resampled to, mm; None for an axis that keeps its own.
-    """
-
-    def __init__(self, keys: KeysCollection, spacing: Sequence[float | None]) -> None:
-        super().__init__(keys, allow_missing_keys=True)
-        self.spacing = tuple(spacing)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        case = dict(data)
-        for key in self.key_iterator(case):
-            for axis, (mm, own) in enumerate(zip(self.spacing, case[key].pixdim.tolist(), strict=True)):
-                if mm is not None and mm > own * (1 + EXACT):
-                    case[key] = averaged(case[key], axis + 1, mm / own)
-        return case
-
-
-def averaged(volume: torch.Tensor, axis: int, ratio: float) -> torch.Tensor:
-    """A volume convolved along one axis with a triangle that ends `ratio` > 1 voxels away; (C, X, Y, Z), as it came."""
-    size = volume.shape[axis]
-    places = torch.arange(size, dtype=torch.float32, device=volume.device)
-    weights = (1 - (places[:, None] - places[None, :]).abs() / ratio).clamp(min=0)
-    weights /= weights.sum(dim=1, keepdim=True)
-    field = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
-    moved: torch.Tensor = torch.tensordot(field.float(), weights, dims=([axis], [1])).movedim(-1, axis).contiguous()
-    if isinstance(volume, MetaTensor):
-        moved = MetaTensor(moved).copy_meta_from(volume)
-    return moved
-
-
 class Resample(SpatialResample):
-    """MONAI's `SpatialResample`, faster where it interpolates linearly between parallel axes; its inverse is MONAI's."""
+    """MONAI's `SpatialResample`, its inverse too, but for linear interpolation between parallel axes.
+
+    There it is faster, and averages along axes that get coarser, where MONAI's passes voxels over.
+    """
 
     def __call__(
         self, img: torch.Tensor, dst_affine: Any = None, spatial_size: Any = None, mode: Any = None, *args: Any, **kwargs: Any
@@ -113,7 +79,8 @@ class Resample(SpatialResample):
             transform_info=self.get_transform_info(),
             lazy=False,
         )
-        along = lines(matrix, axes, size, img.shape[1:], snap=EXACT)
+        whole = lines(matrix, axes, size, img.shape[1:], snap=EXACT)
+        along = [averaging(line, abs(matrix[line.source, dim])) for dim, line in enumerate(whole)]
         channels = [sample(channel, along) for channel in img.as_tensor().float()]
         moved: MetaTensor = MetaTensor(torch.stack(channels)).copy_meta_from(trace)
         return moved
@@ -131,18 +98,22 @@ def parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Where the voxels of one target axis lie along a source axis: between voxel `low` and the next, at `weight`."""
+    """Where the voxels of one target axis lie along a source axis: between voxel `low` and the next, at `weight`.
+
+    `reach`: how many source voxels away the triangle ends that weighs what they see; with 1 they see those two.
+    """
 
     source: int
     low: NDArray[np.int64]
     weight: NDArray[np.float64]
+    reach: float = 1.0
 
     def inside(self, start: int, size: int, whole: int) -> tuple[slice, Line]:
         """The part of the axis that a block decides, with its positions in the block."""
         last = start + size - 1 if start + size == whole else start + size - 2
         mine = np.flatnonzero((self.low >= start) & (self.low <= last))
         part = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
-        return part, Line(self.source, self.low[part] - start, self.weight[part])
+        return part, replace(self, low=self.low[part] - start, weight=self.weight[part])
 
 
 def lines(matrix: Affine, axes: Sequence[int], target_shape: Sequence[int], shape: Sequence[int], *, snap: float) -> list[Line]:
@@ -164,16 +135,34 @@ def lines(matrix: Affine, axes: Sequence[int], target_shape: Sequence[int], shap
     return found
 
 
+def averaging(line: Line, ratio: float) -> Line:
+    """A line whose voxels, `ratio` source voxels apart, see all that lies between them."""
+    return replace(line, reach=ratio) if ratio > 1 + EXACT else line
+
+
 def sample(field: torch.Tensor, along: Sequence[Line]) -> torch.Tensor:
-    """A field (x, y, z), linearly interpolated at the crossings of three lines."""
+    """A field (x, y, z), linearly interpolated, or averaged, at the crossings of three lines."""
     field = field.permute([line.source for line in along])
     for dim, line in enumerate(along):
-        low = torch.as_tensor(line.low, device=field.device)
-        same = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
-        lower = field if same else field.index_select(dim, low)
-        if line.weight.any():
-            upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
-            weight = torch.as_tensor(line.weight, dtype=field.dtype, device=field.device)
-            lower = torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
-        field = lower
+        field = _averaged(field, dim, line) if line.reach > 1 else _interpolated(field, dim, line)
     return field
+
+
+def _interpolated(field: torch.Tensor, dim: int, line: Line) -> torch.Tensor:
+    low = torch.as_tensor(line.low, device=field.device)
+    same = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
+    lower = field if same else field.index_select(dim, low)
+    if not line.weight.any():
+        return lower
+    upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
+    weight = torch.as_tensor(line.weight, dtype=field.dtype, device=field.device)
+    return torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
+
+
+def _averaged(field: torch.Tensor, dim: int, line: Line) -> torch.Tensor:
+    """Means under triangles; at the volume's edge they are cut off."""
+    apart = (line.low + line.weight)[:, None] - np.arange(field.shape[dim])
+    weights = np.maximum(0, 1 - np.abs(apart) / line.reach)
+    weights /= weights.sum(axis=1, keepdims=True)
+    matrix = torch.as_tensor(weights, dtype=field.dtype, device=field.device)
+    return torch.tensordot(field, matrix, dims=([dim], [1])).movedim(-1, dim)
