@@ -165,4 +165,5 @@ def _averaged(field: torch.Tensor, dim: int, line: Line) -> torch.Tensor:
     weights = np.maximum(0, 1 - np.abs(apart) / line.reach)
     weights /= weights.sum(axis=1, keepdims=True)
     matrix = torch.as_tensor(weights, dtype=field.dtype, device=field.device)
-    return torch.tensordot(field, matrix, dims=([dim], [1])).movedim(-1, dim)
+    found: torch.Tensor = torch.tensordot(field, matrix, dims=([dim], [1])).movedim(-1, dim)
+    return found
