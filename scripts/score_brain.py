@@ -30,10 +30,10 @@ from pipeline.read import Image, read
 from pipeline.report import write_csv
 from pipeline.types import Array
 
+SCANS = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
 BOTH = {"white matter": (2, 41), "cortex": (3, 42), "lateral ventricle": (4, 43), "cerebellum white matter": (7, 46),
         "cerebellum cortex": (8, 47), "thalamus": (10, 49), "caudate": (11, 50), "putamen": (12, 51), "pallidum": (13, 52),
         "hippocampus": (17, 53), "amygdala": (18, 54), "accumbens": (26, 58), "ventral DC": (28, 60)}  # fmt: skip
-SCANS = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
 MIDDLE = {"3rd ventricle": 14, "4th ventricle": 15, "brain-stem": 16}
 DEEP = ("thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala")
 # The manual protocol's names; its outermost gyri have numbers of their own, odd ones left
@@ -157,6 +157,9 @@ def _line(name: str, cells: list[list[float | None]], digits: int) -> str:
 @click.option("--mask", "masks", multiple=True, metavar="NAME=FILE", help="Another tool's mask of head18.")
 def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, masks: tuple[str, ...]) -> None:
     """Score BUNDLE on the real scans in FOLDER."""
+    wrong = [mask for mask in masks if "=" not in mask or not Path(mask.split("=", 1)[1]).is_file()]
+    if wrong:
+        raise click.BadParameter(f"expected NAME=FILE with a file that is there, got {', '.join(wrong)}", param_hint="--mask")
     quiet()
     model = open_model(bundle, device=device)
     scans = [path for path in sorted(folder.iterdir()) if re.search(r"_(T1w|T1w_stripped|FLAIR)\.nii\.gz$", path.name)]
