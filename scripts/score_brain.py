@@ -1,11 +1,12 @@
 """Scores a brain model on real scans with a truth, none of which it was trained on, and draws it on those without.
 
-    python scripts/score_brain.py $VOLSEG_DATA/real -o runs/score_brain [--mask deepbet=runs/deepbet/mask.nii.gz]
+    python scripts/score_brain.py $VOLSEG_DATA/real -o runs/score_brain [--mask deepbet=runs/deepbet/mask.nii.gz] [--slices 5]
 
 Needs: oasis1000 (manual structures), head18 (brain mask, aparc+aseg) and any other volumes named `head*` to draw.
 Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan, and prints the table that stands in the
 bundle's README. A truth on another grid than its scan is compared on the truth's own grid: each of its voxels asks the nearest
-voxel of the prediction.
+voxel of the prediction. With --slices the two scans are also averaged to slices so thick, stacked along each axis in turn, and
+compared on the slices' grid, where each voxel asks the nearest of the truth.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from scipy import ndimage
 from pipeline import batch, picture, score
 from pipeline.bundle import open_model
 from pipeline.cases import find_cases
+from pipeline.engine import Model
 from pipeline.progress import line, progress, quiet
 from pipeline.read import Image, read
 from pipeline.report import write_csv
@@ -42,6 +44,7 @@ OASIS = {"Thalamus Proper": "thalamus", "Caudate": "caudate", "Putamen": "putame
          "Lateral Ventricle": "lateral ventricle", "Cerebellum Exterior": "cerebellum cortex",
          "Cerebellum White Matter": "cerebellum white matter", "Cerebral White Matter": "white matter"}  # fmt: skip
 OASIS_MIDDLE = {"3rd Ventricle": 14, "4th Ventricle": 15, "Brain Stem": 16}
+PLANES = ("sagittal", "coronal", "axial")  # across the axes R, A and S
 OASIS_GYRI = (100, 207)
 APARC_CORTEX = {1000: 3, 2000: 42}
 CALLOSUM = (251, 255)
@@ -74,11 +77,11 @@ def aseg(array: Array) -> Array:
     return out
 
 
-def on_grid_of(truth: Image, prediction: Image) -> Array:
+def on_grid_of(grid: Image, labels: Image) -> Array:
     """A label map's values at the voxels of another grid, the nearest one's each; 0 outside."""
-    matrix = np.linalg.inv(prediction.affine) @ truth.affine
+    matrix = np.linalg.inv(labels.affine) @ grid.affine
     found: Array = ndimage.affine_transform(
-        np.asarray(prediction.array), matrix[:3, :3], matrix[:3, 3], output_shape=truth.array.shape, order=0
+        np.asarray(labels.array), matrix[:3, :3], matrix[:3, 3], output_shape=grid.array.shape, order=0
     )
     return found
 
@@ -110,23 +113,60 @@ def score_masks(folder: Path, out: Path, others: Mapping[str, Path]) -> list[dic
     return [row for name, mask in found.items() for row in rows_of("head18", mask, brain, mm, {name: 1})]
 
 
-def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """All structures that the folder has a truth for."""
-    rows = []
-    predictions = {name: read(batch.output_path(out, stem)) for name, stem in SCANS.items()}
+def truths(folder: Path) -> dict[str, Image]:
+    """The structures of each scan that has a truth, in the model's values."""
     manual, segmented = read(folder / "oasis1000_manual_structures.nii.gz"), read(folder / "head18_aparc+aseg.mgz")
     table = oasis_values(folder / "oasis_structures.csv")
     there = np.zeros(int(np.asarray(manual.array).max()) + 1, dtype=np.int32)
     for value, target in table.items():
         if value < len(there):
             there[value] = target
-    truths = {
-        "oasis1000": (manual, there[np.asarray(manual.array, dtype=np.int64)]),
-        "head18": (segmented, aseg(segmented.array)),
+    return {
+        "oasis1000": Image(array=there[np.asarray(manual.array, dtype=np.int64)], affine=manual.affine),
+        "head18": Image(array=aseg(segmented.array), affine=segmented.affine),
     }
-    for name, (image, truth) in truths.items():
-        mm = np.linalg.norm(image.affine[:3, :3], axis=0)
-        rows += rows_of(name, on_grid_of(image, predictions[name]), truth, mm, structures())
+
+
+def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
+    """All structures that the folder has a truth for."""
+    rows = []
+    for name, truth in truths(folder).items():
+        prediction = read(batch.output_path(out, SCANS[name]))
+        mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
+        rows += rows_of(name, on_grid_of(truth, prediction), truth.array, mm, structures())
+    return rows
+
+
+def sliced(image: nib.Nifti1Image, axis: int, mm: float) -> nib.Nifti1Image:
+    """The mean of as many neighbours along one axis (0 right, 1 anterior, 2 superior) as make a slice of about `mm`."""
+    image = nib.as_closest_canonical(image)
+    array = np.moveaxis(np.asarray(image.dataobj, dtype=np.float32), axis, 0)
+    together = max(1, round(mm / float(image.header.get_zooms()[axis])))
+    whole = array[: len(array) // together * together]
+    thick = whole.reshape(-1, together, *array.shape[1:]).mean(axis=1)
+    affine = image.affine.copy()
+    affine[:3, 3] += affine[:3, axis] * (together - 1) / 2
+    affine[:3, axis] *= together
+    return nib.Nifti1Image(np.moveaxis(thick, 0, axis), affine)
+
+
+def score_slices(model: Model, folder: Path, out: Path, mm: float) -> list[dict[str, Any]]:
+    """The scans with a truth as stacks of thick slices along each axis; rows like those of `score_scans`, and the mask's."""
+    out.mkdir(parents=True, exist_ok=True)
+    made = {f"{scan}, {plane}": out / f"{scan}_{plane}.nii.gz" for scan in SCANS for plane in PLANES}
+    for name, path in made.items():
+        scan, plane = name.split(", ")
+        nib.save(sliced(nib.load(folder / f"{SCANS[scan]}.nii.gz"), PLANES.index(plane), mm), path)
+    _segment(model, list(made.values()), out)
+    rows, known, mask = [], truths(folder), read(folder / "head18_brainmask.nii.gz")
+    for name, path in made.items():
+        prediction = read(batch.output_path(out, path.name.removesuffix(".nii.gz")))
+        size = np.linalg.norm(prediction.affine[:3, :3], axis=0)
+        scan = name.split(", ")[0]
+        if scan == "head18":
+            both = [(np.asarray(array) > 0).astype(np.uint8) for array in (prediction.array, on_grid_of(prediction, mask))]
+            rows += rows_of(name, *both, size, {"brain mask": 1})
+        rows += rows_of(name, prediction.array, on_grid_of(prediction, known[scan]), size, structures())
     return rows
 
 
@@ -143,9 +183,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [_line(name, [[dice.get((scan, name))] for scan in SCANS], 3) for name in MIDDLE])
 
 
+def slices_table(rows: list[dict[str, Any]], mm: float) -> str:
+    """Mean Dice of some structures, a line a stack."""
+    dice = {(row["scan"], row["structure"]): float(row["dice"]) for row in rows}
+    groups = {"deep structures": DEEP, "cortex": ("cortex",), "white matter": ("white matter",)}
+    lines = [f"| slices of {mm:g} mm | brain mask | {' | '.join(groups)} |", "|---" * (len(groups) + 2) + "|"]
+    for scan in dict.fromkeys(row["scan"] for row in rows):
+        means = [np.mean([dice[scan, f"{side} {k}"] for k in names for side in ("left", "right")]) for names in groups.values()]
+        lines.append(_line(scan, [[dice.get((scan, "brain mask"))], *([float(mean)] for mean in means)], 3))
+    return "\n".join(lines)
+
+
 def _line(name: str, cells: list[list[float | None]], digits: int) -> str:
     texts = [" / ".join(f"{value:.{digits}f}" for value in cell if value is not None) for cell in cells]
     return f"| {name} | " + " | ".join(texts) + " |"
+
+
+def _segment(model: Model, scans: list[Path], out: Path) -> None:
+    cases = find_cases([str(path) for path in scans], model.spec)
+    with progress("segmenting", len(cases)) as advance:
+        batch.segment(model, cases, out, overwrite=True, progress=lambda _, row: advance(line(row)))
 
 
 @click.command()
@@ -155,7 +212,10 @@ def _line(name: str, cells: list[list[float | None]], digits: int) -> str:
 @click.option("--device", default="auto", show_default=True)
 @click.option("--truth/--no-truth", default=True, help="Whether to score, or only to draw.")
 @click.option("--mask", "masks", multiple=True, metavar="NAME=FILE", help="Another tool's mask of head18.")
-def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, masks: tuple[str, ...]) -> None:
+@click.option("--slices", type=click.FloatRange(min=0, min_open=True), metavar="MM", help="Also score slices so thick.")
+def main(
+    folder: Path, bundle: str, output: Path, device: str, truth: bool, masks: tuple[str, ...], slices: float | None
+) -> None:
     """Score BUNDLE on the real scans in FOLDER."""
     wrong = [mask for mask in masks if "=" not in mask or not Path(mask.split("=", 1)[1]).is_file()]
     if wrong:
@@ -163,9 +223,7 @@ def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, mask
     quiet()
     model = open_model(bundle, device=device)
     scans = [path for path in sorted(folder.iterdir()) if re.search(r"_(T1w|T1w_stripped|FLAIR)\.nii\.gz$", path.name)]
-    cases = find_cases([str(path) for path in scans], model.spec)
-    with progress("segmenting", len(cases)) as advance:
-        batch.segment(model, cases, output, overwrite=True, progress=lambda _, row: advance(line(row)))
+    _segment(model, scans, output)
     for path in scans:
         stem = path.name.removesuffix(".nii.gz")
         labels = np.asarray(nib.load(batch.output_path(output, stem)).dataobj)
@@ -175,6 +233,10 @@ def main(folder: Path, bundle: str, output: Path, device: str, truth: bool, mask
         rows = score_masks(folder, output, others) + score_scans(folder, output)
         write_csv(output / "scores.csv", rows)
         click.echo(table(rows))
+    if slices:
+        rows = score_slices(model, folder, output / "slices", slices)
+        write_csv(output / "slices.csv", rows)
+        click.echo(slices_table(rows, slices))
 
 
 if __name__ == "__main__":

@@ -112,6 +112,21 @@ def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path
     assert found == {"brain mask": 1.0, "brain mask, half": pytest.approx(2 / 3)}
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_thick_slices_lie_where_their_voxels_lay(script: Any, axis: int) -> None:
+    """A grey value that grows with the place in space is that of the slice's own place."""
+    gradient = np.array([0.3, -0.7, 1.1])
+    affine = oblique()
+    places = nib.affines.apply_affine(affine, np.moveaxis(np.indices((17, 24, 21)), 0, -1))
+    image = turned(nib.Nifti1Image((places @ gradient).astype(np.float32), affine), "PIR")
+    thick = script.sliced(image, axis, 5.0)
+    found = nib.affines.apply_affine(thick.affine, np.moveaxis(np.indices(thick.shape), 0, -1)) @ gradient
+    np.testing.assert_allclose(np.asarray(thick.dataobj), found, atol=1e-3)
+    assert nib.aff2axcodes(thick.affine) == ("R", "A", "S")
+    step = nib.as_closest_canonical(image).header.get_zooms()[axis]
+    assert thick.header.get_zooms()[axis] == pytest.approx(step * round(5.0 / step))
+
+
 def test_the_table_of_scores_has_a_line_a_structure(script: Any) -> None:
     """Sides beside each other; a scan without a truth for a structure has an empty cell."""
     rows = [
