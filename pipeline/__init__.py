@@ -15,6 +15,7 @@ The path of a volume, one module a step:
     mirror      averages over mirror images
     stitch      overlapping windows as finished blocks of it
     outputs     networks that give several tensors
+    regrid      the grid of the labels, where it is not the file's own
     invert      logits to labels on the file's own grid
     soft        how much of each structure, and how sure
     doubt       why to look at a result

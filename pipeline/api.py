@@ -18,9 +18,10 @@ class Segmentation:
     """What `segment` gives.
 
     Attributes:
-        image: the label map on the input's grid: a SimpleITK image where one came in, else a nibabel image.
+        image: the label map, on the input's grid or in voxels of the size that `load` was asked for: a SimpleITK image where
+            one came in, else a nibabel image.
         labels: the same as an array (X, Y, Z) of output values.
-        affine: the input's, voxel → RAS+ world, mm.
+        affine: voxel → RAS+ world, mm.
         volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
         warnings: what is doubtful about the case.
         seconds: wall time of each step.
@@ -44,6 +45,7 @@ def load(
     runtime: str = "auto",
     precision: str = "auto",
     uncertainty: bool = False,
+    labels_spacing: float | None = None,
 ) -> Model:
     """A bundle opened for `segment`; open it once and use it for many images.
 
@@ -54,11 +56,20 @@ def load(
         runtime: auto, torch or openvino.
         precision: auto, float32, bfloat16 or int8.
         uncertainty: whether each voxel's uncertainty is wanted.
+        labels_spacing: of the label maps' voxels, mm, instead of each image's own.
 
     Raises:
         PipelineError: no such bundle or device.
     """
-    return open_model(bundle, device=device, overlap=overlap, runtime=runtime, precision=precision, uncertainty=uncertainty)
+    return open_model(
+        bundle,
+        device=device,
+        overlap=overlap,
+        runtime=runtime,
+        precision=precision,
+        uncertainty=uncertainty,
+        labels_spacing=labels_spacing,
+    )
 
 
 def segment(model: Model, image: Any) -> Segmentation:
@@ -75,7 +86,7 @@ def segment(model: Model, image: Any) -> Segmentation:
     first = image[0] if isinstance(image, Sequence) and not isinstance(image, str) else image
     in_memory = type(first).__module__.startswith("SimpleITK")
     return Segmentation(
-        image=as_sitk(prediction.labels, first)
+        image=as_sitk(prediction.labels, prediction.affine, first)
         if in_memory
         else as_nibabel(prediction.labels, prediction.affine, prediction.header),
         labels=prediction.labels,

@@ -125,7 +125,7 @@ def _identity(model: Model) -> dict[str, str]:
         "spec_sha256": sha256(root / "configs" / "spec.yaml"),
         "overlap": str(getattr(model.evaluator.inferer, "overlap", "")),
         "precision": str(getattr(model.evaluator.network, "precision", "")),
-        "volume": str(getattr(model.preprocessing.transforms[0], "volume", None)),
+        **{key: str(getattr(model.preprocessing.transforms[0], key, None)) for key in ("volume", "labels_spacing")},
     }
 
 

@@ -82,6 +82,7 @@ def open_model(
     precision: str = "auto",
     max_memory: int | None = None,
     uncertainty: bool = False,
+    labels_spacing: float | None = None,
 ) -> Model:
     """A bundle opened for inference, by its own wiring.
 
@@ -94,6 +95,7 @@ def open_model(
         precision: auto, float32, bfloat16 or int8; likewise.
         max_memory: bytes that the process may come to hold.
         uncertainty: whether each voxel's uncertainty is wanted.
+        labels_spacing: of the label maps' voxels, mm, instead of each file's own.
 
     Raises:
         ConfigError: no such bundle, or one whose parts do not fit together.
@@ -108,7 +110,7 @@ def open_model(
     try:
         parser["dataset"]["data"] = []
         parser["inferer"]["overlap"] = overlap
-        parser["preprocessing"]["volume"] = volume
+        parser["preprocessing"].update(volume=volume, labels_spacing=labels_spacing)
         if uncertainty:
             parser["finish"]["uncertainty"] = True
         if (runtime, precision) != ("auto", "auto"):

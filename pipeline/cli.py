@@ -37,22 +37,17 @@ def main() -> None:
     "--max-memory", metavar="SIZE", help="Memory that the process may come to hold, such as 4G; the labels are the same."
 )
 @click.option("--uncertainty", is_flag=True, help="Write <name>_uncertainty.nii.gz too: 0 sure, 1 all labels alike.")
+@click.option(
+    "--labels-spacing",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MM",
+    help="Voxel size of the label maps; each input's own by default.",
+)
 @click.option("--volume", type=int, help="Which volume of 4D files to segment, from 0.")
 @click.option("--overwrite", is_flag=True, help="Do cases again that are done already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows of cases.csv as JSON on stdout.")
 def segment(
-    inputs: tuple[str, ...],
-    output: Path,
-    bundle: str,
-    device: str,
-    overlap: float | None,
-    runtime: str,
-    precision: str,
-    max_memory: str | None,
-    uncertainty: bool,
-    volume: int | None,
-    overwrite: bool,
-    as_json: bool,
+    inputs: tuple[str, ...], output: Path, max_memory: str | None, overwrite: bool, as_json: bool, **settings: Any
 ) -> None:
     """Segment files, folders and globs of MRI volumes.
 
@@ -67,16 +62,7 @@ def segment(
         from pipeline.memory import parse_size
 
         quiet()
-        model = open_model(
-            bundle,
-            device=device,
-            overlap=overlap,
-            volume=volume,
-            runtime=runtime,
-            precision=precision,
-            max_memory=parse_size(max_memory) if max_memory else None,
-            uncertainty=uncertainty,
-        )
+        model = open_model(**settings, max_memory=parse_size(max_memory) if max_memory else None)
         cases = find_cases(inputs, model.spec)
         with progress("segmenting", len(cases)) as advance:
             rows = batch.segment(model, cases, output, overwrite=overwrite, progress=lambda _, row: advance(line(row)))

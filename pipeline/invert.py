@@ -80,15 +80,15 @@ def labels_of_blocks(
 
     Args:
         blocks: of logits (C, x, y, z), in any order; changed in place.
-        image: (C, X, Y, Z) on the network's grid, with `file_affine` and `file_shape` in its `meta`.
+        image: (C, X, Y, Z) on the network's grid, with `labels_affine` and `labels_shape` in its `meta`.
         soft_volumes: whether its `meta` gets `soft_mm3`, each class's sum of probabilities times the volume of a voxel.
         uncertainty: whether its `meta` gets `uncertainty`, (X', Y', Z') float32: the entropy of the scores, 0 to 1.
 
     Returns:
         (1, X', Y', Z'), uint8 for up to 256 classes, else int32.
     """
-    own, affine = (np.asarray(a, dtype=np.float64) for a in (image.affine, image.meta["file_affine"]))
-    shape = [int(n) for n in image.meta["file_shape"]]
+    own, affine = (np.asarray(a, dtype=np.float64) for a in (image.affine, image.meta["labels_affine"]))
+    shape = [int(n) for n in image.meta["labels_shape"]]
     unsure = torch.zeros(shape) if uncertainty else None
     totals: list[torch.Tensor] = []
     index = _fill(summed(blocks, totals) if soft_volumes else blocks, own, affine, shape, soft=False, unsure=unsure)

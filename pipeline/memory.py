@@ -17,6 +17,7 @@ from pipeline.engine import Model, Prediction, predict_case
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.header import Header, peek
 from pipeline.invert import PIECE_VALUES
+from pipeline.regrid import regridded
 from pipeline.spec import AXES, Spec
 from pipeline.stitch import FLOAT32, held_bytes
 from pipeline.window import WindowInferer
@@ -95,7 +96,7 @@ def within(model: Model, headers: list[Header], limit: float) -> tuple[Estimate,
     base = ready_bytes(model)
     held = float("inf")
     if isinstance(model.evaluator.inferer, WindowInferer):
-        held = limit - base - _around(model.spec, headers)
+        held = limit - base - _around(model, headers)
     return estimate(model, headers, base, held), held
 
 
@@ -123,16 +124,20 @@ def estimate(model: Model, headers: list[Header], base: int, held: float) -> Est
         sums = held_bytes(limited.windows(grid, channels), channels)
     else:
         sums = 2 * FLOAT32 * channels * prod(grid)  # whole logits, and their softmax
-    return Estimate(base=base, prepare=int(max(prepare)), network=int(sums + _around(model.spec, headers)))
+    return Estimate(base=base, prepare=int(max(prepare)), network=int(sums + _around(model, headers)))
 
 
-def _around(spec: Spec, headers: list[Header]) -> int:
+def _around(model: Model, headers: list[Header]) -> int:
     """Bytes that the network's stage holds beside the sums: image, window, labels, and the piece that is inverted."""
+    spec, shape = model.spec, headers[0].shape
+    spacing = getattr(model.preprocessing.transforms[0], "labels_spacing", None)
+    if spacing is not None:
+        _, shape = regridded(headers[0].affine, shape, spacing)
     grid = prod(grid_shape(spec, headers[0]))
     channels = len(spec.labels)
     window = FLOAT32 * channels * prod(spec.roi_size) * 2 * (16 if spec.spatial_dims == 2 else 1)
     piece = FLOAT32 * min(PIECE_VALUES, channels * grid)
-    labels = 2 * prod(headers[0].shape) * (1 if channels <= 256 else 4)
+    labels = 2 * prod(shape) * (1 if channels <= 256 else 4)
     return int(FLOAT32 * grid * len(headers) + window + PIECES * piece + labels)
 
 

@@ -29,19 +29,20 @@ KEYS = (IMAGE, LABEL)
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
-def preprocessing(spec: Spec, volume: int | None = None) -> Compose:
+def preprocessing(spec: Spec, volume: int | None = None, labels_spacing: float | None = None) -> Compose:
     """Read, check, turn to the spec's orientation, resample to its spacing, fit to its slices if it says so, normalise.
 
     Args:
         spec: what the weights were trained to see.
         volume: which volume of 4D files, from 0.
+        labels_spacing: of the voxels that labels go to, mm, instead of the file's own.
 
     Shapes:
         a case with `image` (and perhaps `label`) as paths → (C, X, Y, Z) MetaTensors on the network's grid.
     """
     return Compose(
         [
-            ReadVolumed(KEYS, volume=volume),
+            ReadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing),
             CheckVolumed(IMAGE),
             *([OneForAlld(IMAGE, len(spec.channels))] if spec.stand_in else []),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),

@@ -20,6 +20,7 @@ from monai.transforms import MapTransform
 from nibabel.spatialimages import SpatialImage
 
 from pipeline.errors import GeometryError, PipelineError, ReadError, VolumeError
+from pipeline.regrid import header_on, regridded
 from pipeline.types import Affine, Array
 
 if TYPE_CHECKING:
@@ -82,17 +83,18 @@ def read(source: Any, volume: int | None = None) -> Image:
 class ReadVolumed(MapTransform):
     """Reads each key's file (or files, one a channel) into a (C, X, Y, Z) MetaTensor.
 
-    Beside MONAI's own keys its `meta` holds `header` (NIfTI header bytes as uint8, may be empty), `file_affine`,
-    `file_shape` and `warnings` (one a line), for `invert` and `write`.
+    Beside MONAI's own keys its `meta` holds the grid that labels go to, `labels_affine` and `labels_shape`, which is the
+    file's own, `header` (a NIfTI header's bytes on that grid as uint8, may be empty) and `warnings` (one a line).
 
     Args:
         keys: of the case; absent ones are allowed, since a case to segment has no label.
         volume: which volume of 4D files, from 0.
+        labels_spacing: of the voxels that labels go to, mm, instead of the file's own.
     """
 
-    def __init__(self, keys: KeysCollection, volume: int | None = None) -> None:
+    def __init__(self, keys: KeysCollection, volume: int | None = None, labels_spacing: float | None = None) -> None:
         super().__init__(keys, allow_missing_keys=True)
-        self.volume = volume
+        self.volume, self.labels_spacing = volume, labels_spacing
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -109,17 +111,21 @@ class ReadVolumed(MapTransform):
         first, lines = images[0], [line for image in images for line in image.warnings]
         if len(listed) > len({str(x) if isinstance(x, str | Path) else id(x) for x in listed}):
             lines.append("one file serves for several channels: what the model says of it is less sure")
+        header, affine, shape = first.header, first.affine, first.array.shape
+        if self.labels_spacing is not None:
+            affine, shape = regridded(affine, shape, self.labels_spacing)
+            header, affine = header_on(header, affine)
         meta = {
             "affine": first.affine,
             "original_affine": first.affine.copy(),
-            "file_affine": first.affine.copy(),
-            "file_shape": np.array(first.array.shape),
+            "labels_affine": affine.copy(),
+            "labels_shape": np.array(shape),
             "spatial_shape": np.array(first.array.shape),
             "original_channel_dim": 0,
             "filename_or_obj": str(listed[0]) if isinstance(listed[0], str | Path) else "",
             "sources": [str(source) if isinstance(source, str | Path) else "" for source in listed],
             "space": "RAS",
-            "header": np.frombuffer(first.header, dtype=np.uint8).copy(),
+            "header": np.frombuffer(header, dtype=np.uint8).copy(),
             "warnings": "\n".join(dict.fromkeys(lines)),
         }
         array = np.stack([np.asarray(image.array, dtype=np.float32) for image in images])

@@ -20,12 +20,12 @@ def kept(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
 
     Args:
         index: on the grid of the file that `image` came from.
-        image: (C, x, y, z) on the network's grid, with `file_affine` in its `meta`.
+        image: (C, x, y, z) on the network's grid, with `labels_affine` in its `meta`.
         spec: says whether.
     """
     labels = index[0]
     if spec.fit is not None:
-        own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["file_affine"]))
+        own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["labels_affine"]))
         labels = labels.masked_fill(outside(image.shape[1:], own, target, labels.shape).to(labels.device), 0)
     if ALL in spec.largest_component:
         labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)

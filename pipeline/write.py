@@ -91,17 +91,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise WriteError(f"{path}: cannot be written: {error.strerror or error}; is the disk full or read-only?") from error
 
 
-def as_sitk(labels: LabelMap, like: sitk.Image) -> sitk.Image:
-    """A SimpleITK image of a label map on the grid of another."""
+def as_sitk(labels: LabelMap, affine: Affine, like: sitk.Image) -> sitk.Image:
+    """A SimpleITK image of a label map: on the grid of another, to the bit, where its affine is that one's."""
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(labels.transpose()))
-    dims = image.GetDimension()
-    if like.GetDimension() == dims:
-        image.CopyInformation(like)
-        return image
-    direction = np.array(like.GetDirection()).reshape(like.GetDimension(), -1)[:dims, :dims]
-    image.SetOrigin(like.GetOrigin()[:dims])
-    image.SetSpacing(like.GetSpacing()[:dims])
+    dims, all_dims = image.GetDimension(), like.GetDimension()
+    direction = np.array(like.GetDirection()).reshape(all_dims, all_dims)[:dims, :dims]
+    origin, spacing = np.array(like.GetOrigin()[:dims]), np.array(like.GetSpacing()[:dims])
+    if not np.allclose(_lps(affine), np.column_stack([direction * spacing, origin]), atol=1e-4):
+        grid = _lps(affine)
+        origin, spacing = grid[:, 3], np.linalg.norm(grid[:, :3], axis=0)
+        direction = grid[:, :3] / spacing
+    image.SetOrigin(origin.tolist())
+    image.SetSpacing(spacing.tolist())
     image.SetDirection(direction.ravel().tolist())
     return image
+
+
+def _lps(affine: Affine) -> Array:
+    """The first three rows of an affine, in ITK's directions of the axes."""
+    rows: Array = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
+    return rows

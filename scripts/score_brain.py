@@ -5,8 +5,9 @@
 Needs: oasis1000 (manual structures), head18 (brain mask, aparc+aseg) and any other volumes named `head*` to draw.
 Writes into the output folder what `segment` leaves, scores.csv, and a picture a scan, and prints the table that stands in the
 bundle's README. A truth on another grid than its scan is compared on the truth's own grid: each of its voxels asks the nearest
-voxel of the prediction. With --slices the two scans are also averaged to slices so thick, stacked along each axis in turn, and
-compared on the slices' grid, where each voxel asks the nearest of the truth.
+voxel of the prediction. head18 has larger voxels than its truth, so it is also scored as `--labels-spacing 1` writes it, and
+resampled to the truth's grid before it is segmented, as tools do that take scans of 1 mm only. With --slices the two scans are
+averaged to slices so thick, stacked along each axis in turn, and scored in voxels of 1 mm.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import click
 import nibabel as nib
 import numpy as np
+from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from pipeline import batch, picture, score
@@ -36,6 +38,10 @@ SCANS = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
 BOTH = {"white matter": (2, 41), "cortex": (3, 42), "lateral ventricle": (4, 43), "cerebellum white matter": (7, 46),
         "cerebellum cortex": (8, 47), "thalamus": (10, 49), "caudate": (11, 50), "putamen": (12, 51), "pallidum": (13, 52),
         "hippocampus": (17, 53), "amygdala": (18, 54), "accumbens": (26, 58), "ventral DC": (28, 60)}  # fmt: skip
+FINE, CONFORMED = "head18, 1 mm", "head18, conformed"  # the same scan, its labels in finer voxels, or all of it
+FINE_MM = 1.0
+COLUMNS = {"oasis1000": "`oasis1000`, manual", "head18": "`head18`, FreeSurfer", FINE: "`--labels-spacing 1`",
+           CONFORMED: "on its truth's grid"}  # fmt: skip
 MIDDLE = {"3rd ventricle": 14, "4th ventricle": 15, "brain-stem": 16}
 DEEP = ("thalamus", "caudate", "putamen", "pallidum", "hippocampus", "amygdala")
 # The manual protocol's names; its outermost gyri have numbers of their own, odd ones left
@@ -102,15 +108,27 @@ def structures() -> dict[str, int]:
     return sided | MIDDLE
 
 
-def score_masks(folder: Path, out: Path, others: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """All that is not background against the brain mask, and masks that other tools made of the same scan."""
+def score_masks(folder: Path, files: Mapping[tuple[str, str], Path]) -> list[dict[str, Any]]:
+    """All that is not background against the brain mask of head18; files by scan and by the name of the mask."""
     truth = read(folder / "head18_brainmask.nii.gz")
     brain = (np.asarray(truth.array) > 0).astype(np.uint8)
     mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
-    theirs = {f"brain mask, {name}": path for name, path in others.items()}
-    files = {"brain mask": batch.output_path(out, SCANS["head18"])} | theirs
-    found = {name: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for name, path in files.items()}
-    return [row for name, mask in found.items() for row in rows_of("head18", mask, brain, mm, {name: 1})]
+    found = {names: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for names, path in files.items()}
+    return [row for (scan, name), mask in found.items() for row in rows_of(scan, mask, brain, mm, {name: 1})]
+
+
+def score_all(fine: Model, folder: Path, out: Path, others: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The scans as `out` has them, head18 in voxels of 1 mm in two ways, and masks that other tools made of head18."""
+    whole, conformed = folder / f"{SCANS['head18']}.nii.gz", out / "fine" / "conformed.nii.gz"
+    truth = nib.load(folder / "head18_aparc+aseg.mgz")
+    conformed.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(resample_from_to(nib.Nifti1Image.from_image(nib.load(whole)), (truth.shape, truth.affine), order=1), conformed)
+    _segment(fine, [whole, conformed], out / "fine")
+    files = {name: batch.output_path(out, stem) for name, stem in SCANS.items()}
+    files |= {FINE: batch.output_path(out / "fine", SCANS["head18"]), CONFORMED: batch.output_path(out / "fine", "conformed")}
+    masks = {(name, "brain mask"): files[name] for name in ("head18", FINE, CONFORMED)}
+    masks |= {("head18", f"brain mask, {name}"): path for name, path in others.items()}
+    return score_masks(folder, masks) + score_scans(folder, files)
 
 
 def truths(folder: Path) -> dict[str, Image]:
@@ -127,13 +145,13 @@ def truths(folder: Path) -> dict[str, Image]:
     }
 
 
-def score_scans(folder: Path, out: Path) -> list[dict[str, Any]]:
-    """All structures that the folder has a truth for."""
-    rows = []
-    for name, truth in truths(folder).items():
-        prediction = read(batch.output_path(out, SCANS[name]))
+def score_scans(folder: Path, files: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """All structures of label maps, by the name of the scan, which may go on after a comma, that the folder has a truth for."""
+    rows, known = [], truths(folder)
+    for name, path in files.items():
+        truth = known[name.split(",")[0]]
         mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
-        rows += rows_of(name, on_grid_of(truth, prediction), truth.array, mm, structures())
+        rows += rows_of(name, on_grid_of(truth, read(path)), truth.array, mm, structures())
     return rows
 
 
@@ -151,36 +169,30 @@ def sliced(image: nib.Nifti1Image, axis: int, mm: float) -> nib.Nifti1Image:
 
 
 def score_slices(model: Model, folder: Path, out: Path, mm: float) -> list[dict[str, Any]]:
-    """The scans with a truth as stacks of thick slices along each axis; rows like those of `score_scans`, and the mask's."""
+    """The scans with a truth as stacks of thick slices along each axis."""
     out.mkdir(parents=True, exist_ok=True)
-    made = {f"{scan}, {plane}": out / f"{scan}_{plane}.nii.gz" for scan in SCANS for plane in PLANES}
-    for name, path in made.items():
+    stacks = {f"{scan}, {plane}": f"{scan}_{plane}" for scan in SCANS for plane in PLANES}
+    for name, stem in stacks.items():
         scan, plane = name.split(", ")
-        nib.save(sliced(nib.load(folder / f"{SCANS[scan]}.nii.gz"), PLANES.index(plane), mm), path)
-    _segment(model, list(made.values()), out)
-    rows, known, mask = [], truths(folder), read(folder / "head18_brainmask.nii.gz")
-    for name, path in made.items():
-        prediction = read(batch.output_path(out, path.name.removesuffix(".nii.gz")))
-        size = np.linalg.norm(prediction.affine[:3, :3], axis=0)
-        scan = name.split(", ")[0]
-        if scan == "head18":
-            both = [(np.asarray(array) > 0).astype(np.uint8) for array in (prediction.array, on_grid_of(prediction, mask))]
-            rows += rows_of(name, *both, size, {"brain mask": 1})
-        rows += rows_of(name, prediction.array, on_grid_of(prediction, known[scan]), size, structures())
-    return rows
+        image = nib.load(folder / f"{SCANS[scan]}.nii.gz")
+        nib.save(sliced(image, PLANES.index(plane), mm), out / f"{stem}.nii.gz")
+    _segment(model, [out / f"{stem}.nii.gz" for stem in stacks.values()], out)
+    files = {name: batch.output_path(out, stem) for name, stem in stacks.items()}
+    masks = {(name, "brain mask"): path for name, path in files.items() if name.startswith("head18")}
+    return score_masks(folder, masks) + score_scans(folder, files)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Dice as it stands in the bundle's README: a line a structure, a column a scan."""
     dice = {(row["scan"], row["structure"]): float(row["dice"]) for row in rows}
-    masks = [name for scan, name in dice if name.startswith("brain mask")]
+    masks = dict.fromkeys(name for _, name in dice if name.startswith("brain mask"))
     deep = [f"{side} {name}" for name in DEEP for side in ("left", "right")]
-    lines = ["| structure (left / right) | `oasis1000`, manual | `head18`, FreeSurfer |", "|---|---|---|"]
-    lines += [_line(name, [[dice.get((scan, name))] for scan in SCANS], 4) for name in masks]
-    lines.append(_line(f"mean of {', '.join(DEEP)}", [[float(np.mean([dice[scan, k] for k in deep]))] for scan in SCANS], 4))
+    lines = [f"| structure (left / right) | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines += [_line(name, [[dice.get((scan, name))] for scan in COLUMNS], 4) for name in masks]
+    lines.append(_line(f"mean of {', '.join(DEEP)}", [[float(np.mean([dice[scan, k] for k in deep]))] for scan in COLUMNS], 4))
     for name in BOTH:
-        lines.append(_line(name, [[dice.get((scan, f"{side} {name}")) for side in ("left", "right")] for scan in SCANS], 3))
-    return "\n".join(lines + [_line(name, [[dice.get((scan, name))] for scan in SCANS], 3) for name in MIDDLE])
+        lines.append(_line(name, [[dice.get((scan, f"{side} {name}")) for side in ("left", "right")] for scan in COLUMNS], 3))
+    return "\n".join(lines + [_line(name, [[dice.get((scan, name))] for scan in COLUMNS], 3) for name in MIDDLE])
 
 
 def slices_table(rows: list[dict[str, Any]], mm: float) -> str:
@@ -189,8 +201,10 @@ def slices_table(rows: list[dict[str, Any]], mm: float) -> str:
     groups = {"deep structures": DEEP, "cortex": ("cortex",), "white matter": ("white matter",)}
     lines = [f"| slices of {mm:g} mm | brain mask | {' | '.join(groups)} |", "|---" * (len(groups) + 2) + "|"]
     for scan in dict.fromkeys(row["scan"] for row in rows):
-        means = [np.mean([dice[scan, f"{side} {k}"] for k in names for side in ("left", "right")]) for names in groups.values()]
-        lines.append(_line(scan, [[dice.get((scan, "brain mask"))], *([float(mean)] for mean in means)], 3))
+        cells = [[dice.get((scan, "brain mask"))]]
+        for names in groups.values():
+            cells.append([float(np.mean([dice[scan, f"{side} {name}"] for name in names for side in ("left", "right")]))])
+        lines.append(_line(scan, cells, 3))
     return "\n".join(lines)
 
 
@@ -228,13 +242,16 @@ def main(
         stem = path.name.removesuffix(".nii.gz")
         labels = np.asarray(nib.load(batch.output_path(output, stem)).dataobj)
         picture.overlay(nib.load(path), labels, model.spec.labels, output / f"{stem}.png", title=stem, slices=5)
+    if not (truth or slices):
+        return
+    fine = open_model(bundle, device=device, labels_spacing=FINE_MM)
     if truth:
         others = {name: Path(path) for name, path in (mask.split("=", 1) for mask in masks)}
-        rows = score_masks(folder, output, others) + score_scans(folder, output)
+        rows = score_all(fine, folder, output, others)
         write_csv(output / "scores.csv", rows)
         click.echo(table(rows))
     if slices:
-        rows = score_slices(model, folder, output / "slices", slices)
+        rows = score_slices(fine, folder, output / "slices", slices)
         write_csv(output / "slices.csv", rows)
         click.echo(slices_table(rows, slices))
 

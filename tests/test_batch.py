@@ -247,7 +247,7 @@ def fails_second(original: Callable[..., Any], fault: BaseException) -> Callable
     return call
 
 
-@pytest.mark.parametrize("change", ["weights", "labels", "overlap", "volume"])
+@pytest.mark.parametrize("change", ["weights", "labels", "overlap", "volume", "spacing"])
 def test_results_of_two_models_are_not_mixed(change: str, tiny_bundle_3d: Path, model_3d: Model, folder: Path) -> None:
     """Other weights, facts or settings are refused; with overwrite the tables start anew."""
     go(model_3d, folder)
@@ -257,6 +257,7 @@ def test_results_of_two_models_are_not_mixed(change: str, tiny_bundle_3d: Path, 
         "labels": lambda: open_model(make_bundle(folder / "other", labels=labels), device="cpu"),
         "overlap": lambda: open_model(tiny_bundle_3d, device="cpu", overlap=0.125),
         "volume": lambda: open_model(tiny_bundle_3d, device="cpu", volume=0),
+        "spacing": lambda: open_model(tiny_bundle_3d, device="cpu", labels_spacing=1.5),
     }
     other = changed[change]()
     with pytest.raises(ConfigError, match="holds results of another model or setting"):

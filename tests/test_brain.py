@@ -107,7 +107,8 @@ def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path
     masks = {"head18_brainmask": brain * 255, "head18_T1w_seg": brain * 17, "other": part}
     for name, array in masks.items():
         nib.save(nib.Nifti1Image(array, oblique()), tmp_path / f"{name}.nii.gz")
-    rows = script.score_masks(tmp_path, tmp_path, {"half": tmp_path / "other.nii.gz"})
+    names = {"brain mask": "head18_T1w_seg", "brain mask, half": "other"}
+    rows = script.score_masks(tmp_path, {("head18", name): tmp_path / f"{file}.nii.gz" for name, file in names.items()})
     found = {row["structure"]: row["dice"] for row in rows}
     assert found == {"brain mask": 1.0, "brain mask, half": pytest.approx(2 / 3)}
 
@@ -131,13 +132,13 @@ def test_the_table_of_scores_has_a_line_a_structure(script: Any) -> None:
     """Sides beside each other; a scan without a truth for a structure has an empty cell."""
     rows = [
         {"scan": scan, "structure": name, "dice": 0.8 if "left" in name else 0.9}
-        for scan in script.SCANS
+        for scan in script.COLUMNS
         for name in script.structures()
         if (scan, name) != ("oasis1000", "4th ventricle")
     ]
     lines = script.table([*rows, {"scan": "head18", "structure": "brain mask", "dice": 0.97}]).splitlines()
-    assert "| brain mask |  | 0.9700 |" in lines
-    assert "| hippocampus | 0.800 / 0.900 | 0.800 / 0.900 |" in lines
-    assert "| 4th ventricle |  | 0.900 |" in lines
-    assert lines[3].endswith("| 0.8500 | 0.8500 |")
+    assert "| brain mask |  | 0.9700 |  |  |" in lines
+    assert "| hippocampus |" + " 0.800 / 0.900 |" * 4 in lines
+    assert "| 4th ventricle |  | 0.900 | 0.900 | 0.900 |" in lines
+    assert lines[3].endswith(" | 0.8500" * 4 + " |")
     assert len(lines) == 4 + len(script.BOTH) + len(script.MIDDLE)

@@ -150,7 +150,10 @@ def test_a_simpleitk_image_has_the_grid_of_its_like(series: bool) -> None:
     like.SetSpacing((0.9, 1.3, 2.1))
     like.SetOrigin((3.5, -2.25, 7.125))
     like.SetDirection((oblique((1, 1, 1))[:3, :3]).ravel().tolist())
-    image = as_sitk(labels(), sitk.JoinSeries([like]) if series else like)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.block(
+        [[oblique()[:3, :3], np.array(like.GetOrigin())[:, None]], [0, 0, 0, 1]]
+    )
+    image = as_sitk(labels(), affine, sitk.JoinSeries([like]) if series else like)
     for fact in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(image, fact)() == getattr(like, fact)()
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image).transpose(), labels())
