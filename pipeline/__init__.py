@@ -17,6 +17,7 @@ The path of a volume, one module a step:
     outputs     networks that give several tensors
     regrid      the grid of the labels, where it is not the file's own
     invert      logits to labels on the file's own grid
+    refine      borders between tissues, settled by the scan
     soft        how much of each structure, and how sure
     doubt       why to look at a result
     write       the label map as a file, whole or not at all

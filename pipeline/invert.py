@@ -16,7 +16,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch.nn import functional
 
-from pipeline.preprocess import IMAGE
+from pipeline.preprocess import IMAGE, SCAN
+from pipeline.refine import held, refined
 from pipeline.regions import kept
 from pipeline.resample import lines, parallel_axes, sample
 from pipeline.soft import entropy, summed
@@ -29,7 +30,7 @@ ON_FILE_GRID = "on_file_grid"  # key of `meta`: the tensor holds class numbers o
 SNAP = 0.001  # voxels by which a position may miss a voxel and still count as on it
 PIECE_VALUES = 2**24  # of scores that are looked at together: 64 MB, and as much again while they are
 FAR = 1e9  # voxels; where a block ends at the volume's edge, the nearest voxel's scores hold beyond it
-SOFT_MM3, UNCERTAINTY = "soft_mm3", "uncertainty"  # keys of `meta`
+SOFT_MM3, UNCERTAINTY, PROBABILITIES = "soft_mm3", "uncertainty", "probabilities"  # keys of `meta`
 Slices = tuple[slice, ...]
 Finish = Callable[[Iterator[Block], MetaTensor], MetaTensor]
 Decide = Callable[..., Any]  # scores, a way to sample one field of them, soft=… → values on the target grid
@@ -66,15 +67,29 @@ class InvertLabelsd(MapTransform):
             logits = pred.as_tensor() if isinstance(pred, MetaTensor) else pred
             whole = Block(start=(0, 0, 0), scores=logits.float(), shape=tuple(logits.shape[1:]))
             pred = self.finish(iter([whole]), image)
-        index = kept(pred.as_tensor(), image, self.spec).cpu().numpy()
+        index = kept(self._refined(pred, case), image, self.spec).cpu().numpy()
         plain = np.array_equal(self.values, np.arange(len(self.values)))
         labels = torch.from_numpy(index if plain and index.dtype == self.values.dtype else self.values[index])
         case[PRED] = MetaTensor(labels, meta={**image.meta, **pred.meta, "affine": pred.affine})
         return case
 
+    def _refined(self, pred: MetaTensor, case: Mapping[Hashable, Any]) -> torch.Tensor:
+        """Class numbers, settled by the scan where that was kept."""
+        index: torch.Tensor = pred.as_tensor()
+        likely = pred.meta.pop(PROBABILITIES, None)
+        if likely is None or SCAN not in case:
+            return index
+        own, target = (np.asarray(affine, dtype=np.float64) for affine in (case[IMAGE].affine, pred.affine))
+        return refined(index[0], target, case[SCAN], likely, own, self.spec)[None]
+
 
 def labels_of_blocks(
-    blocks: Iterator[Block], image: MetaTensor, *, soft_volumes: bool = False, uncertainty: bool = False
+    blocks: Iterator[Block],
+    image: MetaTensor,
+    *,
+    soft_volumes: bool = False,
+    uncertainty: bool = False,
+    contested: Sequence[int] = (),
 ) -> MetaTensor:
     """Class numbers on the grid of the file that an image came from, made of logits while they come.
 
@@ -82,6 +97,7 @@ def labels_of_blocks(
         blocks: of logits (C, x, y, z), in any order; changed in place.
         image: (C, X, Y, Z) on the network's grid, with `labels_affine` and `labels_shape` in its `meta`.
         soft_volumes: whether its `meta` gets `soft_mm3`, each class's sum of probabilities times the volume of a voxel.
+        contested: classes whose probabilities its `meta` gets as `probabilities`, (classes, X, Y, Z) on the image's grid.
         uncertainty: whether its `meta` gets `uncertainty`, (X', Y', Z') float32: the entropy of the scores, 0 to 1.
 
     Returns:
@@ -91,11 +107,16 @@ def labels_of_blocks(
     shape = [int(n) for n in image.meta["labels_shape"]]
     unsure = torch.zeros(shape) if uncertainty else None
     totals: list[torch.Tensor] = []
+    store: list[torch.Tensor] = []
+    if contested:
+        blocks = held(blocks, contested, store)
     index = _fill(summed(blocks, totals) if soft_volumes else blocks, own, affine, shape, soft=False, unsure=unsure)
     keys = ("warnings", "filename_or_obj")
     meta: dict[str, Any] = {ON_FILE_GRID: True} | {key: image.meta[key] for key in keys if key in image.meta}
     if soft_volumes:
         meta[SOFT_MM3] = (torch.stack(totals).sum(dim=0) * abs(float(np.linalg.det(own[:3, :3])))).tolist()
+    if contested:
+        meta[PROBABILITIES] = store[0]
     if unsure is not None:
         meta[UNCERTAINTY] = unsure.numpy()
     return MetaTensor(index[None], affine=torch.as_tensor(affine), meta=meta)

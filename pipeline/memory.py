@@ -25,6 +25,7 @@ from pipeline.window import WindowInferer
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Bytes that a step holds a voxel at its highest, the volume itself included, as measured on volumes of 4e7 voxels
 READ, CHECK, RESAMPLE, NORMALISE = 8, 13, 17, 13
+REFINE = 6  # bytes a voxel of the label map, as measured on a head
 PIECES = 3.5  # copies of one piece that inversion holds
 
 
@@ -138,7 +139,11 @@ def _around(model: Model, headers: list[Header]) -> int:
     window = FLOAT32 * channels * prod(spec.roi_size) * 2 * (16 if spec.spatial_dims == 2 else 1)
     piece = FLOAT32 * min(PIECE_VALUES, channels * grid)
     labels = 2 * prod(shape) * (1 if channels <= 256 else 4)
-    return int(FLOAT32 * grid * len(headers) + window + PIECES * piece + labels)
+    refined = 0.0
+    if spec.refine:  # the scan as read, probabilities in float16, and the voxels that are contested
+        scan = sum(prod(header.shape) for header in headers)
+        refined = FLOAT32 * scan + 2 * len(spec.contested) * grid + REFINE * prod(shape)
+    return int(FLOAT32 * grid * len(headers) + window + PIECES * piece + labels + refined)
 
 
 def grid_shape(spec: Spec, header: Header) -> tuple[int, ...]:

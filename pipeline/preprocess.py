@@ -24,7 +24,7 @@ from pipeline.read import ReadVolumed
 from pipeline.resample import spacing
 from pipeline.spec import Intensity, Spec
 
-IMAGE, LABEL = "image", "label"
+IMAGE, LABEL, SCAN = "image", "label", "scan"
 KEYS = (IMAGE, LABEL)
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -44,6 +44,7 @@ def preprocessing(spec: Spec, volume: int | None = None, labels_spacing: float |
         [
             ReadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing),
             CheckVolumed(IMAGE),
+            *([KeepScand(IMAGE)] if spec.refine else []),
             *([OneForAlld(IMAGE, len(spec.channels))] if spec.stand_in else []),
             Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
             spacing(spec, KEYS),
@@ -51,6 +52,16 @@ def preprocessing(spec: Spec, volume: int | None = None, labels_spacing: float |
             normalisation(spec.intensity),
         ]
     )
+
+
+class KeepScand(MapTransform):
+    """Keeps the grey values as read, as `scan`, for the borders that a spec has refined; not of labelled cases."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        if IMAGE in case and LABEL not in case:
+            case[SCAN] = case[IMAGE].clone()
+        return case
 
 
 class OneForAlld(MapTransform):

@@ -93,6 +93,8 @@ class Spec:
         fit: null keeps the whole field of view.
         largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
             names of structures, `each` for every one, `all` for all of them together, which comes first; none by default.
+        refine: groups of structures whose common borders are settled once more by the scan's own grey values; for structures
+            of different tissue. None by default.
         whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
         sums: name → structures, or `all`, whose volumes volumes.csv gives together, beside their own.
         plausible_ml: name of a structure or sum → lowest and highest volume, mL, outside of which a warning asks to look.
@@ -117,6 +119,7 @@ class Spec:
     stand_in: str | None = None
     fit: Fit | None = None
     largest_component: tuple[str, ...] = ()
+    refine: tuple[tuple[str, ...], ...] = ()
     whole: bool = False
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plausible_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -146,6 +149,11 @@ class Spec:
         if self.slice_axis is None:
             return None
         return [AXES[code] for code in self.orientation].index(AXES[self.slice_axis])
+
+    @property
+    def contested(self) -> tuple[int, ...]:
+        """The class numbers of all structures in `refine`."""
+        return tuple(sorted({list(self.labels).index(name) for group in self.refine for name in group}))
 
     @property
     def margin(self) -> tuple[int, ...]:
@@ -199,6 +207,10 @@ def _check_way_in(spec: Spec) -> None:
     if spec.fit is not None and (not 0 <= spec.fit.floor < 1 or spec.fit.slice_size < 1):
         raise ConfigError(f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}")
     _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
+    for i, group in enumerate(spec.refine):
+        _check_names(f"refine[{i}]", group, list(spec.labels)[1:])
+        if len(set(group)) < max(2, len(group)) or spec.output != "softmax":
+            raise ConfigError(f"spec.refine[{i}]: expected two or more structures of a softmax, got {', '.join(group)}")
     for name, parts in spec.sums.items():
         _check_names(f"sums.{name}", parts, {*spec.labels, ALL})
         if name in spec.labels:
