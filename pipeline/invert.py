@@ -17,10 +17,10 @@ from monai.transforms import MapTransform
 from torch.nn import functional
 
 from pipeline.preprocess import IMAGE, SCAN
-from pipeline.refine import held, refined
+from pipeline.refine import refined
 from pipeline.regions import kept
 from pipeline.resample import lines, parallel_axes, sample
-from pipeline.soft import entropy, summed
+from pipeline.soft import entropy, told
 from pipeline.spec import Spec
 from pipeline.stitch import Block
 from pipeline.types import Affine, LabelMap, Logits
@@ -108,9 +108,9 @@ def labels_of_blocks(
     unsure = torch.zeros(shape) if uncertainty else None
     totals: list[torch.Tensor] = []
     store: list[torch.Tensor] = []
-    if contested:
-        blocks = held(blocks, contested, store)
-    index = _fill(summed(blocks, totals) if soft_volumes else blocks, own, affine, shape, soft=False, unsure=unsure)
+    if soft_volumes or contested:
+        blocks = told(blocks, contested, totals, store)
+    index = _fill(blocks, own, affine, shape, soft=False, unsure=unsure)
     keys = ("warnings", "filename_or_obj")
     meta: dict[str, Any] = {ON_FILE_GRID: True} | {key: image.meta[key] for key in keys if key in image.meta}
     if soft_volumes:

@@ -7,7 +7,7 @@ nearby (a Gaussian, whose means follow the bias field): Bayes' rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
@@ -17,7 +17,6 @@ from scipy import ndimage
 from torch.nn import functional
 
 from pipeline.spec import Spec
-from pipeline.stitch import Block
 from pipeline.types import Affine, Array
 
 SURE, CONTESTED = 0.8, 0.1  # probabilities: from which a voxel tells of its structure, from which a structure may win one
@@ -26,17 +25,6 @@ COARSE = 4.0  # mm: means are held on about this grid
 SEEN = 1e-4  # of what is near: how much of it must be surely of a structure to know its grey value
 FLOOR = 1e-4  # of the largest grey value: the standard deviation of noise is never less
 LEAST = 1e-3  # added to probabilities before their logarithm
-
-
-def held(blocks: Iterator[Block], numbers: Sequence[int], store: list[torch.Tensor]) -> Iterator[Block]:
-    """The same blocks; `store` gets those classes' probabilities, (len(numbers), X, Y, Z) float16 on the CPU."""
-    for block in blocks:
-        if not store:
-            store.append(torch.zeros((len(numbers), *block.shape), dtype=torch.float16))
-        part = tuple(slice(s, s + n) for s, n in zip(block.start, block.scores.shape[1:], strict=True))
-        store[0][:, part[0], part[1], part[2]] = torch.softmax(block.scores, dim=0)[list(numbers)].half().cpu()
-        yield block
-        del block
 
 
 def refined(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import log
 
 import torch
@@ -10,11 +10,27 @@ import torch
 from pipeline.stitch import HALO, Block
 
 
-def summed(blocks: Iterator[Block], totals: list[torch.Tensor]) -> Iterator[Block]:
-    """The same blocks; `totals` gets each one's sum of probabilities, (C,) float64, voxels, without what blocks repeat."""
+def told(
+    blocks: Iterator[Block], numbers: Sequence[int], totals: list[torch.Tensor], store: list[torch.Tensor]
+) -> Iterator[Block]:
+    """The same blocks, and what their probabilities say.
+
+    Args:
+        blocks: of logits (C, x, y, z).
+        numbers: of the classes whose probabilities are kept.
+        totals: gets each block's sum of probabilities, (C,) float64, voxels, without what blocks repeat.
+        store: gets the probabilities kept, (len(numbers), X, Y, Z) float16 on the CPU, with the first block.
+    """
     for block in blocks:
+        probabilities = torch.softmax(block.scores, dim=0)
         new = (slice(None), *(slice(HALO if start else 0, None) for start in block.start))
-        totals.append(torch.softmax(block.scores[new], dim=0).sum((1, 2, 3), dtype=torch.float64).cpu())
+        totals.append(probabilities[new].sum((1, 2, 3), dtype=torch.float64).cpu())
+        if numbers:
+            if not store:
+                store.append(torch.zeros((len(numbers), *block.shape), dtype=torch.float16))
+            x, y, z = (slice(s, s + n) for s, n in zip(block.start, block.scores.shape[1:], strict=True))
+            store[0][:, x, y, z] = probabilities[list(numbers)].half().cpu()
+        del probabilities
         yield block
         del block
 

@@ -18,8 +18,9 @@ from pipeline.engine import predict_case
 from pipeline.errors import ConfigError
 from pipeline.header import peek
 from pipeline.preprocess import preprocessing
-from pipeline.refine import held, refined
+from pipeline.refine import refined
 from pipeline.run import Run
+from pipeline.soft import told
 from pipeline.spec import Spec
 from pipeline.stitch import Block
 
@@ -140,9 +141,11 @@ def test_probabilities_are_held_as_blocks_come() -> None:
     blocks = [Block(start=(0, 0, 0), scores=logits[:, :5].clone(), shape=(9, 6, 5)),
               Block(start=(4, 0, 0), scores=logits[:, 4:].clone(), shape=(9, 6, 5))]  # fmt: skip
     store: list[torch.Tensor] = []
-    for block in held(iter(blocks), (1, 3), store):
+    totals: list[torch.Tensor] = []
+    for block in told(iter(blocks), (1, 3), totals, store):
         block.scores.zero_()
     np.testing.assert_allclose(store[0].float(), torch.softmax(logits, dim=0)[[1, 3]], atol=1e-3)
+    np.testing.assert_allclose(sum(totals), torch.softmax(logits, dim=0).sum((1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [None, 1.1])
