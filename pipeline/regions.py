@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from pipeline.spec import ALL, EACH, Spec
-from pipeline.types import Affine
+from pipeline.types import Affine, Array
 
 OFF_GRID = 0.01  # voxels by which a position may lie beyond the outermost voxels and still count as in them
 
@@ -28,7 +28,7 @@ def kept(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
         own, target = (np.asarray(affine, dtype=np.float64) for affine in (image.affine, image.meta["labels_affine"]))
         labels = labels.masked_fill(outside(image.shape[1:], own, target, labels.shape).to(labels.device), 0)
     if ALL in spec.largest_component:
-        labels = labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
+        labels = without_holes(labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype))
     names = [name for name in spec.largest_component if name != ALL]
     if names:
         labels = largest_components(labels, None if EACH in names else [list(spec.labels).index(name) for name in names])
@@ -52,11 +52,31 @@ def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None
             parts, count = ndimage.label(kept[box] == number)
             if count > 1:
                 lone[box] |= (parts > 0) & (parts != 1 + np.bincount(parts.ravel())[1:].argmax())
-    for box in ndimage.find_objects(ndimage.label(lone)[0]) if lone.any() else []:
-        wide = _wider(box, kept.shape)
-        nearest = ndimage.distance_transform_edt(lone[wide], return_distances=False, return_indices=True)
-        kept[wide] = kept[wide][tuple(nearest)]
+    _take_nearest(kept, lone)
     return torch.from_numpy(kept).to(index.device)
+
+
+def without_holes(index: torch.Tensor) -> torch.Tensor:
+    """(X, Y, Z) class numbers in which background that is shut in by structures takes the nearest one."""
+    kept = index.cpu().numpy().copy()
+    boxes = ndimage.find_objects((kept > 0).astype(np.uint8))
+    if boxes:
+        parts, _ = ndimage.label(kept[boxes[0]] == 0)
+        faces = [parts.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
+        shut = ~np.isin(np.arange(parts.max() + 1), np.concatenate(faces))
+        shut[0] = False
+        holes = np.zeros(kept.shape, dtype=np.uint8)
+        holes[boxes[0]] = shut[parts]
+        _take_nearest(kept, holes)
+    return torch.from_numpy(kept).to(index.device)
+
+
+def _take_nearest(labels: Array, lost: Array) -> None:
+    """Gives the voxels that are `lost` the label of the nearest that are not, in place."""
+    for box in ndimage.find_objects(ndimage.label(lost)[0]) if lost.any() else []:
+        wide = _wider(box, labels.shape)
+        nearest = ndimage.distance_transform_edt(lost[wide], return_distances=False, return_indices=True)
+        labels[wide] = labels[wide][tuple(nearest)]
 
 
 def _wider(box: tuple[slice, ...], shape: Sequence[int]) -> tuple[slice, ...]:

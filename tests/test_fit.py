@@ -14,6 +14,7 @@ import torch
 from monai.data import MetaTensor
 from nibabel.affines import apply_affine
 from phantom import parse_spec
+from scipy import ndimage
 from skimage.exposure import rescale_intensity
 from skimage.measure import label as label_components
 from skimage.transform import resize
@@ -188,6 +189,26 @@ def test_the_largest_component_is_scikit_images() -> None:
     parts = label_components(noise, connectivity=1)
     expected = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
     assert np.array_equal(regions.largest_components(torch.from_numpy(noise.astype(np.uint8))).numpy() > 0, expected)
+
+
+def test_background_that_is_shut_in_is_a_hole() -> None:
+    """It takes the nearest structure, as scipy finds holes; what is open to a side stays, also at the volume's edge."""
+    rng = np.random.default_rng(0)
+    index = np.where(rng.random((15, 19, 12)) < 0.8, rng.integers(1, 4, (15, 19, 12)), 0).astype(np.uint8)
+    index[:3] = 0
+    found = regions.without_holes(torch.from_numpy(index)).numpy()
+    box = ndimage.find_objects((index > 0).astype(np.uint8))[0]
+    expected = np.zeros(index.shape, dtype=bool)
+    expected[box] = ndimage.binary_fill_holes(index[box] > 0)
+    assert (expected & (index == 0)).sum() > 20
+    np.testing.assert_array_equal(found > 0, expected)
+    np.testing.assert_array_equal(found[index > 0], index[index > 0])
+    spec = parse_spec(largest_component=["all"])
+    image = MetaTensor(torch.zeros(1, 3, 3, 3), meta={"labels_affine": np.eye(4)})
+    ring = torch.ones(1, 3, 3, 3, dtype=torch.uint8)
+    ring[0, 1, 1, 1] = 0
+    assert bool((regions.kept(ring, image, spec) == 1).all())
+    assert not regions.without_holes(torch.zeros(3, 4, 5, dtype=torch.uint8)).any()
 
 
 def test_each_structure_keeps_its_own_largest_component() -> None:
