@@ -92,8 +92,8 @@ class Spec:
         stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
         fit: null keeps the whole field of view.
         largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
-            names of structures, `each` for every one, `all` for all of them together, which comes first and leaves no hole; none
-            by default.
+            names of structures, `each` for every one, `all` for all of them together, which comes first and leaves no hole;
+            none by default.
         refine: groups of structures whose common borders are settled once more by the scan's own grey values; for structures
             of different tissue. None by default.
         whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
