@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from scipy import ndimage
 from torch.nn import functional
 
+from pipeline.regions import wider
 from pipeline.spec import Spec
 from pipeline.types import Affine, Array
 
@@ -71,15 +72,11 @@ def refined(
     return torch.from_numpy(labels).to(index.device)
 
 
-def _part(likely: torch.Tensor) -> tuple[slice, slice, slice]:
-    """The box of a grid (K, X, Y, Z) in which structures may win anything."""
-    able = (likely >= CONTESTED).any(dim=0)
-    found = []
-    for axis in range(3):
-        others = [other for other in range(3) if other != axis]
-        there = able.any(dim=others[1]).any(dim=others[0]).nonzero().flatten().tolist() or [0]
-        found.append(slice(max(0, there[0] - 1), there[-1] + 2))
-    return found[0], found[1], found[2]
+def _part(likely: torch.Tensor) -> tuple[slice, ...]:
+    """The box of a grid (K, X, Y, Z) in which structures may win anything, and a voxel more; a corner where they may not."""
+    able = (likely >= CONTESTED).any(dim=0).numpy()
+    boxes = ndimage.find_objects(able.astype(np.uint8))
+    return wider(boxes[0] if boxes else (slice(0, 1),) * 3, able.shape)
 
 
 def _moved(array: Array, matrix: Affine, shape: Sequence[int]) -> Array:

@@ -74,12 +74,12 @@ def without_holes(index: torch.Tensor) -> torch.Tensor:
 def _take_nearest(labels: Array, lost: Array) -> None:
     """Gives the voxels that are `lost` the label of the nearest that are not, in place."""
     for box in ndimage.find_objects(ndimage.label(lost)[0]) if lost.any() else []:
-        wide = _wider(box, labels.shape)
+        wide = wider(box, labels.shape)
         nearest = ndimage.distance_transform_edt(lost[wide], return_distances=False, return_indices=True)
         labels[wide] = labels[wide][tuple(nearest)]
 
 
-def _wider(box: tuple[slice, ...], shape: Sequence[int]) -> tuple[slice, ...]:
+def wider(box: tuple[slice, ...], shape: Sequence[int]) -> tuple[slice, ...]:
     """A box with one voxel more at each end, where there is one."""
     return tuple(slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(box, shape, strict=True))
 

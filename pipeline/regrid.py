@@ -22,13 +22,17 @@ def regridded(affine: Affine, shape: Sequence[int], spacing: float) -> tuple[Aff
     Args:
         affine: voxel → RAS+ world, mm.
         shape: voxels along its axes.
-        spacing: of the new voxels, mm; an axis without a size keeps what it has.
+        spacing: of the new voxels, mm.
+
+    Returns:
+        affine and shape; as they were where the affine is none that a volume can have, which is for `check` to say.
 
     Raises:
         VolumeError: the grid would be too large to be held.
     """
-    own = np.linalg.norm(affine[:3, :3], axis=0)
-    ratio = np.divide(spacing, own, out=np.ones(3), where=own > 0)
+    if not _is_sound(affine):
+        return affine, tuple(shape)
+    ratio = spacing / np.linalg.norm(affine[:3, :3], axis=0)
     size = tuple(max(1, ceil(n / step - SPARE)) for n, step in zip(shape, ratio, strict=True))
     if prod(size) > MOST:
         raise VolumeError(
@@ -42,7 +46,7 @@ def regridded(affine: Affine, shape: Sequence[int], spacing: float) -> tuple[Aff
 
 def header_on(header: bytes, affine: Affine) -> tuple[bytes, Affine]:
     """A NIfTI header moved to another grid, with its codes, and that grid as the header can tell it (in single precision)."""
-    if not header:
+    if not header or not _is_sound(affine):
         return header, affine
     kind = nib.Nifti1Header if len(header) == NIFTI1_BYTES else nib.Nifti2Header
     own = kind(header, check=False)
@@ -50,3 +54,7 @@ def header_on(header: bytes, affine: Affine) -> tuple[bytes, Affine]:
     own.set_qform(affine, code=codes[1], strip_shears=True)
     own.set_sform(affine, code=codes[0] if any(codes) else SCANNER_CODE)
     return own.binaryblock, own.get_best_affine()
+
+
+def _is_sound(affine: Affine) -> bool:
+    return bool(np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]))

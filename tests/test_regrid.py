@@ -126,6 +126,20 @@ def test_labels_that_nothing_could_hold_are_refused() -> None:
         regridded(oblique(), SHAPE, 0.001)
 
 
+@pytest.mark.parametrize("fault", [0.0, np.nan, np.inf])
+def test_a_header_that_says_no_grid_is_refused_as_ever(fault: float, fine: Model, tiny_bundle_3d: Path) -> None:
+    """By the check of volumes, with the same words."""
+    image = nifti()
+    image.header["srow_x"] = image.header["srow_y"] = image.header["srow_z"] = fault
+    broken = nib.Nifti1Image(np.asarray(image.dataobj), None, image.header)
+    said = []
+    for model in (open_model(tiny_bundle_3d, device="cpu", runtime="torch"), fine):
+        with pytest.raises(VolumeError) as error:
+            predict_case(model, broken)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
 def test_finer_labels_are_counted_in_the_memory_that_a_case_takes(fine: Model, tiny_bundle_3d: Path) -> None:
     """By two bytes a voxel more."""
     image = nifti(smooth((40, 50, 30)))
