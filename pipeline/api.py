@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import DEFAULT_BUNDLE
-from pipeline.bundle import open_model
-from pipeline.engine import Model, predict_case
+from pipeline.bundle import open_bundle
+from pipeline.defaults import DEFAULT_BUNDLE
+from pipeline.inference import Model, predict_case
+from pipeline.io import as_nibabel, as_sitk
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
-from pipeline.write import as_nibabel, as_sitk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def load(
     Raises:
         PipelineError: no such bundle or device.
     """
-    return open_model(
+    return open_bundle(
         bundle,
         device=device,
         overlap=overlap,

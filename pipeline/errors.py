@@ -9,6 +9,18 @@ PipelineError            the user can mend it; its text says where, what was fou
 └── WriteError           a result that cannot be written
 """
 
+__all__ = [
+    "ConfigError",
+    "GeometryError",
+    "PipelineError",
+    "ReadError",
+    "ShapeError",
+    "VolumeError",
+    "WriteError",
+    "root_cause",
+    "unwrap",
+]
+
 
 class PipelineError(Exception):
     """Something the user can mend."""
@@ -38,8 +50,16 @@ class WriteError(PipelineError):
     """A result that cannot be written."""
 
 
-def mendable(error: BaseException | None) -> PipelineError | None:
+def unwrap(error: BaseException | None) -> PipelineError | None:
     """The PipelineError behind an exception, through the wrappers that MONAI's transforms and engines put around it."""
     while error is not None and not isinstance(error, PipelineError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def root_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of wrapped errors."""
+    known = unwrap(error)
+    while known is None and error.__cause__ is not None:
+        error = error.__cause__
+    return str(known or f"{type(error).__name__}: {error}")

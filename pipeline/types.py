@@ -33,4 +33,14 @@ Logits: TypeAlias = "torch.Tensor"
 Case: TypeAlias = dict[str, Any]
 """One case as MONAI's transforms see it: `case` (its name), `image` (path or paths), later `pred` and what was met."""
 
-__all__ = ["Affine", "Array", "Case", "LabelMap", "Logits", "Path", "PathOrStr", "Spacing", "Volume"]
+__all__ = [
+    "Affine",
+    "Array",
+    "Case",
+    "LabelMap",
+    "Logits",
+    "Path",
+    "PathOrStr",
+    "Spacing",
+    "Volume",
+]

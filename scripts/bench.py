@@ -25,14 +25,11 @@ import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline import bundle as bundles
-from pipeline import network as networks
-from pipeline import spec as specs
-from pipeline.engine import save_weights
-from pipeline.export import export
-from pipeline.report import write_json
-from pipeline.stitch import lattice
-from pipeline.write import write_bytes
+from pipeline.bundle import export_bundle, find_bundle, refresh_bundle
+from pipeline.config import load_spec
+from pipeline.inference import window_grid
+from pipeline.io import write_atomically, write_json
+from pipeline.networks import build_network, save_weights
 
 HERE = Path(__file__).parent
 CARD = (
@@ -44,22 +41,39 @@ CARD = (
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     data = Path(os.environ.get("VOLSEG_DATA", "."))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--volume", type=Path, default=data / "real" / "head1mm_T1w.nii.gz", help="a NIfTI file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--volume", type=Path, default=data / "real" / "head1mm_T1w.nii.gz", help="a NIfTI file"
+    )
     parser.add_argument("--bundle", help="a trained bundle instead of random weights")
     parser.add_argument("--classes", type=int, default=18)
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 160])
     parser.add_argument("--roi", type=int, nargs=3, default=[96, 96, 96], help="voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
-    parser.add_argument("--tools", nargs="+", default=["monai", "float32", "int8", "float32 own plan", "int8 own plan"])
-    parser.add_argument("--nnunet-python", help="the Python of an environment with nnunetv2 and volseg; adds the tool nnunet")
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        default=["monai", "float32", "int8", "float32 own plan", "int8 own plan"],
+    )
+    parser.add_argument(
+        "--nnunet-python",
+        help="the Python of an environment with nnunetv2 and volseg; adds the tool nnunet",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="writes the results there")
     parser.add_argument("--plot", type=Path, help="draws them there")
     parser.add_argument("--report", type=Path, help="writes them there as a page")
-    parser.add_argument("--from-json", type=Path, help="measures nothing: page and plot of earlier results")
-    parser.add_argument("--memory", type=Path, help="results of scripts/bench_memory.py, for the page")
-    parser.add_argument("--batch", type=Path, help="results of scripts/bench_batch.py, for the page")
+    parser.add_argument(
+        "--from-json", type=Path, help="measures nothing: page and plot of earlier results"
+    )
+    parser.add_argument(
+        "--memory", type=Path, help="results of scripts/bench_memory.py, for the page"
+    )
+    parser.add_argument(
+        "--batch", type=Path, help="results of scripts/bench_batch.py, for the page"
+    )
     parser.add_argument("--int8", type=Path, help="results of scripts/bench_int8.py, for the page")
     return parser.parse_args()
 
@@ -79,8 +93,8 @@ def make_bundle(folder: Path, args: argparse.Namespace) -> Path:
     (configs / "spec.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     (configs / "card.yaml").write_text(CARD)
     torch.manual_seed(0)
-    save_weights(networks.from_spec(specs.load(configs / "spec.yaml")), folder / "models" / "model.pt")
-    bundles.refresh(folder)
+    save_weights(build_network(load_spec(configs / "spec.yaml")), folder / "models" / "model.pt")
+    refresh_bundle(folder)
     return folder
 
 
@@ -89,20 +103,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tools = [*args.tools, *(["nnunet"] if args.nnunet_python else [])]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        root = bundles.find(args.bundle) if args.bundle else make_bundle(folder / "bundle", args)
-        if any("int8" in tool for tool in tools) and not (root / "models" / "model_int8.xml").is_file():
+        root = find_bundle(args.bundle) if args.bundle else make_bundle(folder / "bundle", args)
+        if (
+            any("int8" in tool for tool in tools)
+            and not (root / "models" / "model_int8.xml").is_file()
+        ):
             say("calibrating int8 on the volume")
-            export(root, "openvino", precision="int8", calibrate=[args.volume])
+            export_bundle(root, "openvino", precision="int8", calibrate=[args.volume])
         runs: dict[str, list[dict[str, Any]]] = {tool: [] for tool in tools}
         sgemm = []
         for number in range(args.rounds):
             sgemm.append(sgemm_gflops())
             for tool in tools:
                 python = args.nnunet_python if tool == "nnunet" else sys.executable
-                runs[tool].append(once(python, tool, root, args.volume, folder / f"{tool.replace(' ', '_')}.nii.gz"))
-                say(f"round {number + 1} of {args.rounds}: {tool}: {runs[tool][-1]['seconds']:.1f} s")
+                runs[tool].append(
+                    once(
+                        python, tool, root, args.volume, folder / f"{tool.replace(' ', '_')}.nii.gz"
+                    )
+                )
+                say(
+                    f"round {number + 1} of {args.rounds}: {tool}: {runs[tool][-1]['seconds']:.1f} s"
+                )
         results = {tool: summary(listed) for tool, listed in runs.items()}
-        agreement = {tool: agree(folder, tool) for tool in tools if tool != "monai" and "monai" in tools}
+        agreement = {
+            tool: agree(folder, tool) for tool in tools if tool != "monai" and "monai" in tools
+        }
         return assembled(args, root, results, agreement, median(sgemm))
 
 
@@ -135,22 +160,40 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def agree(folder: Path, tool: str) -> dict[str, float]:
     """The fraction of voxels with MONAI's label, and the mean Dice against MONAI's labels over those that it has."""
-    theirs, ours = (np.asarray(nib.load(folder / f"{name.replace(' ', '_')}.nii.gz").dataobj) for name in ("monai", tool))
-    both = np.bincount(theirs[ours == theirs].astype(int).ravel(), minlength=int(max(theirs.max(), ours.max())) + 1)
-    sizes = np.stack([np.bincount(a.astype(int).ravel(), minlength=len(both)) for a in (ours, theirs)]).sum(axis=0)
+    theirs, ours = (
+        np.asarray(nib.load(folder / f"{name.replace(' ', '_')}.nii.gz").dataobj)
+        for name in ("monai", tool)
+    )
+    both = np.bincount(
+        theirs[ours == theirs].astype(int).ravel(), minlength=int(max(theirs.max(), ours.max())) + 1
+    )
+    sizes = np.stack(
+        [np.bincount(a.astype(int).ravel(), minlength=len(both)) for a in (ours, theirs)]
+    ).sum(axis=0)
     dice = 2 * both[1:] / np.maximum(sizes[1:], 1)
-    return {"voxels": float((ours == theirs).mean()), "dice": float(dice[np.unique(theirs[theirs > 0]).astype(int) - 1].mean())}
+    return {
+        "voxels": float((ours == theirs).mean()),
+        "dice": float(dice[np.unique(theirs[theirs > 0]).astype(int) - 1].mean()),
+    }
 
 
 def assembled(
-    args: argparse.Namespace, root: Path, results: dict[str, Any], agreement: dict[str, Any], sgemm: float
+    args: argparse.Namespace,
+    root: Path,
+    results: dict[str, Any],
+    agreement: dict[str, Any],
+    sgemm: float,
 ) -> dict[str, Any]:
     """The content of the JSON file."""
-    spec = specs.load(root / "configs" / "spec.yaml")
-    shape = [max(n, r) for n, r in zip(nib.load(args.volume).shape[:3], spec.roi_size, strict=False)]
-    windows = int(np.prod([len(starts) for starts in lattice(shape, spec.roi_size, spec.overlap).starts]))
+    spec = load_spec(root / "configs" / "spec.yaml")
+    shape = [
+        max(n, r) for n, r in zip(nib.load(args.volume).shape[:3], spec.roi_size, strict=False)
+    ]
+    windows = int(
+        np.prod([len(starts) for starts in window_grid(shape, spec.roi_size, spec.overlap).starts])
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        networks.from_spec(spec).eval()(torch.zeros(1, len(spec.channels), *spec.roi_size))
+        build_network(spec).eval()(torch.zeros(1, len(spec.channels), *spec.roi_size))
     work = counter.get_total_flops() * windows / 1e9
     for tool, found in results.items():
         if "network" in found["steps"] and "own plan" not in tool:  # which looks at fewer windows
@@ -158,7 +201,11 @@ def assembled(
 
     def speedup(base: str) -> dict[str, float]:
         ours = {tool: found for tool, found in results.items() if tool not in ("monai", "nnunet")}
-        return {tool: results[base]["seconds"] / found["seconds"] for tool, found in ours.items()} if base in results else {}
+        return (
+            {tool: results[base]["seconds"] / found["seconds"] for tool, found in ours.items()}
+            if base in results
+            else {}
+        )
 
     return {
         "speedup_vs_monai": speedup("monai"),
@@ -169,8 +216,16 @@ def assembled(
         "network_gflop": work / windows,
         "sgemm_gflops": sgemm,
         "volume": {"name": args.volume.name, "shape": shape},
-        "spec": {"bundle": args.bundle or "random weights", "classes": len(spec.labels), "features": spec.network.features},
-        "machine": {"processor": processor(), "threads": torch.get_num_threads(), "system": platform.platform(terse=True)},
+        "spec": {
+            "bundle": args.bundle or "random weights",
+            "classes": len(spec.labels),
+            "features": spec.network.features,
+        },
+        "machine": {
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(terse=True),
+        },
         "versions": {name: version(name) for name in ("volseg", "monai", "torch", "openvino")},
     }
 
@@ -193,7 +248,11 @@ def processor() -> str:
         return platform.processor()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     flags = next((line for line in lines if line.startswith("flags")), "")
-    known = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16") if f" {flag}" in flags]
+    known = [
+        flag
+        for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16")
+        if f" {flag}" in flags
+    ]
     return f"{name} ({', '.join(known)})"
 
 
@@ -211,12 +270,20 @@ def memory_lines(found: dict[str, Any]) -> list[str]:
     ]
     for run in found["runs"]:
         peak = f"{run['peak_gb']:.2f}" if run["status"] == "done" else "refused before it starts"
-        cells = [str(run["classes"]), run["limit"], f"{run['estimate_gb']:.2f}", peak, run["labels"]]
+        cells = [
+            str(run["classes"]),
+            run["limit"],
+            f"{run['estimate_gb']:.2f}",
+            peak,
+            run["labels"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Labels are told by the first digits of their file's SHA-256."]
     if "slope" in found:
         slope = found["slope"]
-        lines.append(f"Over cases in one process resident memory grows by {slope['mb_a_case']:.2f} MB a case.")
+        lines.append(
+            f"Over cases in one process resident memory grows by {slope['mb_a_case']:.2f} MB a case."
+        )
     return lines
 
 
@@ -235,7 +302,10 @@ def int8_lines(found: dict[str, Any]) -> list[str]:
 
 def batch_lines(found: dict[str, Any]) -> list[str]:
     """What scripts/bench_batch.py measured, as Markdown."""
-    parts = [f"{one['outside']:.0%} of {one['seconds']:.0f} s in {one['precision']}" for one in found["batches"]]
+    parts = [
+        f"{one['outside']:.0%} of {one['seconds']:.0f} s in {one['precision']}"
+        for one in found["batches"]
+    ]
     cases = found["batches"][0]["cases"]
     return [
         "",
@@ -258,14 +328,20 @@ def page(found: dict[str, Any], args: argparse.Namespace) -> str:
         f"{found['volume']['name']} ({' × '.join(map(str, found['volume']['shape']))} voxels), {found['windows']} windows of "
         f"{found['network_gflop']:.0f} GFLOP, {found['spec']['classes']} classes, {found['spec']['bundle']}.",
         f"{found['machine']['processor']}, {found['machine']['threads']} threads; float32 matrix products reach "
-        f"{found['sgemm_gflops']:.0f} GFLOP/s. " + ", ".join(f"{name} {v}" for name, v in found["versions"].items()) + ".",
+        f"{found['sgemm_gflops']:.0f} GFLOP/s. "
+        + ", ".join(f"{name} {v}" for name, v in found["versions"].items())
+        + ".",
         "",
         "| tool | seconds | times as fast as MONAI | peak memory, MB | network, s | outside it | voxels as MONAI | Dice |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for tool, one in found["tools"].items():
         network = one["steps"].get("network")
-        alike = {} if "own plan" in tool or tool == "nnunet" else found["agreement_with_monai"].get(tool, {})
+        alike = (
+            {}
+            if "own plan" in tool or tool == "nnunet"
+            else found["agreement_with_monai"].get(tool, {})
+        )
         cells = [
             tool,
             f"{one['seconds']:.1f}",
@@ -283,8 +359,15 @@ def page(found: dict[str, Any], args: argparse.Namespace) -> str:
         "nnU-Net crops a volume to what is not zero; random weights say something in air too: labels are not compared there.",
     ]
     if args.plot and args.report:
-        lines += ["", f"![Seconds a volume, step by step]({os.path.relpath(args.plot, args.report.parent)})"]
-    for path, section in ((args.batch, batch_lines), (args.memory, memory_lines), (args.int8, int8_lines)):
+        lines += [
+            "",
+            f"![Seconds a volume, step by step]({os.path.relpath(args.plot, args.report.parent)})",
+        ]
+    for path, section in (
+        (args.batch, batch_lines),
+        (args.memory, memory_lines),
+        (args.int8, int8_lines),
+    ):
         if path:
             lines += section(json.loads(path.read_text()))
     return "\n".join(lines) + "\n"
@@ -328,7 +411,7 @@ def main() -> None:
     if args.plot:
         plot(found, args.plot)
     if args.report:
-        write_bytes(args.report, page(found, args).encode())
+        write_atomically(args.report, page(found, args).encode())
     print(page(found, args))
 
 

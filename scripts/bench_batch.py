@@ -20,19 +20,21 @@ import yaml
 from bench import make_bundle, say
 from bench_tools import AIR
 
-from pipeline import batch
-from pipeline.bundle import open_model
-from pipeline.cases import find_cases
-from pipeline.export import export
-from pipeline.memory import ready_bytes
-from pipeline.report import write_json
+from pipeline.batch import segment_cases
+from pipeline.bundle import export_bundle, open_bundle
+from pipeline.inference import ready_bytes
+from pipeline.io import find_cases, write_json
 
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
     data = Path(os.environ.get("VOLSEG_DATA", "."))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--volume", type=Path, default=data / "real" / "head1mm_T1w.nii.gz", help="a NIfTI file")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--volume", type=Path, default=data / "real" / "head1mm_T1w.nii.gz", help="a NIfTI file"
+    )
     parser.add_argument("--cases", type=int, default=5)
     parser.add_argument("--classes", type=int, default=18)
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 160])
@@ -45,14 +47,20 @@ def arguments() -> argparse.Namespace:
 
 def measured(root: Path, folder: Path, precision: str) -> dict[str, Any]:
     """Wall seconds of the batch, those of the network, and the share of the rest."""
-    model = open_model(root, device="cpu", precision=precision)
+    model = open_bundle(root, device="cpu", precision=precision)
     ready_bytes(model)
     cases = find_cases([folder], model.spec)
     started = time.perf_counter()
-    rows = batch.segment(model, cases, folder.parent / f"out_{precision}")
+    rows = segment_cases(model, cases, folder.parent / f"out_{precision}")
     wall = time.perf_counter() - started
     network = sum(float(row["network_s"]) for row in rows)
-    return {"precision": precision, "cases": len(rows), "seconds": wall, "network": network, "outside": 1 - network / wall}
+    return {
+        "precision": precision,
+        "cases": len(rows),
+        "seconds": wall,
+        "network": network,
+        "outside": 1 - network / wall,
+    }
 
 
 def main() -> None:
@@ -61,12 +69,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root, folder = make_bundle(Path(name) / "bundle", args), Path(name) / "scans"
         path = root / "configs" / "spec.yaml"
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"air": AIR}, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(yaml.safe_load(path.read_text()) | {"air": AIR}, sort_keys=False)
+        )
         folder.mkdir()
         for number in range(args.cases):
             (folder / f"scan_{number}.nii.gz").symlink_to(args.volume.resolve())
         if "int8" in args.precisions:
-            export(root, "openvino", precision="int8", calibrate=[args.volume])
+            export_bundle(root, "openvino", precision="int8", calibrate=[args.volume])
         found = [measured(root, folder, precision) for precision in args.precisions]
     for one in found:
         say(json.dumps(one))

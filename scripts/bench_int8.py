@@ -17,14 +17,11 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline.bundle import find, open_model
-from pipeline.dataset import fold_cases
-from pipeline.engine import predict_case
-from pipeline.export import export
-from pipeline.progress import quiet
-from pipeline.read import read
-from pipeline.report import write_json
-from pipeline.score import dice
+from pipeline.bundle import export_bundle, find_bundle, open_bundle
+from pipeline.cli import quiet
+from pipeline.evaluation import dice
+from pipeline.inference import predict_case
+from pipeline.io import fold_cases, read, write_json
 from pipeline.types import Array
 
 PRECISIONS = ("float32", "int8")
@@ -32,12 +29,14 @@ PRECISIONS = ("float32", "int8")
 
 def scored(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean Dice of each precision against the labels, and of int8 against float32."""
-    models = {name: open_model(bundle, device="cpu", precision=name) for name in PRECISIONS}
+    models = {name: open_bundle(bundle, device="cpu", precision=name) for name in PRECISIONS}
     values = {name: value for name, value in models["int8"].spec.labels.items() if value}
     against: dict[str, list[float]] = {f"{p} {name}": [] for p in PRECISIONS for name in values}
     between: list[float] = []
     for case in cases:
-        found: dict[str, Array] = {name: predict_case(model, case["image"]).labels for name, model in models.items()}
+        found: dict[str, Array] = {
+            name: predict_case(model, case["image"]).labels for name, model in models.items()
+        }
         there = np.rint(read(case["label"]).array)
         for name, value in values.items():
             for precision, labels in found.items():
@@ -45,7 +44,12 @@ def scored(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
             between.append(dice(found["int8"] == value, found["float32"] == value))
     means = {key: fmean(v for v in listed if v == v) for key, listed in against.items()}
     loss = fmean(means[f"float32 {name}"] - means[f"int8 {name}"] for name in values)
-    return {"cases": len(cases), "dice": means, "mean_dice_loss": loss, "dice_int8_against_float32": fmean(between)}
+    return {
+        "cases": len(cases),
+        "dice": means,
+        "mean_dice_loss": loss,
+        "dice_int8_against_float32": fmean(between),
+    }
 
 
 @click.command()
@@ -58,9 +62,9 @@ def main(bundle: str, dataset: str, splits: str, fold: int, output: Path | None)
     """Quantise BUNDLE on training cases of DATASET and score it on those that the fold leaves out."""
     quiet()
     with tempfile.TemporaryDirectory() as name:
-        copy = Path(shutil.copytree(find(bundle), Path(name) / "bundle"))
+        copy = Path(shutil.copytree(find_bundle(bundle), Path(name) / "bundle"))
         training = [case["image"] for case in fold_cases(dataset, splits, fold, "train")]
-        report = export(copy, "openvino", precision="int8", calibrate=training)
+        report = export_bundle(copy, "openvino", precision="int8", calibrate=training)
         found = scored(copy, fold_cases(dataset, splits, fold, "val")) | {"export": report}
     click.echo(json.dumps(found, indent=2))
     if output:

@@ -22,19 +22,31 @@ import numpy as np
 from bench import make_bundle
 from scipy import ndimage
 
-from pipeline.bundle import open_model
-from pipeline.engine import predict_case
-from pipeline.header import peek
-from pipeline.memory import estimate, parse_size, ready_bytes, resident_bytes, within
-from pipeline.report import read_csv, sha256, write_json
+from pipeline.bundle import open_bundle
+from pipeline.inference import (
+    estimate_memory,
+    parse_size,
+    plan_memory,
+    predict_case,
+    ready_bytes,
+    resident_bytes,
+)
+from pipeline.io import read_csv, read_header, sha256, write_json
 
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", type=int, nargs=3, default=[384, 384, 256], help="voxels")
     parser.add_argument("--classes", type=int, nargs="+", default=[100, 18])
-    parser.add_argument("--limits", nargs="+", default=["2G", "4G", "none"], help="for --max-memory; a class count goes by all")
+    parser.add_argument(
+        "--limits",
+        nargs="+",
+        default=["2G", "4G", "none"],
+        help="for --max-memory; a class count goes by all",
+    )
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 160])
     parser.add_argument("--roi", type=int, nargs=3, default=[96, 96, 96], help="voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
@@ -46,7 +58,11 @@ def arguments() -> argparse.Namespace:
 def make_volume(path: Path, shape: list[int]) -> Path:
     """Smooth blobs above empty slices, as a head above air; int16, 1 mm."""
     coarse = np.random.default_rng(0).normal(size=[max(2, n // 32) for n in shape])
-    array = ndimage.zoom(coarse, [n / c for n, c in zip(shape, coarse.shape, strict=True)], order=1) * 200 + 300
+    array = (
+        ndimage.zoom(coarse, [n / c for n, c in zip(shape, coarse.shape, strict=True)], order=1)
+        * 200
+        + 300
+    )
     array[:, :, : shape[2] // 6] = 0
     nib.save(nib.Nifti1Image(array.clip(0).astype(np.int16), np.eye(4)), path)
     return path
@@ -55,9 +71,25 @@ def make_volume(path: Path, shape: list[int]) -> Path:
 def once(root: Path, volume: Path, out: Path, limit: str) -> dict[str, Any]:
     """One run of the command: what became of the case, the peak of its process, and the labels' hash."""
     option = [] if limit == "none" else ["--max-memory", limit]
-    command = [sys.executable, "-m", "pipeline.cli", "segment", str(volume), "-o", str(out), "-b", str(root), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "segment",
+        str(volume),
+        "-o",
+        str(out),
+        "-b",
+        str(root),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run([*command, *option], capture_output=True, text=True, check=False)
-    row = read_csv(out / "cases.csv")[0] if (out / "cases.csv").is_file() else {"status": "failed", "message": done.stderr}
+    row = (
+        read_csv(out / "cases.csv")[0]
+        if (out / "cases.csv").is_file()
+        else {"status": "failed", "message": done.stderr}
+    )
     labels = out / f"{volume.name.removesuffix('.nii.gz')}_seg.nii.gz"
     return {
         "status": row["status"],
@@ -71,28 +103,43 @@ def estimated(root: Path, volume: Path, limit: str) -> float:
     """The peak that the command expects, GB: told by a process of its own, as what is loaded counts."""
     paths = ", ".join(f"pathlib.Path({str(path.resolve())!r})" for path in (root, volume))
     code = f"import bench_memory, pathlib; print(bench_memory.expected({paths}, {limit!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.strip().splitlines()[-1])
 
 
 def expected(root: Path, volume: Path, limit: str) -> float:
     """The peak that this process expects for one case, GB."""
-    model = open_model(root, device="cpu")
-    headers = [peek(volume)]
+    model = open_bundle(root, device="cpu")
+    headers = [read_header(volume)]
     if limit == "none":
-        return estimate(model, headers, ready_bytes(model), model.evaluator.inferer.held_bytes).peak / 2**30
-    return within(model, headers, parse_size(limit))[0].peak / 2**30
+        return (
+            estimate_memory(
+                model, headers, ready_bytes(model), model.evaluator.inferer.held_bytes
+            ).peak
+            / 2**30
+        )
+    return plan_memory(model, headers, parse_size(limit))[0].peak / 2**30
 
 
 def slope(crops: list[Path]) -> dict[str, float]:
     """Growth of this process's resident memory over cases, MB a case, after the first ten."""
-    model = open_model("hippocampus_mr_3d", device="cpu")
+    model = open_bundle("hippocampus_mr_3d", device="cpu")
     held = []
     for crop in crops:
         predict_case(model, crop)
         held.append(resident_bytes() / 2**20)
     settled = held[10:]
-    return {"mb_a_case": float(np.polyfit(range(len(settled)), settled, 1)[0]), "first_mb": settled[0], "last_mb": settled[-1]}
+    return {
+        "mb_a_case": float(np.polyfit(range(len(settled)), settled, 1)[0]),
+        "first_mb": settled[0],
+        "last_mb": settled[-1],
+    }
 
 
 def main() -> None:
@@ -103,14 +150,26 @@ def main() -> None:
         folder = Path(name)
         volume = make_volume(folder / "volume.nii.gz", args.shape)
         for classes in args.classes:
-            root = make_bundle(folder / f"bundle_{classes}", argparse.Namespace(**{**vars(args), "classes": classes}))
+            root = make_bundle(
+                folder / f"bundle_{classes}",
+                argparse.Namespace(**{**vars(args), "classes": classes}),
+            )
             for limit in args.limits:
                 one = once(root, volume, folder / f"out_{classes}_{limit}", limit)
-                found["runs"].append({"classes": classes, "limit": limit, "estimate_gb": estimated(root, volume, limit), **one})
+                found["runs"].append(
+                    {
+                        "classes": classes,
+                        "limit": limit,
+                        "estimate_gb": estimated(root, volume, limit),
+                        **one,
+                    }
+                )
                 print(json.dumps(found["runs"][-1]), flush=True)
     data = os.environ.get("VOLSEG_DATA")
     if data and args.cases:
-        crops = sorted((Path(data) / "hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))[: args.cases]
+        crops = sorted((Path(data) / "hippocampus" / "imagesTr").glob("hippocampus_*.nii.gz"))[
+            : args.cases
+        ]
         found["slope"] = slope(crops)
         print(json.dumps(found["slope"]))
     if args.json:

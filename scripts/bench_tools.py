@@ -17,31 +17,31 @@ from typing import Any
 
 import torch
 
-from pipeline import network as networks
-from pipeline import spec as specs
-from pipeline.memory import peak_bytes
-from pipeline.spec import Spec
+from pipeline.config import Spec, load_spec
+from pipeline.inference import peak_bytes
+from pipeline.networks import build_network
 
-AIR = 0.05  # of the way from the lowest value to the brightest: below it there is no tissue in a head
+AIR = (
+    0.05  # of the way from the lowest value to the brightest: below it there is no tissue in a head
+)
 Run = Callable[[Path, Path], dict[str, float]]
 
 
 def opened(bundle: Path) -> tuple[Spec, torch.nn.Module]:
     """A bundle's spec and its network in torch, ready to run."""
-    spec = specs.load(bundle / "configs" / "spec.yaml")
-    network = networks.from_spec(spec)
+    spec = load_spec(bundle / "configs" / "spec.yaml")
+    network = build_network(spec)
     network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
     return spec, network.eval()
 
 
 def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -> Run:
     """This project, as the command runs it."""
-    from pipeline.bundle import open_model
-    from pipeline.engine import predict_case
-    from pipeline.memory import ready_bytes
-    from pipeline.write import as_nibabel, write_labels
+    from pipeline.bundle import open_bundle
+    from pipeline.inference import predict_case, ready_bytes
+    from pipeline.io import as_nibabel, write_labels
 
-    model = open_model(bundle, device="cpu", precision=precision)
+    model = open_bundle(bundle, device="cpu", precision=precision)
     model.evaluator.inferer.placement, model.evaluator.inferer.air = placement, air
     ready_bytes(model)
 
@@ -76,7 +76,13 @@ def monai(bundle: Path) -> Run:
                 Invertd("pred", before, orig_keys="image", nearest_interp=False, to_tensor=True),
                 AsDiscreted("pred", argmax=True),
                 mark("invert"),
-                SaveImaged("pred", output_dir=str(out.parent), output_postfix="", separate_folder=False, print_log=False),
+                SaveImaged(
+                    "pred",
+                    output_dir=str(out.parent),
+                    output_postfix="",
+                    separate_folder=False,
+                    print_log=False,
+                ),
             ]
         )
         started = time.perf_counter()
@@ -89,7 +95,9 @@ def monai(bundle: Path) -> Run:
             inferer=SlidingWindowInferer(spec.roi_size, 1, spec.overlap, mode="gaussian"),
             postprocessing=after,
         )
-        evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda: mark("network")(None))
+        evaluator.add_event_handler(
+            IterationEvents.FORWARD_COMPLETED, lambda: mark("network")(None)
+        )
         evaluator.run()
         marks["write"] = time.perf_counter()
         (out.parent / volume.name).rename(out)
@@ -106,13 +114,22 @@ def monai(bundle: Path) -> Run:
 
 
 def _monai_transforms(spec: Spec) -> Any:
-    from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, NormalizeIntensityd, Orientationd, Spacingd
+    from monai.transforms import (
+        Compose,
+        EnsureChannelFirstd,
+        LoadImaged,
+        NormalizeIntensityd,
+        Orientationd,
+        Spacingd,
+    )
 
     return Compose(
         [
             LoadImaged("image"),
             EnsureChannelFirstd("image"),
-            Orientationd("image", axcodes=spec.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            Orientationd(
+                "image", axcodes=spec.orientation, labels=(("L", "R"), ("P", "A"), ("I", "S"))
+            ),
             Spacingd("image", pixdim=spec.spacing, mode="bilinear"),
             NormalizeIntensityd("image", nonzero=spec.intensity.nonzero, channel_wise=True),
         ]
@@ -134,14 +151,26 @@ def nnunet(bundle: Path) -> Run:
         allow_tqdm=False,
     )
     plans = PlansManager(_plans(spec))
-    labels = {"labels": dict(spec.labels), "channel_names": {"0": spec.channels[0]}, "file_ending": ".nii.gz"}
+    labels = {
+        "labels": dict(spec.labels),
+        "channel_names": {"0": spec.channels[0]},
+        "file_ending": ".nii.gz",
+    }
     predictor.manual_initialization(
-        network, plans, plans.get_configuration("3d_fullres"), [network.state_dict()], labels, "nnUNetTrainer", None
+        network,
+        plans,
+        plans.get_configuration("3d_fullres"),
+        [network.state_dict()],
+        labels,
+        "nnUNetTrainer",
+        None,
     )
 
     def run(volume: Path, out: Path) -> dict[str, float]:
         started = time.perf_counter()
-        predictor.predict_from_files_sequential([[str(volume)]], [str(out).removesuffix(".nii.gz")], save_probabilities=False)
+        predictor.predict_from_files_sequential(
+            [[str(volume)]], [str(out).removesuffix(".nii.gz")], save_probabilities=False
+        )
         return {"all": time.perf_counter() - started}
 
     return run
@@ -180,7 +209,9 @@ def _plans(spec: Spec) -> dict[str, Any]:
         "configurations": {"3d_fullres": configuration},
         "experiment_planner_used": "none",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": dict.fromkeys(("mean", "std", "min", "max", "median"), 1.0)},
+        "foreground_intensity_properties_per_channel": {
+            "0": dict.fromkeys(("mean", "std", "min", "max", "median"), 1.0)
+        },
     }
 
 
@@ -188,7 +219,9 @@ TOOLS: dict[str, Callable[[Path], Run]] = {
     "monai": monai,
     "float32": lambda bundle: volseg(bundle, precision="float32", placement="monai", air=None),
     "int8": lambda bundle: volseg(bundle, precision="int8", placement="monai", air=None),
-    "float32 own plan": lambda bundle: volseg(bundle, precision="float32", placement="even", air=AIR),
+    "float32 own plan": lambda bundle: volseg(
+        bundle, precision="float32", placement="even", air=AIR
+    ),
     "int8 own plan": lambda bundle: volseg(bundle, precision="int8", placement="even", air=AIR),
     "nnunet": nnunet,
 }
@@ -203,7 +236,15 @@ def main() -> None:
     run = TOOLS[name](bundle)
     started = time.perf_counter()
     steps = run(volume, out)
-    print(json.dumps({"seconds": time.perf_counter() - started, "steps": steps, "peak_mb": peak_bytes() / 2**20}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - started,
+                "steps": steps,
+                "peak_mb": peak_bytes() / 2**20,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -27,26 +27,32 @@ from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 
-from pipeline import bundle, spec
-from pipeline.augment import training_transform
-from pipeline.config import read_yaml
-from pipeline.dataset import training_cases
-from pipeline.network import unet
-from pipeline.preprocess import IMAGE, LABEL, preprocessing
-from pipeline.report import write_json
-from pipeline.training import read_run, wiring
+from pipeline.bundle import refresh_bundle
+from pipeline.config import load_spec, read_yaml
+from pipeline.io import training_cases, write_json
+from pipeline.networks import build_unet
+from pipeline.training import read_run, training_parser
+from pipeline.transforms import IMAGE, LABEL, preprocessing, training_transform
 
 WARM = 3  # steps
 
 
 def arguments() -> argparse.Namespace:
     """What the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", type=Path, help="a run")
-    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="of its settings, as for `volseg train`")
+    parser.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE", help="of its settings, as for `volseg train`"
+    )
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--loop", choices=["ours", "monai"], help="time this one here, and print the seconds of a step")
+    parser.add_argument(
+        "--loop",
+        choices=["ours", "monai"],
+        help="time this one here, and print the seconds of a step",
+    )
     parser.add_argument("--json", type=Path, help="writes the results there")
     return parser.parse_args()
 
@@ -75,10 +81,17 @@ def ours(args: argparse.Namespace) -> float:
         facts = read_yaml(root / "configs" / "spec.yaml", "spec")
         facts["network"]["ensemble"] = 1
         write_json(root / "configs" / "spec.yaml", facts)  # JSON is YAML
-        content |= {"bundle": folder, "epochs": 1000, "minutes": None, "validate_every": 0, "keep": "last", "patience": None}
+        content |= {
+            "bundle": folder,
+            "epochs": 1000,
+            "minutes": None,
+            "validate_every": 0,
+            "keep": "last",
+            "patience": None,
+        }
         write_json(root / "configs" / "run.yaml", content)
-        bundle.refresh(root)
-        parser = wiring(root)
+        refresh_bundle(root)
+        parser = training_parser(root)
         parser.get_parsed_content("initialize")
         trainer: Engine = parser.get_parsed_content("train::trainer")
         return step_seconds(trainer, args.steps)
@@ -87,20 +100,27 @@ def ours(args: argparse.Namespace) -> float:
 def stock(args: argparse.Namespace) -> float:
     """MONAI's trainer as its tutorials have it."""
     run, _ = read_run(args.config, args.changes)
-    model = spec.load(Path(run.bundle) / "configs" / "spec.yaml")
+    model = load_spec(Path(run.bundle) / "configs" / "spec.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases: list[Any] = training_cases(run.dataset, replace(run, repeats=1))
-    dataset = CacheDataset(cases, training_transform(preprocessing(model), model, run), progress=False)
-    network = unet(model).to(device)
+    dataset = CacheDataset(
+        cases, training_transform(preprocessing(model), model, run), progress=False
+    )
+    network = build_unet(model).to(device)
     loss: torch.nn.Module = DiceCELoss(softmax=True, to_onehot_y=True, batch=True)
     trainer = SupervisedTrainer(
         device=device,
         max_epochs=1000,
-        train_data_loader=DataLoader(dataset, batch_size=run.cases_per_step, shuffle=True, drop_last=True),
+        train_data_loader=DataLoader(
+            dataset, batch_size=run.cases_per_step, shuffle=True, drop_last=True
+        ),
         network=network,
         optimizer=torch.optim.AdamW(network.parameters(), lr=run.learning_rate),
         loss_function=DeepSupervisionLoss(loss) if model.network.deep_supervision else loss,
-        prepare_batch=lambda batch, device, non_blocking, **_: (batch[IMAGE].to(device), batch[LABEL].to(device)),
+        prepare_batch=lambda batch, device, non_blocking, **_: (
+            batch[IMAGE].to(device),
+            batch[LABEL].to(device),
+        ),
     )
     return step_seconds(trainer, args.steps)
 
@@ -114,12 +134,23 @@ def main() -> None:
     found: dict[str, list[float]] = {"ours": [], "monai": []}
     for _ in range(args.rounds):
         for loop, seconds in found.items():
-            command = [sys.executable, __file__, str(args.config), *args.changes, "--steps", str(args.steps), "--loop", loop]
+            command = [
+                sys.executable,
+                __file__,
+                str(args.config),
+                *args.changes,
+                "--steps",
+                str(args.steps),
+                "--loop",
+                loop,
+            ]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             seconds.append(float(done.stdout.splitlines()[-1]))
             print(f"{loop}: {seconds[-1]:.3f} s a step", file=sys.stderr)
     ratio = median(found["monai"]) / median(found["ours"])
-    print(f"ours {median(found['ours']):.3f} s, MONAI's stock loop {median(found['monai']):.3f} s: {ratio:.2f} times as fast")
+    print(
+        f"ours {median(found['ours']):.3f} s, MONAI's stock loop {median(found['monai']):.3f} s: {ratio:.2f} times as fast"
+    )
     if args.json:
         write_json(args.json, {"seconds": found, "ratio": ratio})
 

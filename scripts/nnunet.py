@@ -40,7 +40,9 @@ class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
             steps += 1
             used = (time.monotonic() - started) / (60 * self.minutes)
             if steps % 20 == 0:
-                print(f"step {steps}: loss {loss:.4f}, {60 * self.minutes * used:.0f} s", flush=True)
+                print(
+                    f"step {steps}: loss {loss:.4f}, {60 * self.minutes * used:.0f} s", flush=True
+                )
         self.current_epoch = 1
         self.on_train_end()
         print(json.dumps({"steps": steps, "seconds": time.monotonic() - started}), flush=True)
@@ -48,7 +50,9 @@ class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
 
 def main() -> None:
     """Trains and predicts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dataset", help="its number")
     parser.add_argument("fold", type=int)
     parser.add_argument("minutes", type=float)
@@ -57,7 +61,9 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes
     run_training.recursive_find_trainer_class_by_name = lambda name: ClockedTrainer
-    run_training.run_training(args.dataset, args.configuration, args.fold, device=torch.device("cpu"))
+    run_training.run_training(
+        args.dataset, args.configuration, args.fold, device=torch.device("cpu")
+    )
 
 
 if __name__ == "__main__":

@@ -25,20 +25,22 @@ import numpy as np
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 
-from pipeline import batch, picture, score
-from pipeline.bundle import open_model
-from pipeline.cases import find_cases
-from pipeline.engine import Model
-from pipeline.progress import line, progress, quiet
-from pipeline.read import Image, read
-from pipeline.report import write_csv
+from pipeline.batch import output_path, segment_cases
+from pipeline.bundle import open_bundle
+from pipeline.cli import case_line, progress_bar, quiet
+from pipeline.evaluation import draw_overlay, score_masks
+from pipeline.inference import Model
+from pipeline.io import Image, find_cases, read, write_csv
 from pipeline.types import Array
 
 SCANS = {"oasis1000": "oasis1000_T1w_stripped", "head18": "head18_T1w"}
 BOTH = {"white matter": (2, 41), "cortex": (3, 42), "lateral ventricle": (4, 43), "cerebellum white matter": (7, 46),
         "cerebellum cortex": (8, 47), "thalamus": (10, 49), "caudate": (11, 50), "putamen": (12, 51), "pallidum": (13, 52),
         "hippocampus": (17, 53), "amygdala": (18, 54), "accumbens": (26, 58), "ventral DC": (28, 60)}  # fmt: skip
-FINE, CONFORMED = "head18, 1 mm", "head18, conformed"  # the same scan, its labels in finer voxels, or all of it
+FINE, CONFORMED = (
+    "head18, 1 mm",
+    "head18, conformed",
+)  # the same scan, its labels in finer voxels, or all of it
 FINE_MM = 1.0
 COLUMNS = {"oasis1000": "`oasis1000`, manual", "head18": "`head18`, FreeSurfer", FINE: "`--labels-spacing 1`",
            CONFORMED: "on its truth's grid"}  # fmt: skip
@@ -78,7 +80,9 @@ def aseg(array: Array) -> Array:
         out[(out >= first) & (out < first + 1000)] = value
     callosum = (out >= CALLOSUM[0]) & (out <= CALLOSUM[1])
     white = np.where(np.isin(out, BOTH["white matter"]), out, 0)
-    nearest = ndimage.distance_transform_edt(white == 0, return_distances=False, return_indices=True)
+    nearest = ndimage.distance_transform_edt(
+        white == 0, return_distances=False, return_indices=True
+    )
     out[callosum] = white[tuple(nearest)][callosum]
     return out
 
@@ -87,16 +91,22 @@ def on_grid_of(grid: Image, labels: Image) -> Array:
     """A label map's values at the voxels of another grid, the nearest one's each; 0 outside."""
     matrix = np.linalg.inv(labels.affine) @ grid.affine
     found: Array = ndimage.affine_transform(
-        np.asarray(labels.array), matrix[:3, :3], matrix[:3, 3], output_shape=grid.array.shape, order=0
+        np.asarray(labels.array),
+        matrix[:3, :3],
+        matrix[:3, 3],
+        output_shape=grid.array.shape,
+        order=0,
     )
     return found
 
 
-def rows_of(scan: str, ours: Array, truth: Array, spacing: Iterable[float], values: Mapping[str, int]) -> list[dict[str, Any]]:
+def rows_of(
+    scan: str, ours: Array, truth: Array, spacing: Iterable[float], values: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """One row a structure."""
     mm = [float(s) for s in spacing]
     return [
-        {"scan": scan, "structure": name, **asdict(score.score(ours == value, truth == value, mm))}
+        {"scan": scan, "structure": name, **asdict(score_masks(ours == value, truth == value, mm))}
         for name, value in values.items()
         if (truth == value).any()
     ]
@@ -104,43 +114,68 @@ def rows_of(scan: str, ours: Array, truth: Array, spacing: Iterable[float], valu
 
 def structures() -> dict[str, int]:
     """Each structure's name, with its side, and value."""
-    sided = {f"{side} {name}": values[i] for name, values in BOTH.items() for i, side in enumerate(("left", "right"))}
+    sided = {
+        f"{side} {name}": values[i]
+        for name, values in BOTH.items()
+        for i, side in enumerate(("left", "right"))
+    }
     return sided | MIDDLE
 
 
-def score_masks(folder: Path, files: Mapping[tuple[str, str], Path]) -> list[dict[str, Any]]:
+def mask_scores(folder: Path, files: Mapping[tuple[str, str], Path]) -> list[dict[str, Any]]:
     """All that is not background against the brain mask of head18; files by scan and by the name of the mask."""
     truth = read(folder / "head18_brainmask.nii.gz")
     brain = (np.asarray(truth.array) > 0).astype(np.uint8)
     mm = np.linalg.norm(truth.affine[:3, :3], axis=0)
-    found = {names: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for names, path in files.items()}
-    return [row for (scan, name), mask in found.items() for row in rows_of(scan, mask, brain, mm, {name: 1})]
+    found = {
+        names: (on_grid_of(truth, read(path)) > 0).astype(np.uint8) for names, path in files.items()
+    }
+    return [
+        row
+        for (scan, name), mask in found.items()
+        for row in rows_of(scan, mask, brain, mm, {name: 1})
+    ]
 
 
-def score_all(fine: Model, folder: Path, out: Path, others: Mapping[str, Path]) -> list[dict[str, Any]]:
+def score_all(
+    fine: Model, folder: Path, out: Path, others: Mapping[str, Path]
+) -> list[dict[str, Any]]:
     """The scans as `out` has them, head18 in voxels of 1 mm in two ways, and masks that other tools made of head18."""
     whole, conformed = folder / f"{SCANS['head18']}.nii.gz", out / "fine" / "conformed.nii.gz"
     truth = nib.load(folder / "head18_aparc+aseg.mgz")
     conformed.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(resample_from_to(nib.Nifti1Image.from_image(nib.load(whole)), (truth.shape, truth.affine), order=1), conformed)
+    nib.save(
+        resample_from_to(
+            nib.Nifti1Image.from_image(nib.load(whole)), (truth.shape, truth.affine), order=1
+        ),
+        conformed,
+    )
     _segment(fine, [whole, conformed], out / "fine")
-    files = {name: batch.output_path(out, stem) for name, stem in SCANS.items()}
-    files |= {FINE: batch.output_path(out / "fine", SCANS["head18"]), CONFORMED: batch.output_path(out / "fine", "conformed")}
+    files = {name: output_path(out, stem) for name, stem in SCANS.items()}
+    files |= {
+        FINE: output_path(out / "fine", SCANS["head18"]),
+        CONFORMED: output_path(out / "fine", "conformed"),
+    }
     masks = {(name, "brain mask"): files[name] for name in ("head18", FINE, CONFORMED)}
     masks |= {("head18", f"brain mask, {name}"): path for name, path in others.items()}
-    return score_masks(folder, masks) + score_scans(folder, files)
+    return mask_scores(folder, masks) + score_scans(folder, files)
 
 
 def truths(folder: Path) -> dict[str, Image]:
     """The structures of each scan that has a truth, in the model's values."""
-    manual, segmented = read(folder / "oasis1000_manual_structures.nii.gz"), read(folder / "head18_aparc+aseg.mgz")
+    manual, segmented = (
+        read(folder / "oasis1000_manual_structures.nii.gz"),
+        read(folder / "head18_aparc+aseg.mgz"),
+    )
     table = oasis_values(folder / "oasis_structures.csv")
     there = np.zeros(int(np.asarray(manual.array).max()) + 1, dtype=np.int32)
     for value, target in table.items():
         if value < len(there):
             there[value] = target
     return {
-        "oasis1000": Image(array=there[np.asarray(manual.array, dtype=np.int64)], affine=manual.affine),
+        "oasis1000": Image(
+            array=there[np.asarray(manual.array, dtype=np.int64)], affine=manual.affine
+        ),
         "head18": Image(array=aseg(segmented.array), affine=segmented.affine),
     }
 
@@ -177,9 +212,11 @@ def score_slices(model: Model, folder: Path, out: Path, mm: float) -> list[dict[
         image = nib.load(folder / f"{SCANS[scan]}.nii.gz")
         nib.save(sliced(image, PLANES.index(plane), mm), out / f"{stem}.nii.gz")
     _segment(model, [out / f"{stem}.nii.gz" for stem in stacks.values()], out)
-    files = {name: batch.output_path(out, stem) for name, stem in stacks.items()}
-    masks = {(name, "brain mask"): path for name, path in files.items() if name.startswith("head18")}
-    return score_masks(folder, masks) + score_scans(folder, files)
+    files = {name: output_path(out, stem) for name, stem in stacks.items()}
+    masks = {
+        (name, "brain mask"): path for name, path in files.items() if name.startswith("head18")
+    }
+    return mask_scores(folder, masks) + score_scans(folder, files)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -187,36 +224,75 @@ def table(rows: list[dict[str, Any]]) -> str:
     dice = {(row["scan"], row["structure"]): float(row["dice"]) for row in rows}
     masks = dict.fromkeys(name for _, name in dice if name.startswith("brain mask"))
     deep = [f"{side} {name}" for name in DEEP for side in ("left", "right")]
-    lines = [f"| structure (left / right) | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    lines = [
+        f"| structure (left / right) | {' | '.join(COLUMNS.values())} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
     lines += [_line(name, [[dice.get((scan, name))] for scan in COLUMNS], 4) for name in masks]
-    lines.append(_line(f"mean of {', '.join(DEEP)}", [[float(np.mean([dice[scan, k] for k in deep]))] for scan in COLUMNS], 4))
+    lines.append(
+        _line(
+            f"mean of {', '.join(DEEP)}",
+            [[float(np.mean([dice[scan, k] for k in deep]))] for scan in COLUMNS],
+            4,
+        )
+    )
     for name in BOTH:
-        lines.append(_line(name, [[dice.get((scan, f"{side} {name}")) for side in ("left", "right")] for scan in COLUMNS], 3))
-    return "\n".join(lines + [_line(name, [[dice.get((scan, name))] for scan in COLUMNS], 3) for name in MIDDLE])
+        lines.append(
+            _line(
+                name,
+                [
+                    [dice.get((scan, f"{side} {name}")) for side in ("left", "right")]
+                    for scan in COLUMNS
+                ],
+                3,
+            )
+        )
+    return "\n".join(
+        lines + [_line(name, [[dice.get((scan, name))] for scan in COLUMNS], 3) for name in MIDDLE]
+    )
 
 
 def slices_table(rows: list[dict[str, Any]], mm: float) -> str:
     """Mean Dice of some structures, a line a stack."""
     dice = {(row["scan"], row["structure"]): float(row["dice"]) for row in rows}
     groups = {"deep structures": DEEP, "cortex": ("cortex",), "white matter": ("white matter",)}
-    lines = [f"| slices of {mm:g} mm | brain mask | {' | '.join(groups)} |", "|---" * (len(groups) + 2) + "|"]
+    lines = [
+        f"| slices of {mm:g} mm | brain mask | {' | '.join(groups)} |",
+        "|---" * (len(groups) + 2) + "|",
+    ]
     for scan in dict.fromkeys(row["scan"] for row in rows):
         cells = [[dice.get((scan, "brain mask"))]]
         for names in groups.values():
-            cells.append([float(np.mean([dice[scan, f"{side} {name}"] for name in names for side in ("left", "right")]))])
+            cells.append(
+                [
+                    float(
+                        np.mean(
+                            [
+                                dice[scan, f"{side} {name}"]
+                                for name in names
+                                for side in ("left", "right")
+                            ]
+                        )
+                    )
+                ]
+            )
         lines.append(_line(scan, cells, 3))
     return "\n".join(lines)
 
 
 def _line(name: str, cells: list[list[float | None]], digits: int) -> str:
-    texts = [" / ".join(f"{value:.{digits}f}" for value in cell if value is not None) for cell in cells]
+    texts = [
+        " / ".join(f"{value:.{digits}f}" for value in cell if value is not None) for cell in cells
+    ]
     return f"| {name} | " + " | ".join(texts) + " |"
 
 
 def _segment(model: Model, scans: list[Path], out: Path) -> None:
     cases = find_cases([str(path) for path in scans], model.spec)
-    with progress("segmenting", len(cases)) as advance:
-        batch.segment(model, cases, out, overwrite=True, progress=lambda _, row: advance(line(row)))
+    with progress_bar("segmenting", len(cases)) as advance:
+        segment_cases(
+            model, cases, out, overwrite=True, progress=lambda _, row: advance(case_line(row))
+        )
 
 
 @click.command()
@@ -225,26 +301,48 @@ def _segment(model: Model, scans: list[Path], out: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--truth/--no-truth", default=True, help="Whether to score, or only to draw.")
-@click.option("--mask", "masks", multiple=True, metavar="NAME=FILE", help="Another tool's mask of head18.")
-@click.option("--slices", type=click.FloatRange(min=0, min_open=True), metavar="MM", help="Also score slices so thick.")
+@click.option(
+    "--mask", "masks", multiple=True, metavar="NAME=FILE", help="Another tool's mask of head18."
+)
+@click.option(
+    "--slices",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MM",
+    help="Also score slices so thick.",
+)
 def main(
-    folder: Path, bundle: str, output: Path, device: str, truth: bool, masks: tuple[str, ...], slices: float | None
+    folder: Path,
+    bundle: str,
+    output: Path,
+    device: str,
+    truth: bool,
+    masks: tuple[str, ...],
+    slices: float | None,
 ) -> None:
     """Score BUNDLE on the real scans in FOLDER."""
     wrong = [mask for mask in masks if "=" not in mask or not Path(mask.split("=", 1)[1]).is_file()]
     if wrong:
-        raise click.BadParameter(f"expected NAME=FILE with a file that is there, got {', '.join(wrong)}", param_hint="--mask")
+        raise click.BadParameter(
+            f"expected NAME=FILE with a file that is there, got {', '.join(wrong)}",
+            param_hint="--mask",
+        )
     quiet()
-    model = open_model(bundle, device=device)
-    scans = [path for path in sorted(folder.iterdir()) if re.search(r"_(T1w|T1w_stripped|FLAIR)\.nii\.gz$", path.name)]
+    model = open_bundle(bundle, device=device)
+    scans = [
+        path
+        for path in sorted(folder.iterdir())
+        if re.search(r"_(T1w|T1w_stripped|FLAIR)\.nii\.gz$", path.name)
+    ]
     _segment(model, scans, output)
     for path in scans:
         stem = path.name.removesuffix(".nii.gz")
-        labels = np.asarray(nib.load(batch.output_path(output, stem)).dataobj)
-        picture.overlay(nib.load(path), labels, model.spec.labels, output / f"{stem}.png", title=stem, slices=5)
+        labels = np.asarray(nib.load(output_path(output, stem)).dataobj)
+        draw_overlay(
+            nib.load(path), labels, model.spec.labels, output / f"{stem}.png", title=stem, slices=5
+        )
     if not (truth or slices):
         return
-    fine = open_model(bundle, device=device, labels_spacing=FINE_MM)
+    fine = open_bundle(bundle, device=device, labels_spacing=FINE_MM)
     if truth:
         others = {name: Path(path) for name, path in (mask.split("=", 1) for mask in masks)}
         rows = score_all(fine, folder, output, others)

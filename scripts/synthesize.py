@@ -15,36 +15,50 @@ import click
 import nibabel as nib
 import numpy as np
 
-from pipeline import spec as specs
-from pipeline.dataset import label_maps
+from pipeline.config import Intensity, load_spec
 from pipeline.errors import ConfigError
-from pipeline.preprocess import IMAGE, LABEL
-from pipeline.report import write_json
-from pipeline.spec import Intensity
-from pipeline.synthesize import synthesis
+from pipeline.io import label_maps, write_atomically, write_json
 from pipeline.training import read_run
-from pipeline.write import write_bytes
+from pipeline.transforms import IMAGE, LABEL, synthesis_transform
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the dataset.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the dataset."
+)
 @click.option("--count", default=12, show_default=True, help="Images.")
 @click.option("--spacing", default=1.0, show_default=True, help="Of the images, mm.")
-@click.option("--field", type=float, nargs=3, metavar="R A S", help="Size of the images, mm; the run's own by default.")
+@click.option(
+    "--field",
+    type=float,
+    nargs=3,
+    metavar="R A S",
+    help="Size of the images, mm; the run's own by default.",
+)
 @click.option("--seed", default=0, show_default=True)
-def main(config: Path, output: Path, count: int, spacing: float, field: tuple[float, float, float] | None, seed: int) -> None:
+def main(
+    config: Path,
+    output: Path,
+    count: int,
+    spacing: float,
+    field: tuple[float, float, float] | None,
+    seed: int,
+) -> None:
     """Draw COUNT images from the maps that CONFIG's run holds out."""
     run, _ = read_run(config)
     if run.synthesis is None or not run.hold_out:
         raise ConfigError(f"{config}: expected a run with synthesis and hold_out")
-    spec = specs.load(Path(run.bundle) / "configs" / "spec.yaml")
-    mm = field or [n * float(one or 1) for n, one in zip(run.patch_size or spec.roi_size, spec.spacing, strict=True)]
+    spec = load_spec(Path(run.bundle) / "configs" / "spec.yaml")
+    mm = field or [
+        n * float(one or 1)
+        for n, one in zip(run.patch_size or spec.roi_size, spec.spacing, strict=True)
+    ]
     size = tuple(round(length / spacing) for length in mm)
     # a network that takes any size; only the grid matters here
     wide = replace(spec, roi_size=size, spacing=(spacing,) * 3, intensity=Intensity(),
                    network=replace(spec.network, features=(1, 1), strides=(1,), deep_supervision=0))  # fmt: skip
-    transform = synthesis(wide, run.synthesis).set_random_state(seed)
+    transform = synthesis_transform(wide, run.synthesis).set_random_state(seed)
     maps = [case for case in label_maps(run.dataset) if case["case"] in run.hold_out]
     affine = np.diag([spacing, spacing, spacing, 1.0])
     values = np.array(list(spec.labels.values()), dtype=np.uint16)
@@ -52,16 +66,26 @@ def main(config: Path, output: Path, count: int, spacing: float, field: tuple[fl
     for number in range(count):
         case = maps[number % len(maps)]
         drawn = transform(dict(case))
-        pair = {"image": f"images/{case['case']}_{number:03}.nii.gz", "label": f"labels/{case['case']}_{number:03}.nii.gz"}
-        arrays = {"image": drawn[IMAGE][0].numpy(), "label": values[drawn[LABEL][0].numpy().astype(int)]}
+        pair = {
+            "image": f"images/{case['case']}_{number:03}.nii.gz",
+            "label": f"labels/{case['case']}_{number:03}.nii.gz",
+        }
+        arrays = {
+            "image": drawn[IMAGE][0].numpy(),
+            "label": values[drawn[LABEL][0].numpy().astype(int)],
+        }
         for key, array in arrays.items():
             (output / pair[key]).parent.mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(array, affine), output / pair[key])
         pairs.append(pair)
         click.echo(f"{number + 1} of {count}: {pair['image']}", err=True)
     labels = {str(value): name for name, value in spec.labels.items()}
-    write_json(output / "dataset.json", {"labels": labels, "modality": {"0": "MR"}, "training": pairs})
-    write_bytes(output / "README", f"Drawn by scripts/synthesize.py from {config}, seed {seed}.\n".encode())
+    write_json(
+        output / "dataset.json", {"labels": labels, "modality": {"0": "MR"}, "training": pairs}
+    )
+    write_atomically(
+        output / "README", f"Drawn by scripts/synthesize.py from {config}, seed {seed}.\n".encode()
+    )
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pytest
 import torch
 from phantom import make_bundle, nifti, save
 
-from pipeline.bundle import open_model
-from pipeline.engine import Model
-from pipeline.runtime import CACHE_VARIABLE
+from pipeline.bundle.opening import open_bundle
+from pipeline.inference.predictor import Model
+from pipeline.inference.runtime import CACHE_VARIABLE
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -50,7 +50,8 @@ def data() -> Path:
 def hippocampus(data: Path) -> list[Path]:
     """Five real crops."""
     return [
-        data / "hippocampus" / "imagesTr" / f"hippocampus_{number}.nii.gz" for number in ("001", "003", "004", "006", "007")
+        data / "hippocampus" / "imagesTr" / f"hippocampus_{number}.nii.gz"
+        for number in ("001", "003", "004", "006", "007")
     ]
 
 
@@ -69,13 +70,13 @@ def tiny_bundle_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(tiny_bundle: Path) -> Model:
     """`tiny_bundle`, opened."""
-    return open_model(tiny_bundle, device="cpu")
+    return open_bundle(tiny_bundle, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def model_3d(tiny_bundle_3d: Path) -> Model:
     """`tiny_bundle_3d`, opened."""
-    return open_model(tiny_bundle_3d, device="cpu")
+    return open_bundle(tiny_bundle_3d, device="cpu")
 
 
 @pytest.fixture

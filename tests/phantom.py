@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from pipeline import bundle, config, network, spec
-from pipeline.engine import Model, save_weights
-from pipeline.invert import inversion
-from pipeline.preprocess import preprocessing
-from pipeline.spec import Spec
+from pipeline.bundle.metadata import refresh_bundle
+from pipeline.config.parser import parse_config
+from pipeline.config.spec import Spec, load_spec
+from pipeline.inference.invert import inversion
+from pipeline.inference.predictor import Model
+from pipeline.inference.sliding_window import build_inferer
+from pipeline.networks.unet import build_unet
+from pipeline.networks.weights import save_weights
+from pipeline.transforms.preprocess import preprocessing
 from pipeline.types import Affine, Array
-from pipeline.window import inferer
 
 SHAPE = (17, 24, 21)
 SPACING = (0.9, 1.3, 2.1)
@@ -49,7 +52,10 @@ CARD = {
 RUN = {"bundle": ".", "dataset": ".", "epochs": 2, "batch_size": 2, "learning_rate": 0.01}
 
 
-def oblique(spacing: tuple[float, float, float] = SPACING, angles: tuple[float, float, float] = (9.0, -13.0, 6.0)) -> Affine:
+def oblique(
+    spacing: tuple[float, float, float] = SPACING,
+    angles: tuple[float, float, float] = (9.0, -13.0, 6.0),
+) -> Affine:
     """An affine that is turned about all three axes; its nearest orientation is RAS."""
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing
@@ -64,7 +70,9 @@ def smooth(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> NDArray[np.float32]
     return np.asarray(100 + 300 * blobs + random.normal(size=shape), dtype=np.float32)
 
 
-def nifti(array: Array | None = None, affine: Affine | None = None, *, codes: tuple[int, int] = (1, 1)) -> nib.Nifti1Image:
+def nifti(
+    array: Array | None = None, affine: Affine | None = None, *, codes: tuple[int, int] = (1, 1)
+) -> nib.Nifti1Image:
     """An image with these sform and qform codes, in mm."""
     affine = oblique() if affine is None else affine
     image = nib.Nifti1Image(smooth() if array is None else array, affine)
@@ -90,7 +98,10 @@ def turn(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
 def dice(a: Array, b: Array) -> float:
     """The lowest Dice of any label that either has; 1 where they are equal."""
     values = set(np.unique(a)) | set(np.unique(b)) - {0}
-    return min(2 * float(((a == v) & (b == v)).sum()) / float((a == v).sum() + (b == v).sum()) for v in values)
+    return min(
+        2 * float(((a == v) & (b == v)).sum()) / float((a == v).sum() + (b == v).sum())
+        for v in values
+    )
 
 
 def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
@@ -107,40 +118,78 @@ def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
     return content | changes
 
 
-def make_bundle(folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, Any] | None = None, **changes: Any) -> Path:
+def make_bundle(
+    folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, Any] | None = None, **changes: Any
+) -> Path:
     """A complete bundle with random weights that says all of its labels."""
     configs = folder / "configs"
     configs.mkdir(parents=True)
-    for name, content in {"spec": spec_content(dims, **changes), "card": CARD, "run": RUN | (run or {})}.items():
+    for name, content in {
+        "spec": spec_content(dims, **changes),
+        "card": CARD,
+        "run": RUN | (run or {}),
+    }.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     torch.manual_seed(seed)
-    net = network.unet(spec.load(configs / "spec.yaml"))
+    net = build_unet(load_spec(configs / "spec.yaml"))
     torch.nn.init.normal_(net.output.weight)
     torch.nn.init.zeros_(net.output.bias)
     save_weights(net, folder / "models" / "model.pt")
-    bundle.refresh(folder)
+    refresh_bundle(folder)
     return folder
 
 
 def parse_spec(dims: int = 3, **changes: Any) -> Spec:
     """The tiny bundles' spec, changed."""
-    return config.parse(Spec, spec_content(dims, **changes), "spec")
+    return parse_config(Spec, spec_content(dims, **changes), "spec")
 
 
 def model_of(net: torch.nn.Module, tiny: Spec) -> Model:
     """A network that the tests made up, with the rest of the path around it."""
     evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"), val_data_loader=[], network=net, inferer=inferer(tiny), postprocessing=inversion(tiny)
+        device=torch.device("cpu"),
+        val_data_loader=[],
+        network=net,
+        inferer=build_inferer(tiny),
+        postprocessing=inversion(tiny),
     )
     return Model(root=".", spec=tiny, preprocessing=preprocessing(tiny), evaluator=evaluator)
 
 
 def load_script(name: str) -> Any:
     """scripts/<name>.py as a module."""
-    where = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "scripts" / f"{name}.py")
+    where = importlib.util.spec_from_file_location(
+        name, Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    )
     assert where is not None
     assert where.loader is not None
     module = importlib.util.module_from_spec(where)
     sys.modules[name] = module
     where.loader.exec_module(module)
     return module
+
+
+def run_of(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
+    """The settings of a run over the tiny dataset, as KEY=VALUE."""
+    settings = {
+        "dataset": dataset,
+        "epochs": 4,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "ema_decay": 0.5,
+        **changes,
+    }
+    return [f"bundle={bundle}", *(f"{key}={value}" for key, value in settings.items())]
+
+
+class Near(torch.nn.Module):
+    """A network that sees one voxel to each side."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        conv = torch.nn.Conv3d if dims == 3 else torch.nn.Conv2d
+        self.layer = conv(2, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x))

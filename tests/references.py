@@ -19,14 +19,22 @@ class Published(nn.Module):
 
     last = "output"
 
-    def __init__(self, dims: int = 2, in_channels: int = 3, out_channels: int = 1, features: int = 32) -> None:
+    def __init__(
+        self, dims: int = 2, in_channels: int = 3, out_channels: int = 1, features: int = 32
+    ) -> None:
         super().__init__()
         conv, up, pool, _ = _parts(dims)
         widths = [in_channels, *(features * 2**k for k in range(5))]
         for level in range(1, 5):
-            self.add_module(f"encoder{level}", self.block(dims, widths[level - 1], widths[level], f"enc{level}"))
-            self.add_module(f"upconv{level}", up(widths[level + 1], widths[level], kernel_size=2, stride=2))
-            self.add_module(f"decoder{level}", self.block(dims, 2 * widths[level], widths[level], f"dec{level}"))
+            self.add_module(
+                f"encoder{level}", self.block(dims, widths[level - 1], widths[level], f"enc{level}")
+            )
+            self.add_module(
+                f"upconv{level}", up(widths[level + 1], widths[level], kernel_size=2, stride=2)
+            )
+            self.add_module(
+                f"decoder{level}", self.block(dims, 2 * widths[level], widths[level], f"dec{level}")
+            )
         self.bottleneck = self.block(dims, widths[4], widths[5], "bottleneck")
         self.add_module(self.last, conv(features, out_channels, kernel_size=1))
         self.pool = pool(kernel_size=2, stride=2)
@@ -53,7 +61,9 @@ class Tutorial(Published):
 
     def block(self, dims: int, ins: int, outs: int, name: str) -> nn.Sequential:
         conv = _parts(dims)[0]
-        return nn.Sequential(conv(ins, outs, 3, padding=1), nn.ReLU(), conv(outs, outs, 3, padding=1), nn.ReLU())
+        return nn.Sequential(
+            conv(ins, outs, 3, padding=1), nn.ReLU(), conv(outs, outs, 3, padding=1), nn.ReLU()
+        )
 
 
 class Buda(Published):

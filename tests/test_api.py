@@ -12,12 +12,17 @@ from click.testing import CliRunner
 from phantom import LABELS, SHAPE, make_bundle, nifti, save, smooth
 
 import pipeline
-from pipeline.cli import main
-from pipeline.engine import Model
+from pipeline.cli.app import main
 from pipeline.errors import PipelineError
-from pipeline.report import read_csv
+from pipeline.inference.predictor import Model
+from pipeline.io.tables import read_csv
 
-READERS: dict[str, Callable[[str], Any]] = {"path": Path, "string": str, "nibabel": nib.load, "sitk": sitk.ReadImage}
+READERS: dict[str, Callable[[str], Any]] = {
+    "path": Path,
+    "string": str,
+    "nibabel": nib.load,
+    "sitk": sitk.ReadImage,
+}
 
 
 @pytest.mark.parametrize("kind", list(READERS))
@@ -25,7 +30,16 @@ def test_the_api_gives_what_the_command_writes(
     kind: str, tiny_bundle: Path, model: Model, volume_file: Path, tmp_path: Path
 ) -> None:
     """The same label array and volumes from a path and from images in memory, each on its own grid."""
-    arguments = ["segment", str(volume_file), "-o", str(tmp_path / "out"), "-b", str(tiny_bundle), "--device", "cpu"]
+    arguments = [
+        "segment",
+        str(volume_file),
+        "-o",
+        str(tmp_path / "out"),
+        "-b",
+        str(tiny_bundle),
+        "--device",
+        "cpu",
+    ]
     assert CliRunner().invoke(main, arguments).exit_code == 0
     written = nib.load(tmp_path / "out" / "sub-01_T1w_seg.nii.gz")
     image = READERS[kind](str(volume_file))
@@ -40,7 +54,9 @@ def test_the_api_gives_what_the_command_writes(
     else:
         assert result.image.to_bytes() == written.to_bytes()
     (row,) = read_csv(tmp_path / "out" / "volumes.csv")
-    assert {name: float(row[name]) for name in ("front", "back")} == pytest.approx(result.volumes_mm3)
+    assert {name: float(row[name]) for name in ("front", "back")} == pytest.approx(
+        result.volumes_mm3
+    )
 
 
 def test_volumes_are_voxels_times_their_size(model: Model) -> None:
@@ -67,7 +83,9 @@ def test_a_list_is_one_case_of_several_channels(tmp_path: Path) -> None:
     images = [nifti(smooth(seed=i)) for i in range(2)]
     in_memory = pipeline.segment(model, images)
     files = [save(tmp_path / f"{i}.nii.gz", image) for i, image in enumerate(images)]
-    np.testing.assert_array_equal(in_memory.labels, pipeline.segment(model, [str(file) for file in files]).labels)
+    np.testing.assert_array_equal(
+        in_memory.labels, pipeline.segment(model, [str(file) for file in files]).labels
+    )
     with pytest.raises(PipelineError, match="got 1 image, expected 2, one a channel: T1w, FLAIR"):
         pipeline.segment(model, images[0])
 
@@ -83,7 +101,9 @@ def test_a_list_is_one_case_of_several_channels(tmp_path: Path) -> None:
         ({"overlap": 1.0}, "overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused(arguments: dict[str, Any], says: str, tiny_bundle_3d: Path) -> None:
+def test_what_cannot_be_loaded_is_refused(
+    arguments: dict[str, Any], says: str, tiny_bundle_3d: Path
+) -> None:
     """With what there is instead."""
     with pytest.raises(PipelineError, match=says):
         pipeline.load(**({"bundle": tiny_bundle_3d} | arguments))

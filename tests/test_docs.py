@@ -10,11 +10,15 @@ import pytest
 import yaml
 from phantom import save
 
-from pipeline.cli import main
+from pipeline.cli.app import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("bundles/*/docs/README.md")),
+]
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,20 +34,26 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.parent.parent.name + "/" + path.stem)
 def test_commands_exist_with_their_options(page: Path) -> None:
     """Every `volseg …` of a code block names a command, and options that it has."""
-    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+    for block in re.findall(
+        r"```(?:bash)?\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL
+    ):
         for line in block.replace("\\\n", " ").splitlines():
             words = line.split()
             if words[:1] != ["volseg"]:
                 continue
             command = main.commands[words[1]]
             known = {name for parameter in command.params for name in parameter.opts}
-            assert {word for word in words[2:] if re.fullmatch(r"--?[a-z][\w-]*", word)} <= known, line
+            assert {word for word in words[2:] if re.fullmatch(r"--?[a-z][\w-]*", word)} <= known, (
+                line
+            )
 
 
 @pytest.mark.parametrize("name", ["brain_mr_structures", "hippocampus_mr_3d", "hippocampus_mr_2d"])
 def test_figures_are_those_of_the_card(name: str) -> None:
     """README, the bundle's page and metadata.json say the same Dice."""
-    card = yaml.safe_load((ROOT / "bundles" / name / "configs" / "card.yaml").read_text(encoding="utf-8"))
+    card = yaml.safe_load(
+        (ROOT / "bundles" / name / "configs" / "card.yaml").read_text(encoding="utf-8")
+    )
     figures = [f"{value:.4f}" for value in card["eval_metrics"].values()]
     assert " / ".join(figures) in README
     page = (ROOT / "bundles" / name / "docs" / "README.md").read_text(encoding="utf-8")

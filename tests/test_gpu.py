@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phantom import RUN, make_bundle, nifti, parse_spec, smooth
-from test_window import Near
+from phantom import RUN, Near, make_bundle, nifti, parse_spec, smooth
 
-from pipeline import config
-from pipeline.augment import training_transform
-from pipeline.bundle import open_model
-from pipeline.engine import predict_case
-from pipeline.preprocess import preprocessing
-from pipeline.run import Augment, Run
-from pipeline.window import WindowInferer
+from pipeline.bundle.opening import open_bundle
+from pipeline.config.parser import parse_config
+from pipeline.config.run import Augment, Run
+from pipeline.inference.predictor import predict_case
+from pipeline.inference.sliding_window import WindowInferer
+from pipeline.transforms.augmentation import training_transform
+from pipeline.transforms.preprocess import preprocessing
 
 pytestmark = pytest.mark.gpu
 STEPS = {"read", "preprocess", "network", "invert"}
@@ -38,17 +37,23 @@ def test_windows_are_those_of_the_cpu() -> None:
     x = torch.randn(1, 2, 40, 30, 9)
     with torch.no_grad():
         there = WindowInferer((16, 12, 8), 0.5)(x.cuda(), Near(3).cuda()).cpu()
-        torch.testing.assert_close(there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)), rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
 @pytest.mark.parametrize("dims", [2, 3])
-def test_labels_are_those_of_the_cpu_and_every_step_is_timed(dims: int, precision: str, tmp_path: Path) -> None:
+def test_labels_are_those_of_the_cpu_and_every_step_is_timed(
+    dims: int, precision: str, tmp_path: Path
+) -> None:
     """File to labels, in float16 by default; uncertainty too."""
     bundle = make_bundle(tmp_path / "tiny", dims)
     image = nifti(smooth((60, 50, 40)))
-    cpu = predict_case(open_model(bundle, device="cpu", runtime="torch", uncertainty=True), image)
-    gpu = predict_case(open_model(bundle, device="cuda", precision=precision, uncertainty=True), image)
+    cpu = predict_case(open_bundle(bundle, device="cpu", runtime="torch", uncertainty=True), image)
+    gpu = predict_case(
+        open_bundle(bundle, device="cuda", precision=precision, uncertainty=True), image
+    )
     assert (cpu.labels == gpu.labels).mean() > (0.999 if precision == "float32" else 0.97)
     assert cpu.uncertainty is not None
     assert gpu.uncertainty is not None
@@ -74,7 +79,9 @@ def test_fewer_windows_at_once_where_memory_runs_out() -> None:
     """Eight windows do not fit, two do: the result is that of the CPU."""
     x = torch.randn(1, 1, 64, 48, 32)
     found = WindowInferer((16, 12, 8), 0.25, sw_batch_size=8)(x.cuda(), Hungry(60_000_000)).cpu()
-    torch.testing.assert_close(found, WindowInferer((16, 12, 8), 0.25)(x, Hungry(1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found, WindowInferer((16, 12, 8), 0.25)(x, Hungry(1)), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.usefixtures("little_memory")
@@ -85,7 +92,9 @@ def test_sums_move_to_the_host_where_the_volume_does_not_fit() -> None:
     x = MetaTensor(torch.randn(1, 1, 256, 256, 128), meta={"warnings": ""})
     inferer = WindowInferer((64, 64, 64), 0.25)
     found = inferer(x.cuda(), Hungry(1_000_000))
-    torch.testing.assert_close(found.cpu().as_tensor(), inferer(x.as_tensor(), Hungry(1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found.cpu().as_tensor(), inferer(x.as_tensor(), Hungry(1)), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -95,11 +104,18 @@ def test_cases_are_kept_on_the_gpu_and_patches_are_drawn_there(dims: int) -> Non
     image = nifti(smooth((60, 50, 40)))
     label = nifti(np.where(smooth((60, 50, 40)) > 130, 300, 0).astype(np.int16))
     case = {"image": image, "label": label}
-    every = {name: 1.0 for name in Augment.__dataclass_fields__ if name.endswith("_chance")} | {"mirror": ["R"]}
-    none = dict.fromkeys((name for name in Augment.__dataclass_fields__ if name.endswith("_chance")), 0.0)
+    every = {name: 1.0 for name in Augment.__dataclass_fields__ if name.endswith("_chance")} | {
+        "mirror": ["R"]
+    }
+    none = dict.fromkeys(
+        (name for name in Augment.__dataclass_fields__ if name.endswith("_chance")), 0.0
+    )
     for changes in (every, none):
-        run = config.parse(Run, RUN | {"augment": changes}, "run")
-        there, here = (training_transform(preprocessing(spec), spec, run, torch.device(name)) for name in ("cuda", "cpu"))
+        run = parse_config(Run, RUN | {"augment": changes}, "run")
+        there, here = (
+            training_transform(preprocessing(spec), spec, run, torch.device(name))
+            for name in ("cuda", "cpu")
+        )
         drawn = [transform.set_random_state(3)(case)[0] for transform in (there, here)]
         assert {patch["image"].device.type for patch in drawn} == {"cuda", "cpu"}
         if changes is none:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli.app import main
 
 PAGE = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -31,7 +31,10 @@ SHORT = {
 def place(hippocampus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that holds my_data, a Decathlon dataset of five crops."""
     source, target = hippocampus[0].parent.parent, tmp_path / "my_data"
-    pairs = [{"image": f"./imagesTr/{path.name}", "label": f"./labelsTr/{path.name}"} for path in hippocampus]
+    pairs = [
+        {"image": f"./imagesTr/{path.name}", "label": f"./labelsTr/{path.name}"}
+        for path in hippocampus
+    ]
     for pair in pairs:
         for name in pair.values():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,14 +47,29 @@ def place(hippocampus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_commands_of_the_page_run(place: Path) -> None:
     """As they stand, but shorter; what the page promises is there after them."""
-    assert [line.split()[1] for line in COMMANDS] == ["plan", "train", "evaluate", "train", "crossval", "compare"]
+    assert [line.split()[1] for line in COMMANDS] == [
+        "plan",
+        "train",
+        "evaluate",
+        "train",
+        "crossval",
+        "compare",
+    ]
     threads = torch.get_num_threads()
     for line in COMMANDS:
         command, *arguments = line.split()[1:]
         if command == "compare":
             shutil.copytree(place / "scores", place / "other_scores")
-        result = CliRunner().invoke(main, [command, *arguments, *SHORT.get(command, [])], catch_exceptions=False)
+        result = CliRunner().invoke(
+            main, [command, *arguments, *SHORT.get(command, [])], catch_exceptions=False
+        )
         torch.set_num_threads(threads)
         assert result.exit_code == 0, f"{line}\n{result.output}"
-    for name in ("train/history.csv", "train/progress.png", "crossval/scores.csv", "crossval/dice.png", "docs/README.md"):
+    for name in (
+        "train/history.csv",
+        "train/progress.png",
+        "crossval/scores.csv",
+        "crossval/dice.png",
+        "docs/README.md",
+    ):
         assert (place / "my_model" / name).is_file(), name

@@ -1,0 +1,45 @@
+"""The parts that a bundle's wiring (`inference.yaml`, `train.yaml`) may target.
+
+This module is stable: a name that stands here keeps its arguments from version to version, so that a bundle written by one
+version of volseg opens in the next. All other modules may change.
+"""
+
+from __future__ import annotations
+
+from pipeline.batch import run_bundle
+from pipeline.config import load_run, load_spec
+from pipeline.inference import (
+    Model,
+    Runtime,
+    build_inferer,
+    inversion,
+    keep_freed_memory,
+    labels_of_blocks,
+)
+from pipeline.io import find_cases, training_cases, validation_cases
+from pipeline.networks import build_loss, build_network
+from pipeline.training import (
+    Budget,
+    CheckpointHandler,
+    History,
+    TrainingInferer,
+    Validation,
+    build_optimizer,
+    build_schedule,
+    compile_network,
+    data_parallel,
+    initialise,
+    prepare_batch,
+    start_from,
+    training_loader,
+    weight_average,
+)
+from pipeline.transforms import preprocessing, training_transform
+
+__all__ = [
+    "Budget", "CheckpointHandler", "History", "Model", "Runtime", "TrainingInferer", "Validation",
+    "build_inferer", "build_loss", "build_network", "build_optimizer", "build_schedule", "compile_network",
+    "data_parallel", "find_cases", "initialise", "inversion", "keep_freed_memory", "labels_of_blocks", "load_run",
+    "load_spec", "prepare_batch", "preprocessing", "run_bundle", "start_from", "training_cases", "training_loader",
+    "training_transform", "validation_cases", "weight_average",
+]  # fmt: skip

@@ -1,0 +1,111 @@
+"""One window over a brain in a head: where it goes, and that nothing is lost by it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from phantom import parse_spec
+
+from pipeline.errors import ConfigError
+from pipeline.inference.localisation import LOOKS, Top, head_top
+from pipeline.inference.sliding_window import WindowInferer
+
+SHAPE, ROI = (50, 60, 64), (24, 32, 28)
+AIR = 0.1
+
+
+class Brain(torch.nn.Module):
+    """A structure is what is bright; counts what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return torch.cat([0.6 - x, x - 0.6], dim=1)
+
+
+def ellipsoid(centre: tuple[float, ...], radii: tuple[float, ...]) -> torch.Tensor:
+    places = np.stack(np.meshgrid(*(np.arange(n) for n in SHAPE), indexing="ij"), axis=-1)
+    return torch.from_numpy((((places - centre) / radii) ** 2).sum(-1) <= 1)
+
+
+def head(centre: tuple[float, ...], radii: tuple[float, ...]) -> torch.Tensor:
+    """A dim head that fills most of the image, with a bright brain in it."""
+    image = 0.3 * ellipsoid((25, 30, 32), (22, 27, 33)).float()
+    image[ellipsoid(centre, radii)] = 1
+    image += 0.01 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    return image[None, None]
+
+
+def labels(image: torch.Tensor, top: Top | None) -> tuple[torch.Tensor, int]:
+    network = Brain()
+    with torch.no_grad():
+        scores = WindowInferer(ROI, 0.25, air=AIR, top=top)(image, network)
+    return scores.argmax(1), network.seen
+
+
+@pytest.mark.parametrize("top", [(2, 1), (2, -1), (1, 1), (0, -1)])
+@pytest.mark.parametrize(
+    "centre", [(25, 30, 44), (25, 26, 20), (16, 40, 30), (12, 15, 12), (38, 46, 50), (45, 30, 60)]
+)
+def test_a_brain_that_one_window_holds_is_found_whole(centre: tuple[int, ...], top: Top) -> None:
+    """Wherever it lies and wherever the search begins, as by windows over all of the head, in fewer looks."""
+    image = head(centre, (9.3, 12.4, 10.6))
+    plain, windows = labels(image, None)
+    found, looks = labels(image, top)
+    assert plain.sum() > 1000
+    assert torch.equal(found, plain)
+    assert looks <= LOOKS + windows
+    assert windows >= 12
+
+
+def test_the_first_look_is_at_the_top_of_a_head() -> None:
+    """There one window to find the brain and one to segment it do."""
+    image = head((25, 30, 48), (9.3, 12.4, 10.6))
+    found, looks = labels(image, (2, 1))
+    assert torch.equal(found, labels(image, None)[0])
+    assert looks == 2
+
+
+@pytest.mark.parametrize("radii", [(15.0, 12.0, 10.0), (9.0, 12.0, 20.0), (13.2, 17.1, 10.3)])
+def test_a_brain_that_is_longer_than_a_window_is_seen_whole(radii: tuple[float, ...]) -> None:
+    """By windows along the axes where it is too long, and one along the others."""
+    image = head((25, 30, 34), radii)
+    (plain, windows), (found, looks) = labels(image, None), labels(image, (2, 1))
+    assert torch.equal(found, plain)
+    assert looks < 2 * windows
+
+
+def test_what_is_no_structure_is_not_focused_on() -> None:
+    """Where there is no more than a speck, everywhere is looked at."""
+    speck = head((25, 30, 34), (0.5, 0.5, 0.5))
+    assert labels(speck, (2, 1))[0].sum() == 1
+    assert labels(speck, (2, 1))[1] == labels(speck, None)[1] + 1
+
+
+def test_an_image_smaller_than_the_window_is_one_window() -> None:
+    """Padded as without a search."""
+    image = head((25, 30, 44), (9.3, 12.4, 10.6))[..., 14:36, 10:50, 30:60]
+    assert torch.equal(labels(image, (2, 1))[0], labels(image, None)[0])
+
+
+@pytest.mark.parametrize("thin", [(1, 40, 40), (40, 2, 30), (30, 40, 3)])
+@pytest.mark.parametrize("top", [(2, 1), (2, -1), (1, 1)])
+def test_an_image_of_few_slices_is_looked_at(thin: tuple[int, int, int], top: Top) -> None:
+    at = (slice(None), slice(None), *(slice(25, 25 + n) for n in thin))
+    image = head((25, 30, 44), (9.3, 12.4, 10.6))[at]
+    assert torch.equal(labels(image, top)[0], labels(image, None)[0])
+
+
+def test_the_top_goes_with_the_orientation() -> None:
+    assert head_top(parse_spec(orientation="RAS")) == (2, 1)
+    assert head_top(parse_spec(orientation="ILP")) == (0, -1)
+
+
+def test_a_spec_without_air_or_with_slices_has_no_focus() -> None:
+    for dims, air in ((3, None), (2, 0.1)):
+        with pytest.raises(ConfigError, match="focus"):
+            parse_spec(dims, focus=True, air=air)

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+from phantom import parse_spec, spec_content
+from torch import nn
+
+from pipeline.config.parser import parse_config
+from pipeline.config.spec import Spec
+from pipeline.errors import ShapeError
+from pipeline.networks.unet import Ensemble, InstanceNorm, UNet, build_network, build_unet
+
+FEATURES = (32, 64, 128, 256, 512)
+
+
+@pytest.mark.parametrize(
+    ("dims", "channels", "classes", "norm", "count"),
+    [(2, 3, 1, None, 7_760_097), (3, 1, 1, None, 22_575_329), (2, 3, 1, "batch", 7_763_041)],
+)
+def test_parameters_are_those_of_the_papers_network(
+    dims: int, channels: int, classes: int, norm: str | None, count: int
+) -> None:
+    """Every layer is there once and has the width that the features say."""
+    net = UNet(dims, channels, classes, FEATURES, norm=norm)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+def _traced(net: UNet, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in net.named_modules():
+        if (
+            name.split(".")[0] in ("encoder", "pool", "bottleneck", "up", "decoder", "output")
+            and name.count(".") <= 1
+        ):
+            if isinstance(module, nn.ModuleList):
+                continue
+            module.register_forward_hook(
+                lambda _m, _i, out, name=name: shapes.update({name: tuple(out.shape)})
+            )
+    with torch.no_grad():
+        net(torch.zeros(shape))
+    return shapes
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((1, 3, 256, 256), 3), ((2, 1, 32, 48, 16), 1)])
+def test_shapes_layer_by_layer(shape: tuple[int, ...], channels: int) -> None:
+    """Each level halves the size and takes the next feature count on the way down, and the reverse on the way up."""
+    batch, size = shape[0], shape[2:]
+    shapes = _traced(UNet(len(size), channels, 1, FEATURES), shape)
+    for level, features in enumerate(FEATURES[:-1]):
+        here, below = ((batch, features, *(n // 2 ** (level + i) for n in size)) for i in (0, 1))
+        assert (
+            shapes[f"encoder.{level}"]
+            == shapes[f"up.{level}"]
+            == shapes[f"decoder.{level}"]
+            == here
+        )
+        assert shapes[f"pool.{level}"] == below
+    assert shapes["bottleneck"] == (batch, 512, *(n // 16 for n in size))
+    assert shapes["output"] == (batch, 1, *size)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6, 7, 8), (3, 5, 6, 7), (2, 4, 5, 6, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_instance_norm_is_a_group_norm_of_single_channels(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """While it trains and when it does not: what comes out, and every gradient."""
+    order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = 3 + 2 * torch.randn(shape, dtype=dtype).to(memory_format=order)
+    upstream = torch.randn(shape, dtype=dtype)
+    ours, theirs = InstanceNorm(shape[1]).to(dtype), nn.GroupNorm(shape[1], shape[1]).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(torch.rand(shape[1]) + 0.5)
+        ours.bias.copy_(torch.randn(shape[1]))
+    theirs.load_state_dict(ours.state_dict())
+    found = []
+    for norm in (ours.train(), theirs):
+        own = x.clone().requires_grad_()
+        out = norm(own)
+        out.backward(upstream)
+        found.append((out, own.grad, norm.weight.grad, norm.bias.grad))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(
+            mine, other, atol=1e-4 if dtype == torch.float32 else 1e-10, rtol=1e-4
+        )
+    assert torch.equal(ours.eval()(x), theirs(x))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    ("norm", "residual"), list(itertools.product([None, "batch", "instance"], [False, True]))
+)
+@pytest.mark.parametrize("activation", ["relu", "leakyrelu", "prelu", "gelu"])
+def test_any_option_keeps_the_size(
+    dims: int, norm: str | None, residual: bool, activation: str
+) -> None:
+    """Per-axis strides, norm, residual blocks, dropout, activation: logits have the input's size and every weight learns."""
+    strides: list[int | tuple[int, ...]] = [(2, 1, 2)[:dims], 3]
+    net = UNet(
+        dims,
+        2,
+        3,
+        (4, 6, 8),
+        strides,
+        norm=norm,
+        activation=activation,
+        residual=residual,
+        dropout=0.2,
+    )
+    x = torch.randn(2, 2, *(12, 9, 18)[:dims])
+    out = net(x)
+    assert isinstance(out, torch.Tensor)
+    assert out.shape == (2, 3, *x.shape[2:])
+    torch.autograd.backward(out.square().sum())
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_deep_supervision_gives_each_level_while_training_only() -> None:
+    """Full size first, then each lower decoder level at its own size; a tensor alone when evaluating."""
+    net = UNet(3, 1, 3, (4, 6, 8, 10), [(2, 2, 1), 2, 2], deep_supervision=2)
+    x = torch.randn(1, 1, 16, 24, 12)
+    assert [tuple(level.shape[1:]) for level in net(x)] == [
+        (3, 16, 24, 12),
+        (3, 8, 12, 12),
+        (3, 4, 6, 6),
+    ]
+    assert net.eval()(x).shape == (1, 3, 16, 24, 12)
+
+
+def test_dropout_is_for_training() -> None:
+    """Evaluating twice gives the same, training twice does not; with few channels chance may drop all of them both times."""
+    torch.manual_seed(0)
+    net = UNet(2, 1, 2, (16, 24), dropout=0.5)
+    x = torch.randn(1, 1, 8, 12)
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+
+
+def test_residual_adds_the_input() -> None:
+    """With its convolutions at 0, a residual block passes its (rectified) input through."""
+    block = UNet(3, 5, 2, (5, 6), residual=True).encoder[0]
+    for layer in block.modules():
+        if isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias) if layer.bias is not None else None
+    x = torch.randn(1, 5, 3, 4, 5)
+    assert torch.equal(block(x), x.relu())
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_instance_norm_is_torchs(dims: int) -> None:
+    """A group norm of one channel a group is InstanceNorm with the same weights."""
+    ours = next(
+        m
+        for m in UNet(dims, 1, 2, (4, 6), norm="instance").modules()
+        if isinstance(m, nn.GroupNorm)
+    )
+    theirs = (nn.InstanceNorm2d if dims == 2 else nn.InstanceNorm3d)(4, affine=True)
+    nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 4, *(7, 8, 9)[:dims])
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_2d_weights_in_the_middle_of_3d_kernels_give_the_same_slices(residual: bool) -> None:
+    """The 3D network is the 2D one with another axis: with 2D weights in its kernels' middle slice it works slice by slice."""
+    flat = UNet(2, 2, 3, (4, 6, 8), norm="batch", residual=residual).eval()
+    deep = UNet(3, 2, 3, (4, 6, 8), [(2, 2, 1), (2, 2, 1)], norm="batch", residual=residual).eval()
+    state = deep.state_dict()
+    for name, weight in flat.state_dict().items():
+        if weight.ndim == 4:
+            state[name].zero_()[..., state[name].shape[-1] // 2] = weight
+        else:
+            state[name] = weight
+    deep.load_state_dict(state)
+    x = torch.randn(1, 2, 12, 8, 5)
+    with torch.no_grad():
+        slices = torch.stack([flat(x[..., z]) for z in range(5)], dim=-1)
+        torch.testing.assert_close(deep(x), slices, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "says"),
+    [
+        (
+            (1, 1, 16, 21, 24),
+            "21 voxels along spatial axis 1, expected a multiple of 8 .* pad or crop it to 16 or 24",
+        ),
+        (
+            (1, 1, 16, 16, 3),
+            r"3 voxels along spatial axis 2, expected a multiple of 4 .* crop it to 4,",
+        ),
+        ((1, 2, 16, 16, 16), r"shape \(1, 2, 16, 16, 16\), expected \(B, 1, 8·n, 8·n, 4·n\)"),
+        ((1, 1, 16, 16), r"shape \(1, 1, 16, 16\), expected"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_those_that_work(
+    shape: tuple[int, ...], says: str
+) -> None:
+    """The message names the size, the axis and the sizes that work, and the error is a ValueError too."""
+    net = UNet(3, 1, 2, (2, 2, 2, 2), [(2, 2, 1), 2, 2])
+    with pytest.raises(ShapeError, match=says) as raised:
+        net(torch.zeros(shape))
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"spatial_dims": 4}, "spatial_dims: expected 2 or 3, got 4"),
+        ({"features": (4,)}, "at least two features"),
+        ({"strides": [2, 2]}, "one stride fewer than features"),
+        ({"deep_supervision": 1}, "fewer deep outputs than strides"),
+        ({"norm": "layer"}, "norm: expected None, 'batch' or 'instance', got 'layer'"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(arguments: dict[str, object], says: str) -> None:
+    """Each wrong argument is named."""
+    with pytest.raises(ShapeError, match=says):
+        UNet(
+            **(
+                {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": (4, 6)}
+                | arguments
+            )
+        )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_traces(dims: int) -> None:
+    """torch.jit.trace gives the same numbers, at other sizes too, so that exporters can follow the network."""
+    net = UNet(dims, 1, 2, (4, 6), norm="batch").eval()
+    x, other = (torch.randn(1, 1, *sizes[:dims]) for sizes in ((8, 12, 6), (4, 6, 10)))
+    with torch.no_grad():
+        traced = torch.jit.trace(net, x)  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(traced(other), net(other))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_from_spec_takes_every_fact_of_the_spec(dims: int) -> None:
+    """Channels in, labels out, and all options arrive in the network."""
+    options = {
+        "features": [4, 6, 8],
+        "norm": "batch",
+        "residual": True,
+        "dropout": 0.1,
+        "deep_supervision": 1,
+        "strides": [2, 1],
+    }
+    spec = parse_config(
+        Spec, spec_content(dims, channels=["T1w", "FLAIR"], network=options), "spec"
+    )
+    net = build_unet(spec)
+    same = UNet(
+        dims, 2, 3, (4, 6, 8), (2, 1), norm="batch", residual=True, dropout=0.1, deep_supervision=1
+    )
+    assert str(net) == str(same)
+
+
+@pytest.mark.parametrize(("dims", "output"), [(3, "softmax"), (2, "softmax"), (3, "sigmoid")])
+def test_an_ensemble_is_the_mean_of_its_networks(dims: int, output: str) -> None:
+    """Of their probabilities, whatever scale their logits have; in one network's order of labels."""
+    spec = parse_spec(
+        dims, output=output, network={"features": [4, 6], "norm": "instance", "ensemble": 3}
+    )
+    net = build_network(spec).eval()
+    assert isinstance(net, Ensemble)
+    for scale, member in enumerate(net.members, start=1):
+        assert isinstance(member, UNet)
+        torch.nn.init.normal_(member.output.weight, std=scale)
+    x = torch.rand(2, 1, *spec.roi_size)
+    activation = torch.sigmoid if output == "sigmoid" else partial(torch.softmax, dim=1)
+    with torch.no_grad():
+        expected = torch.stack([activation(member(x)) for member in net.members]).mean(dim=0)
+        found = activation(net(x))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,66 @@
+"""The smaller benchmarks run, on toys; what they measure is not asked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phantom import make_bundle, nifti, save, smooth
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SMALL = ["--features", "4", "6", "--roi", "16", "16", "16"]
+
+
+def run(name: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory(tmp_path: Path) -> None:
+    """Every class count goes by every limit, and the labels are the same."""
+    found = tmp_path / "memory.json"
+    run("bench_memory.py", "--shape", "40", "36", "33", "--classes", "3", "--limits", "none", "3G", "--cases", "0", *SMALL,
+        "--json", str(found))  # fmt: skip
+    runs = json.loads(found.read_text())["runs"]
+    assert [one["limit"] for one in runs] == ["none", "3G"]
+    assert all(
+        one["status"] == "done" and one["estimate_gb"] > 0 and one["peak_gb"] > 0 for one in runs
+    )
+    assert runs[0]["labels"] == runs[1]["labels"] != ""
+
+
+def test_batch(tmp_path: Path) -> None:
+    """Every case is done, in float32."""
+    pytest.importorskip("openvino")
+    found, volume = tmp_path / "batch.json", save(tmp_path / "a.nii.gz")
+    run("bench_batch.py", "--volume", str(volume), "--cases", "2", "--classes", "3", "--precisions", "float32", *SMALL,
+        "--json", str(found))  # fmt: skip
+    (one,) = json.loads(found.read_text())["batches"]
+    assert one["cases"] == 2
+    assert 0 <= one["outside"] <= 1
+
+
+def test_training_steps(tmp_path: Path) -> None:
+    """Both loops take a run over the same cases."""
+    root = make_bundle(tmp_path / "tiny", labels={"background": 0, "front": 7, "back": 300})
+    for i in range(3):
+        save(tmp_path / "data" / "images" / f"{i}.nii.gz", nifti(smooth(seed=i)))
+        save(
+            tmp_path / "data" / "labels" / f"{i}.nii.gz",
+            nifti((7 * (smooth(seed=i) > 110)).astype(np.uint8)),
+        )
+    run_file, found = root / "configs" / "run.yaml", tmp_path / "train.json"
+    run("bench_train.py", str(run_file), f"bundle={root}", f"dataset={tmp_path / 'data'}", "--steps", "2", "--rounds", "1",
+        "--json", str(found))  # fmt: skip
+    result = json.loads(found.read_text())
+    assert {len(seconds) for seconds in result["seconds"].values()} == {1}
+    assert result["ratio"] > 0

@@ -1,0 +1,92 @@
+"""scripts/head_to_head.py with a stand-in for nnU-Net's environment: what it is given, and how what it leaves is scored."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from phantom import load_script, make_bundle
+
+CASES = ["001", "003", "004", "006", "007"]
+PLANNER = """#!/usr/bin/env bash
+mkdir -p "$nnUNet_preprocessed/Dataset001_Fold"
+"""
+TRAINER = """#!/usr/bin/env bash
+[ "$2 $3 $4" = "1 0 0.03" ] || exit 1
+out="$nnUNet_results/Dataset001_Fold/ClockedTrainer__nnUNetPlans__3d_fullres/fold_$3/validation"
+mkdir -p "$out"
+for case in 006 007; do cp -L "$nnUNet_raw/Dataset001_Fold/labelsTr/hippocampus_$case.nii.gz" "$out"; done
+echo '{}' >"$out/summary.json"
+"""
+
+
+@pytest.fixture
+def place(hippocampus: list[Path], tmp_path: Path) -> Path:
+    """A folder with a run on a few crops, and an environment that only looks like nnU-Net's."""
+    data = hippocampus[0].parent.parent
+    pairs = [
+        {part: f"{data}/{part}sTr/hippocampus_{case}.nii.gz" for part in ("image", "label")}
+        for case in CASES
+    ]
+    (tmp_path / "data").mkdir()
+    content = json.loads((data / "dataset.json").read_text()) | {"training": pairs}
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
+    names = [f"hippocampus_{case}" for case in CASES]
+    (tmp_path / "data" / "splits.json").write_text(
+        json.dumps([{"train": names[:3], "val": names[3:]}])
+    )
+    make_bundle(tmp_path / "bundle", 3, labels={"background": 0, "anterior": 1, "posterior": 2})
+    run = {
+        "bundle": str(tmp_path / "bundle"),
+        "dataset": str(tmp_path / "data"),
+        "splits": "splits.json",
+        "fold": 0,
+    }
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(run | {"epochs": 1, "batch_size": 2, "learning_rate": 0.01})
+    )
+    tools = tmp_path / "out" / "nnunet_venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, text in {
+        "nnUNetv2_plan_and_preprocess": PLANNER,
+        "python": TRAINER,
+        "nnUNetv2_train": "",
+    }.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    return tmp_path
+
+
+def test_both_are_trained_and_scored_on_the_cases_left_out(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = load_script("head_to_head")
+    command = [
+        "head_to_head.py",
+        str(place / "run.yaml"),
+        "--minutes",
+        "0.03",
+        "-o",
+        str(place / "out"),
+    ]
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    found = json.loads((place / "out" / "summary.json").read_text())
+    assert {row["cases"] for row in found["tests"]} == {2}
+    assert all(row["theirs"] == 1 for row in found["tests"])  # the stand-in answers with the truth
+    assert all(0 <= row["ours"] < 1 for row in found["tests"])
+    raw = place / "out" / "nnunet" / "raw" / "Dataset001_Fold"
+    assert sorted(path.name for path in (raw / "imagesTr").iterdir()) == [
+        f"hippocampus_{case}_0000.nii.gz" for case in CASES
+    ]
+    folds = json.loads(
+        (
+            place / "out" / "nnunet" / "preprocessed" / "Dataset001_Fold" / "splits_final.json"
+        ).read_text()
+    )
+    assert folds[0]["val"] == ["hippocampus_006", "hippocampus_007"]
+    given = json.loads((raw / "dataset.json").read_text())
+    assert given["labels"]["background"] == 0
+    assert given["numTraining"] == len(CASES)

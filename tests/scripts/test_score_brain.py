@@ -1,0 +1,159 @@
+"""The default model on real heads, and the script that scores it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.processing import resample_from_to
+from phantom import load_script, oblique, smooth
+
+import pipeline
+from pipeline.evaluation.metrics import dice
+from pipeline.inference.predictor import Model
+from pipeline.io.reader import Image
+
+PAIRED = ("thalamus", "caudate", "putamen", "hippocampus", "amygdala", "cerebral cortex")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """The default bundle."""
+    return pipeline.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """scripts/score_brain.py as a module."""
+    return load_script("score_brain")
+
+
+def turned(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
+    """The same scan, stored in another order and direction of axes."""
+    now, then = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
+    return image.as_reoriented(nib.orientations.ornt_transform(now, then))
+
+
+def test_a_real_head(model: Model, data: Path) -> None:
+    """Most of the brain is found and little else, whichever way the file is stored; left is left."""
+    image, mask = (
+        nib.load(data / "real" / f"head18_{name}.nii.gz") for name in ("T1w", "brainmask")
+    )
+    result = pipeline.segment(model, image)
+    brain = np.asarray(mask.dataobj) > 0
+    assert result.labels.shape == brain.shape
+    assert dice(result.labels > 0, brain) > 0.95
+    for name in PAIRED:
+        left, right = (
+            nib.affines.apply_affine(
+                result.affine,
+                np.argwhere(result.labels == model.spec.labels[f"{side} {name}"]).mean(axis=0),
+            )
+            for side in ("left", "right")
+        )
+        assert right[0] - left[0] > 15
+        sizes = [result.volumes_mm3[f"{side} {name}"] for side in ("left", "right")]
+        assert max(sizes) < 1.4 * min(sizes)
+    again = pipeline.segment(model, turned(image, "PIR"))
+    back = nib.as_closest_canonical(nib.Nifti1Image(again.labels, again.affine))
+    same = nib.as_closest_canonical(nib.Nifti1Image(result.labels, result.affine))
+    assert (np.asarray(back.dataobj) == np.asarray(same.dataobj)).mean() > 0.999
+
+
+def test_a_template_of_many_brains(model: Model) -> None:
+    """Of plausible size as a whole, and no structure is missing."""
+    datasets = pytest.importorskip("nilearn.datasets")
+    result = pipeline.segment(model, datasets.load_mni152_template(resolution=1))
+    assert not [line for line in result.warnings if line.startswith(tuple(model.spec.sums))]
+    assert all(result.volumes_mm3[name] > 0 for name in model.spec.labels if name != "background")
+    parts = [name for name in model.spec.labels if name != "background"]
+    assert result.volumes_mm3["intracranial"] == pytest.approx(
+        sum(result.volumes_mm3[name] for name in parts)
+    )
+
+
+def test_manual_values_become_freesurfers(script: Any, tmp_path: Path) -> None:
+    """By name and side; gyri are cortex, what the model does not tell apart is left out."""
+    rows = {47: "Right Hippocampus", 48: "Left Hippocampus", 35: "Brain Stem", 4: "3rd Ventricle",
+            51: "Right Lateral Ventricle",
+            100: "Right ACgG  anterior cingulate gyrus", 101: "Left ACgG  anterior cingulate gyrus", 46: "CSF"}  # fmt: skip
+    (tmp_path / "table.csv").write_text(
+        "Label Number,Label Name\n" + "\n".join(f"{k},{v}" for k, v in rows.items()) + "\n"
+    )
+    found = script.oasis_values(tmp_path / "table.csv")
+    assert found == {47: 53, 48: 17, 35: 16, 4: 14, 51: 43, 100: 42, 101: 3}
+
+
+def test_parcels_become_cortex_and_the_callosum_white_matter(script: Any) -> None:
+    parcels = np.array([0, 2, 251, 255, 41, 1003, 2035, 17])
+    assert script.aseg(parcels.reshape(8, 1, 1)).ravel().tolist() == [0, 2, 2, 41, 41, 3, 42, 17]
+
+
+def test_the_truth_s_voxels_ask_the_nearest_of_the_prediction(script: Any) -> None:
+    """As nibabel resamples without interpolation."""
+    labels = (smooth((17, 24, 21)) // 40).astype(np.int16)
+    prediction = nib.Nifti1Image(labels, oblique())
+    other = oblique((1.7, 1.1, 1.4), (3.0, 5.0, -8.0))
+    truth = nib.Nifti1Image(np.zeros((11, 25, 19), dtype=np.int16), other)
+    expected = np.asarray(resample_from_to(prediction, truth, order=0).dataobj)
+    ours = script.on_grid_of(
+        Image(array=np.asarray(truth.dataobj), affine=other),
+        Image(array=labels, affine=prediction.affine),
+    )
+    assert (ours == expected).mean() > 0.999
+
+
+def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path) -> None:
+    """By the same truth, whatever their values."""
+    brain = np.zeros((12, 15, 10), dtype=np.uint8)
+    brain[3:9, 2:12, 2:8] = 1
+    part = brain.copy()
+    part[3:6] = 0
+    masks = {"head18_brainmask": brain * 255, "head18_T1w_seg": brain * 17, "other": part}
+    for name, array in masks.items():
+        nib.save(nib.Nifti1Image(array, oblique()), tmp_path / f"{name}.nii.gz")
+    names = {"brain mask": "head18_T1w_seg", "brain mask, half": "other"}
+    rows = script.mask_scores(
+        tmp_path, {("head18", name): tmp_path / f"{file}.nii.gz" for name, file in names.items()}
+    )
+    found = {row["structure"]: row["dice"] for row in rows}
+    assert found == {"brain mask": 1.0, "brain mask, half": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_thick_slices_lie_where_their_voxels_lay(script: Any, axis: int) -> None:
+    """A grey value that grows with the place in space is that of the slice's own place."""
+    gradient = np.array([0.3, -0.7, 1.1])
+    affine = oblique()
+    places = nib.affines.apply_affine(affine, np.moveaxis(np.indices((17, 24, 21)), 0, -1))
+    image = turned(nib.Nifti1Image((places @ gradient).astype(np.float32), affine), "PIR")
+    thick = script.sliced(image, axis, 5.0)
+    found = (
+        nib.affines.apply_affine(thick.affine, np.moveaxis(np.indices(thick.shape), 0, -1))
+        @ gradient
+    )
+    np.testing.assert_allclose(np.asarray(thick.dataobj), found, atol=1e-3)
+    assert nib.aff2axcodes(thick.affine) == ("R", "A", "S")
+    step = nib.as_closest_canonical(image).header.get_zooms()[axis]
+    assert thick.header.get_zooms()[axis] == pytest.approx(step * round(5.0 / step))
+
+
+def test_the_table_of_scores_has_a_line_a_structure(script: Any) -> None:
+    """Sides beside each other; a scan without a truth for a structure has an empty cell."""
+    rows = [
+        {"scan": scan, "structure": name, "dice": 0.8 if "left" in name else 0.9}
+        for scan in script.COLUMNS
+        for name in script.structures()
+        if (scan, name) != ("oasis1000", "4th ventricle")
+    ]
+    lines = script.table(
+        [*rows, {"scan": "head18", "structure": "brain mask", "dice": 0.97}]
+    ).splitlines()
+    assert "| brain mask |  | 0.9700 |  |  |" in lines
+    assert "| hippocampus |" + " 0.800 / 0.900 |" * 4 in lines
+    assert "| 4th ventricle |  | 0.900 | 0.900 | 0.900 |" in lines
+    assert lines[3].endswith(" | 0.8500" * 4 + " |")
+    assert len(lines) == 4 + len(script.BOTH) + len(script.MIDDLE)

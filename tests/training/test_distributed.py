@@ -1,0 +1,99 @@
+"""One run in two processes, as torchrun starts them, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ignite.engine import Engine
+from phantom import make_bundle, run_of
+
+from pipeline.bundle.check import check_bundle
+from pipeline.io.tables import read_csv
+from pipeline.training import optimisation
+from pipeline.training.distributed import (
+    from_first_process,
+    is_first_process,
+    mean_over_processes,
+    process_group,
+)
+from pipeline.training.optimisation import Budget
+from pipeline.training.trainer import CHECKPOINT, read_run
+
+
+def start(bundle: Path, data: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`volseg train` in two processes of one thread each."""
+    _, content = read_run(
+        bundle / "configs" / "run.yaml", run_of(bundle, data, batch_size=1, epochs=6, repeats=25)
+    )
+    config = bundle.parent / f"{bundle.name}.yaml"
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "-m", "pipeline.cli", "train", str(config), *arguments]  # fmt: skip
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def rows(bundle: Path) -> list[dict[str, str]]:
+    return [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in read_csv(bundle / "train/history.csv")
+    ]
+
+
+def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: Path) -> None:
+    """They share the cases, one of them writes, and a run that was killed goes on to where one that was not ends."""
+    labels = {"background": 0, "bright": 1}
+    whole, cut = (make_bundle(tmp_path / name, labels=labels) for name in ("whole", "cut"))
+    process = start(whole, dataset)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert said.count("epoch 6 of 6") == said.count("trained; the weights") == 1
+    assert len(rows(whole)) == 6
+    assert not any(check_bundle(whole).values())
+
+    process = start(cut, dataset)
+    while process.poll() is None and len(rows(cut)) < 2:
+        time.sleep(0.05)
+    for pid in [
+        str(process.pid),
+        *Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(),
+    ]:
+        os.kill(int(pid), signal.SIGKILL)
+    process.communicate()
+    assert (cut / CHECKPOINT).is_file()
+    process = start(cut, dataset, "--resume")
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert [row["epoch"] for row in rows(cut)] == [row["epoch"] for row in rows(whole)]
+    assert rows(cut)[0] == rows(whole)[0]
+    assert float(rows(cut)[-1]["loss"]) == pytest.approx(float(rows(whole)[-1]["loss"]), rel=0.02)
+    assert not any(check_bundle(cut).values())
+
+
+def test_the_clock_is_the_first_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that all end after the same step, and have one learning rate."""
+    monkeypatch.setattr(optimisation, "from_first_process", lambda value: 30.0)
+    monkeypatch.setattr(optimisation, "is_single_process", lambda: False)
+    ticks = iter(range(100))
+    budget = Budget(1.0, now=lambda: float(next(ticks)))
+    trainer = Engine(lambda engine, batch: None)
+    budget.attach(trainer)
+    trainer.run([1, 2, 3])
+    assert budget.used() == 0.5
+
+
+def test_one_process_needs_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose number some job script has set: it writes what it makes."""
+    monkeypatch.setenv("RANK", "3")
+    with process_group() as device:
+        assert device is None
+    assert is_first_process()
+    assert mean_over_processes(2.5) == from_first_process(2.5) == 2.5

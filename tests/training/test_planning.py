@@ -1,0 +1,333 @@
+"""From a folder of labelled volumes to a run and a bundle: layouts, what is wrong with cases, choices, folds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from phantom import SPACING, nifti, oblique, save, smooth, turn
+
+from pipeline.bundle.check import check_bundle
+from pipeline.cli.app import main
+from pipeline.errors import ConfigError
+from pipeline.io.layouts import find_pairs
+from pipeline.training.planning.choices import (
+    choose_settings,
+    make_folds,
+    nested_values,
+    training_length,
+)
+from pipeline.training.planning.fingerprint import Fingerprint, take_fingerprints
+from pipeline.training.planning.timing import TrainingTimes
+
+LABELS = {"background": 0, "front": 1, "back": 2}
+
+
+def image(seed: int = 0) -> nib.Nifti1Image:
+    return nifti(smooth(seed=seed))
+
+
+def label(seed: int = 0) -> nib.Nifti1Image:
+    array = smooth(seed=seed)
+    return nib.Nifti1Image(
+        np.select([array > 130, array > 110], [2, 1], 0).astype(np.uint8), oblique()
+    )
+
+
+def decathlon(root: Path, count: int = 3) -> list[Path]:
+    names = [f"case_{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        save(root / "imagesTr" / f"{name}.nii.gz", image(i))
+        save(root / "labelsTr" / f"{name}.nii.gz", label(i))
+    pairs = [
+        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+        for name in names
+    ]
+    content = {
+        "modality": {"0": "T1w"},
+        "labels": {"0": "background", "1": "front", "2": "back"},
+        "training": pairs,
+    }
+    (root / "dataset.json").write_text(json.dumps(content | {"licence": "CC0"}))
+    return [root]
+
+
+def nnunet(root: Path, count: int = 3) -> list[Path]:
+    for i in range(count):
+        for channel in range(2):
+            save(root / "imagesTr" / f"case_{i}_{channel:04}.nii.gz", image(i + 10 * channel))
+        save(root / "labelsTr" / f"case_{i}.nii.gz", label(i))
+    content = {
+        "channel_names": {"0": "T1w", "1": "FLAIR"},
+        "labels": {"background": 0, "front": 1, "back": 2},
+    }
+    (root / "dataset.json").write_text(json.dumps(content))
+    return [root]
+
+
+def bids(root: Path, count: int = 3) -> list[Path]:
+    for i in range(count):
+        place = Path(f"sub-{i:02}", "ses-a", "anat")
+        for contrast in ("T1w", "FLAIR"):
+            save(root / place / f"sub-{i:02}_ses-a_{contrast}.nii.gz", image(i))
+        save(
+            root / "derivatives" / "manual" / place / f"sub-{i:02}_ses-a_space-T1w_dseg.nii.gz",
+            label(i),
+        )
+    save(root / "sub-00" / "ses-a" / "anat" / "sub-00_ses-a_T2w.nii.gz", image(7))
+    return [root]
+
+
+def two_folders(root: Path, count: int = 3) -> list[Path]:
+    for i in range(count):
+        save(root / "scans" / f"case.{i}.nii.gz", image(i))
+        save(root / "drawn" / f"case.{i}_seg.nii.gz", label(i))
+    return [root / "scans", root / "drawn"]
+
+
+LAYOUTS: dict[str, tuple[Callable[[Path], list[Path]], tuple[str, ...] | None, str]] = {
+    "decathlon": (decathlon, ("T1w",), "case_0"),
+    "nnunet": (nnunet, ("T1w", "FLAIR"), "case_0"),
+    "bids": (bids, ("FLAIR", "T1w"), "sub-00_ses-a"),
+    "two folders": (two_folders, None, "case.0"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_each_layout_gives_its_pairs(name: str, tmp_path: Path) -> None:
+    """Names, channels in their order, labels where the folder says; every file is there, and none is wrong."""
+    make, channels, first = LAYOUTS[name]
+    layout = find_pairs(make(tmp_path))
+    assert layout.cases[0]["case"] == first
+    assert len(layout.cases) == 3
+    assert layout.channels == channels
+    assert layout.problems == []
+    for case in layout.cases:
+        sources = case["image"] if isinstance(case["image"], list) else [case["image"]]
+        assert len(sources) == len(channels or "1")
+        assert all(Path(path).is_file() for path in [*sources, case["label"]])
+        for channel, path in zip(channels or (), sources, strict=False):
+            assert channel in path or name in ("decathlon", "nnunet")
+    assert layout.labels == (LABELS if name in ("decathlon", "nnunet") else None)
+    assert layout.licence == ("CC0" if name == "decathlon" else "")
+
+
+def test_what_is_no_pair_is_told_all_at_once(tmp_path: Path) -> None:
+    """Orphans of both kinds, missing channels, wrong names: each with its name."""
+    (root,) = nnunet(tmp_path)
+    save(root / "imagesTr" / "lone_0000.nii.gz", image())
+    save(root / "imagesTr" / "lone_0001.nii.gz", image())
+    save(root / "imagesTr" / "noted.nii.gz", image())
+    save(root / "labelsTr" / "orphan.nii.gz", label())
+    (root / "imagesTr" / "case_2_0001.nii.gz").unlink()
+    layout = find_pairs([root])
+    assert [case["case"] for case in layout.cases] == ["case_0", "case_1"]
+    said = dict(layout.problems)
+    assert set(said) == {"lone", "noted", "orphan", "case_2"} | ({"case_2"} & set(said))
+    assert "has no label" in said["lone"]
+    assert "has no image" in said["orphan"]
+    assert "channel's number" in said["noted"]
+    (root,) = decathlon(tmp_path / "other")
+    save(root / "labelsTr" / "extra.nii.gz", label())
+    assert [(name, "not listed" in what) for name, what in find_pairs([root]).problems] == [
+        ("extra", True)
+    ]
+    with pytest.raises(ConfigError, match="expected a Decathlon"):
+        find_pairs([tmp_path / "other" / "labelsTr"])
+
+
+def test_every_broken_case_is_named(tmp_path: Path) -> None:
+    """Another grid, unknown values, fractions, nothing labelled, not readable, the same scan twice."""
+    (root,) = decathlon(tmp_path, count=9)
+
+    def image_of(i: int) -> Path:
+        return root / "imagesTr" / f"case_{i}.nii.gz"
+
+    def label_of(i: int) -> Path:
+        return root / "labelsTr" / f"case_{i}.nii.gz"
+
+    values = np.asarray(label(0).dataobj)
+    shifted = oblique()
+    shifted[0, 3] += 1
+    save(label_of(1), nib.Nifti1Image(np.asarray(label(1).dataobj), shifted))
+    save(label_of(2), nib.Nifti1Image(values[:-1], oblique()))
+    save(label_of(3), nib.Nifti1Image(np.where(values == 2, 5, values).astype(np.uint8), oblique()))
+    save(label_of(4), nib.Nifti1Image(values * np.float32(0.7), oblique()))
+    save(label_of(5), nib.Nifti1Image(values * np.uint8(0), oblique()))
+    image_of(6).write_bytes(image_of(6).read_bytes()[:200])
+    save(image_of(7), image(0))
+    layout = find_pairs([root])
+    prints, problems = take_fingerprints(layout.cases, layout.labels)
+    assert [p.case for p in prints] == ["case_0", "case_8"]
+    said = dict(problems)
+    expected = {
+        "case_1": "1.00 mm from its image", "case_2": "has shape", "case_3": "has the values 5", "case_4": "whole numbers",
+        "case_5": "is empty", "case_6": "truncated", "case_7": "is that of case_0",
+    }  # fmt: skip
+    assert set(said) == set(expected)
+    assert all(text in said[case] for case, text in expected.items())
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LIA", "SPR"])
+def test_fingerprints_are_of_the_body_not_of_the_file(axcodes: str, tmp_path: Path) -> None:
+    """Shape, spacing and the labels' box go along right, anterior, superior, however the file is stored."""
+    save(tmp_path / "images" / "a.nii.gz", turn(image(), axcodes))
+    save(tmp_path / "labels" / "a.nii.gz", turn(label(), axcodes))
+    (one,), problems = take_fingerprints(find_pairs([tmp_path]).cases, None)
+    assert problems == []
+    assert one.shape == (17, 24, 21)
+    assert one.spacing == pytest.approx(SPACING)
+    values = np.asarray(label().dataobj)
+    places = np.argwhere(values > 0)
+    assert one.foreground == tuple(np.ptp(places, axis=0) + 1)
+    assert one.voxels == {1: int((values == 1).sum()), 2: int((values == 2).sum())}
+    assert one.inside == pytest.approx(
+        (smooth()[values > 0].mean(), smooth()[values > 0].std()), rel=1e-4
+    )
+
+
+def print_of(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], zeros: float = 0.0
+) -> Fingerprint:
+    return Fingerprint(
+        case="x",
+        shape=shape,
+        spacing=spacing,
+        foreground=(9, 9, 9),
+        voxels={1: 50},
+        zeros=zeros,
+        inside=(1.0, 1.0),
+    )
+
+
+CPU, GPU = "cpu", "gpu"
+
+
+def chosen(prints: list[Fingerprint], device: str = CPU, dims: int = 3) -> dict[str, Any]:
+    return {
+        choice.name: choice.value
+        for choice in choose_settings(prints, LABELS, ["T1w"], device, dims)
+    }
+
+
+def test_choices_follow_the_data() -> None:
+    """Small crops are one window; thick slices keep their axis; what is cut out is normalised without its zeros."""
+    crops = chosen([print_of((35, 50, 36), (1.0, 1.0, 1.0))] * 5)
+    assert crops["spec.roi_size"] == [40, 56, 40]
+    assert crops["spec.network"]["strides"] == [[2, 2, 2]] * 3
+    assert crops["spec.intensity"]["nonzero"] is False
+    thick = chosen([print_of((256, 256, 24), (0.9, 0.9, 6.0), zeros=0.6)] * 5)
+    assert thick["spec.spacing"] == [0.9, 0.9, 6.0]
+    assert thick["spec.network"]["strides"][0] == [2, 2, 1]
+    assert thick["spec.intensity"]["nonzero"] is True
+    mixed = chosen([print_of((256, 256, 24), (0.9, 0.9, mm)) for mm in (3.0, 5.0, 6.0, 6.0, 6.0)])
+    assert 3.0 <= mixed["spec.spacing"][2] < 5.0
+
+
+def test_choices_follow_the_machine() -> None:
+    """A GPU sees more at once, with more features; slices are chosen across the thick axis."""
+    head = [print_of((192, 256, 256), (1.0, 1.0, 1.0))] * 5
+    cpu, gpu = chosen(head), chosen(head, GPU)
+    assert np.prod(gpu["spec.roi_size"]) > 2 * np.prod(cpu["spec.roi_size"])
+    assert gpu["spec.network"]["features"][0] > cpu["spec.network"]["features"][0]
+    slices = chosen([print_of((256, 256, 24), (0.9, 0.9, 6.0))] * 5, dims=2)
+    assert slices["spec.slice_axis"] == "S"
+    assert len(slices["spec.roi_size"]) == 2
+    assert slices["run.batch_size"] % slices["run.patches_per_case"] == 0
+
+
+@pytest.mark.parametrize(
+    "shape", [(35, 50, 36), (181, 217, 181), (320, 320, 18), (7, 300, 90), (512, 512, 300)]
+)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_every_plan_is_a_network(shape: tuple[int, int, int], dims: int) -> None:
+    """Whatever the data: a spec that is accepted, and a window that it can take."""
+    from pipeline.config.parser import parse_config
+    from pipeline.config.spec import Spec
+    from pipeline.networks.unet import build_unet
+
+    found = choose_settings([print_of(shape, (1.0, 0.8, 2.5))] * 3, LABELS, ["T1w"], CPU, dims)
+    spec = parse_config(Spec, nested_values(found, "spec."), "spec")
+    assert max(spec.network.features) <= 320
+    net = build_unet(spec).eval()
+    with torch.no_grad():
+        small = [
+            max(2 * step, n // 4 // step * step)
+            for n, step in zip(spec.roi_size, np.prod(spec.strides, axis=0), strict=True)
+        ]
+        assert net(torch.zeros(1, 1, *small)).shape[2:] == tuple(small)
+
+
+def test_folds_keep_subjects_together() -> None:
+    """Every case is left out once; sessions and sides of one subject are never on both sides; always the same folds."""
+    names = [f"sub-{i:02}_ses-{s}_T1w" for i in range(13) for s in "ab"] + [
+        f"p{i}_{side}" for i in range(9) for side in ("L", "R")
+    ]
+    found = make_folds(names)
+    assert len(found) == 5
+    assert sorted(name for fold in found for name in fold["val"]) == sorted(names)
+    for fold in found:
+        assert sorted(fold["train"] + fold["val"]) == sorted(names)
+        subjects = [
+            {name.rpartition("_")[0].partition("_ses")[0] for name in fold[part]}
+            for part in ("train", "val")
+        ]
+        assert not subjects[0] & subjects[1]
+        assert abs(len(fold["val"]) - len(names) / 5) <= 3
+    assert make_folds(list(reversed(names))) == found
+    assert len(make_folds(["a", "b", "c"])) == 3
+
+
+def test_the_length_fits_the_time() -> None:
+    """As many whole epochs as there is room for, with what goes around them."""
+    pace = TrainingTimes(steps={"float32": 2.5, "bfloat16": 2.0}, validation=30.0, around=20.0)
+    assert pace.precision == "bfloat16"
+    epochs, total = training_length(30, 50, pace)
+    assert total <= 30 * 60 < total + 100 + 0.1 * 30 * 60
+    assert total == epochs * 100 + 50
+    assert training_length(0.01, 50, pace)[0] == 1
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_plan_train_evaluate(name: str, tmp_path: Path) -> None:
+    """Three commands from a folder to a bundle that passes its checks and has a score."""
+    places = [str(place) for place in LAYOUTS[name][0](tmp_path / "data")]
+    config = tmp_path / "mine.yaml"
+    threads = torch.get_num_threads()
+    planned = run("plan", *places, "-o", str(config), "--minutes", "0.2")
+    assert planned.exit_code == 0, planned.output
+    assert "spec.spacing: [0.9, 1.3, 2.1]  (that of all cases)" in planned.stdout
+    written = yaml.safe_load(config.read_text())
+    assert f"run.epochs: {written['epochs']}  (" in planned.stdout
+    assert run("plan", *places, "-o", str(config)).exit_code == 2  # what is there is not lost
+    trained = run(
+        "train", str(config), "epochs=1", "batch_size=2", "patches_per_case=1", "validate_every=1"
+    )
+    torch.set_num_threads(threads)
+    assert trained.exit_code == 0, trained.output
+    assert not any(check_bundle(tmp_path / "mine").values())
+    if len(places) == 1:
+        evaluated = run(
+            "evaluate",
+            str(tmp_path / "mine"),
+            places[0],
+            "-o",
+            str(tmp_path / "out"),
+            "--splits",
+            written["splits"],
+            "--fold",
+            "1",
+        )
+        assert evaluated.exit_code == 0, evaluated.output
