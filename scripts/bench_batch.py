@@ -70,7 +70,9 @@ def main() -> None:
         root, folder = make_bundle(Path(name) / "bundle", args), Path(name) / "scans"
         path = root / "configs" / "spec.yaml"
         path.write_text(
-            yaml.safe_dump(yaml.safe_load(path.read_text()) | {"air": AIR}, sort_keys=False)
+            yaml.safe_dump(
+                yaml.safe_load(path.read_text()) | {"foreground_threshold": AIR}, sort_keys=False
+            )
         )
         folder.mkdir()
         for number in range(args.cases):

@@ -42,7 +42,7 @@ def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -
     from pipeline.io import as_nibabel, write_labels
 
     model = open_bundle(bundle, device="cpu", precision=precision)
-    model.evaluator.inferer.placement, model.evaluator.inferer.air = placement, air
+    model.evaluator.inferer.placement, model.evaluator.inferer.foreground_threshold = placement, air
     ready_bytes(model)
 
     def run(volume: Path, out: Path) -> dict[str, float]:

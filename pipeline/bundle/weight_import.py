@@ -98,10 +98,10 @@ def _spec(
         spec["slice_axis"] = "S"
     if kind == "buda":
         spec["intensity"] = {"method": "percentiles_zscore", "lower": 10.0, "upper": 99.0}
-        spec["fit"] = {"floor": 0.1, "slice_size": 256, "axis": "S"}
+        spec["crop_resize"] = {"floor": 0.1, "slice_size": 256, "axis": "S"}
         spec["largest_component"] = ["each"]
         if "FLAIR" in spec["channels"]:
-            spec["stand_in"] = "FLAIR"
+            spec["fallback_channel"] = "FLAIR"
     return spec
 
 

@@ -8,15 +8,24 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
-from pipeline.config.parser import load_config
+from pipeline.config.parser import parse_config, read_yaml
 from pipeline.config.unet_sizes import margin, nearest_valid_sizes, output_size
 from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
 Stride = int | tuple[int, ...]
 ALL, EACH = "all", "each"  # of the structures
+RENAMED_KEYS = {  # of 0.1.0; bundles that it wrote still open
+    "air": "foreground_threshold",
+    "focus": "localise",
+    "mirror": "tta_mirror",
+    "rotations": "tta_rotations",
+    "fit": "crop_resize",
+    "stand_in": "fallback_channel",
+    "whole": "warn_at_edge",
+}
 AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
@@ -81,28 +90,28 @@ class Spec:
         roi_size: voxels of one window; 2 numbers make a network of slices, 3 one of volumes.
         slice_axis: for a network of slices, the anatomical direction that the slices are stacked along.
         overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without padding, where tiles abut.
-        air: fraction of the way from a volume's lowest value to its brightest (its quantile .995) below which it is air, and
+        foreground_threshold: fraction of the way from a volume's lowest value to its brightest (its quantile .995) below which it is air, and
             background without being looked at; null looks everywhere.
-        focus: whether one window holds all structures of a scan: it is placed over them, and windows are spread only where they
+        localise: whether one window holds all structures of a scan: it is placed over them, and windows are spread only where they
             do not fit in; needs `air`.
-        mirror: anatomical directions along which mirror images are segmented too, and averaged; along R labels that are named
+        tta_mirror: anatomical directions along which mirror images are segmented too, and averaged; along R labels that are named
             left and right change places. Each doubles the time of the network.
         network: the U-Net's shape.
         output: `softmax` has a channel for every label, `sigmoid` one for every structure; a structure is found where its
             probability is above .5, and above that of the others.
-        stand_in: the channel that is also used for channels without a file of their own; null asks for all files.
-        fit: null keeps the whole field of view.
+        fallback_channel: the channel that is also used for channels without a file of their own; null asks for all files.
+        crop_resize: null keeps the whole field of view.
         largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
             names of structures, `each` for every one, `all` for all of them together, which comes first and leaves no hole;
             none by default.
         refine: groups of structures whose common borders are settled once more by the scan's own grey values; for structures
             of different tissue. None by default.
-        whole: whether a scan should hold all of the structures: a warning tells where they touch its edge.
+        warn_at_edge: whether a scan should hold all of the structures: a warning tells where they touch its edge.
         sums: name → structures, or `all`, whose volumes volumes.csv gives together, beside their own.
         plausible_ml: name of a structure or sum → lowest and highest volume, mL, outside of which a warning asks to look.
         soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
             instead of whole voxels of the label map.
-        rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
+        tta_rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
     """
 
     labels: dict[str, int]
@@ -114,19 +123,19 @@ class Spec:
     intensity: Intensity = field(default_factory=Intensity)
     slice_axis: Literal["R", "A", "S"] | None = None
     overlap: float = 0.5
-    air: float | None = None
-    focus: bool = False
-    mirror: tuple[Literal["R", "A", "S"], ...] = ()
+    foreground_threshold: float | None = None
+    localise: bool = False
+    tta_mirror: tuple[Literal["R", "A", "S"], ...] = ()
     output: Literal["softmax", "sigmoid"] = "softmax"
-    stand_in: str | None = None
-    fit: CropResize | None = None
+    fallback_channel: str | None = None
+    crop_resize: CropResize | None = None
     largest_component: tuple[str, ...] = ()
     refine: tuple[tuple[str, ...], ...] = ()
-    whole: bool = False
+    warn_at_edge: bool = False
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plausible_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
     soft_volumes: bool = False
-    rotations: int = 1
+    tta_rotations: int = 1
 
     def __post_init__(self) -> None:
         _check_labels(self.labels)
@@ -175,12 +184,23 @@ class Spec:
 
 
 def load_spec(path: PathOrStr) -> Spec:
-    """The spec that a YAML file holds.
+    """The spec in a YAML file. Keys of version 0.1.0 are read under their present names.
 
     Raises:
         ConfigError: with the path to the key that is wrong.
     """
-    return load_config(Spec, path, "spec")
+    content = read_yaml(path, "spec")
+    if isinstance(content, dict):
+        content = with_present_keys(content)
+    try:
+        return parse_config(Spec, content, "spec")
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def with_present_keys(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a spec with keys of version 0.1.0 under their present names."""
+    return {RENAMED_KEYS.get(key, key): value for key, value in content.items()}
 
 
 def _check_labels(labels: dict[str, int]) -> None:
@@ -214,13 +234,15 @@ def _check_grid(spec: Spec) -> None:
 
 
 def _check_way_in(spec: Spec) -> None:
-    if spec.stand_in is not None and spec.stand_in not in spec.channels:
+    if spec.fallback_channel is not None and spec.fallback_channel not in spec.channels:
         raise ConfigError(
-            f"spec.stand_in: expected one of the channels {', '.join(spec.channels)}, got {spec.stand_in!r}"
+            f"spec.fallback_channel: expected one of the channels {', '.join(spec.channels)}, got {spec.fallback_channel!r}"
         )
-    if spec.fit is not None and (not 0 <= spec.fit.floor < 1 or spec.fit.slice_size < 1):
+    if spec.crop_resize is not None and (
+        not 0 <= spec.crop_resize.floor < 1 or spec.crop_resize.slice_size < 1
+    ):
         raise ConfigError(
-            f"spec.fit: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.fit}"
+            f"spec.crop_resize: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.crop_resize}"
         )
     _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
     for i, group in enumerate(spec.refine):
@@ -234,8 +256,10 @@ def _check_way_in(spec: Spec) -> None:
         if name in spec.labels:
             raise ConfigError(f"spec.sums.{name}: expected a name that is no label's")
     _check_names("plausible_ml", spec.plausible_ml, {*spec.labels, *spec.sums})
-    if spec.rotations < 1:
-        raise ConfigError(f"spec.rotations: expected 1 (none) or more, got {spec.rotations}")
+    if spec.tta_rotations < 1:
+        raise ConfigError(
+            f"spec.tta_rotations: expected 1 (none) or more, got {spec.tta_rotations}"
+        )
 
 
 def _check_names(where: str, names: Iterable[str], known: Container[str]) -> None:
@@ -273,12 +297,12 @@ def _check_window(spec: Spec) -> None:
         )
     if not 0 <= spec.overlap < 1:
         raise ConfigError(f"spec.overlap: expected a fraction, 0 ≤ overlap < 1, got {spec.overlap}")
-    if spec.focus and (spec.air is None or spec.spatial_dims == 2):
-        raise ConfigError("spec.focus: expected false for a network of slices, and without air")
-    odd = len(set(spec.mirror)) < len(spec.mirror) or spec.slice_axis in spec.mirror
-    if odd or (spec.mirror and not spec.network.padding):
+    if spec.localise and (spec.foreground_threshold is None or spec.spatial_dims == 2):
+        raise ConfigError("spec.localise: expected false for a network of slices, and without air")
+    odd = len(set(spec.tta_mirror)) < len(spec.tta_mirror) or spec.slice_axis in spec.tta_mirror
+    if odd or (spec.tta_mirror and not spec.network.padding):
         raise ConfigError(
-            f"spec.mirror: expected distinct directions within a padded window, got {', '.join(spec.mirror)}"
+            f"spec.tta_mirror: expected distinct directions within a padded window, got {', '.join(spec.tta_mirror)}"
         )
     if spec.overlap and not spec.network.padding:
         raise ConfigError(

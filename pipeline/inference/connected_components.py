@@ -24,7 +24,7 @@ def keep_components(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch
         spec: says whether.
     """
     labels = index[0]
-    if spec.fit is not None:
+    if spec.crop_resize is not None:
         own, target = (
             np.asarray(affine, dtype=np.float64)
             for affine in (image.affine, image.meta["labels_affine"])

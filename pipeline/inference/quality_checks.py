@@ -34,7 +34,7 @@ def quality_warnings(
         spec: `whole` and `plausible_ml`.
     """
     lines = []
-    faces = touched_faces(labels, affine) if spec.whole else []
+    faces = touched_faces(labels, affine) if spec.warn_at_edge else []
     if faces:
         lines.append(
             f"structures reach the scan's edge ({', '.join(faces)}): part of them may be missing"

@@ -95,11 +95,11 @@ def rotate_plane(x: torch.Tensor, angle: float, mm: list[float]) -> torch.Tensor
 
 def average_rotations(spec: Spec, inferer: Inferer) -> Inferer:
     """The inferer with the averaging that a spec asks for: about the axis of its slices, or the vertical one in 3D."""
-    if spec.rotations == 1:
+    if spec.tta_rotations == 1:
         return inferer
     vertical = next(i for i, code in enumerate(spec.orientation) if code in "SI")
     axis = vertical if spec.slice_dim is None else spec.slice_dim
-    return RotationInferer(inferer, spec.rotations, axis)
+    return RotationInferer(inferer, spec.tta_rotations, axis)
 
 
 def _spacing(inputs: torch.Tensor) -> list[float]:

@@ -67,7 +67,7 @@ def build_inferer(
         ConfigError: an overlap that is not 0 ≤ overlap < 1.
     """
     overlap = spec.overlap if overlap is None else overlap
-    if spec.rotations > 1:  # averages whole volumes
+    if spec.tta_rotations > 1:  # averages whole volumes
         finish = None
     plain = _windows_or_tiles(spec, overlap, sw_batch_size, finish)
     return average_rotations(spec, BackgroundInferer(plain) if spec.output == "sigmoid" else plain)
@@ -87,9 +87,9 @@ def _windows_or_tiles(
         overlap,
         slice_dim=spec.slice_dim,
         sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
-        mirror=mirroring_of(spec),
-        air=spec.air,
-        top=head_top(spec) if spec.focus else None,
+        mirroring=mirroring_of(spec),
+        foreground_threshold=spec.foreground_threshold,
+        head_top=head_top(spec) if spec.localise else None,
         finish=finish,
     )
 
@@ -104,11 +104,11 @@ class WindowInferer(Inferer):
         sw_batch_size: windows that go through the network together.
         placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
         mode: `gaussian` or `constant`, the weight of a window's voxels.
-        mirror: the mirror images of a window that are averaged in; None for none.
-        air: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
+        mirroring: the mirror images of a window that are averaged in; None for none.
+        foreground_threshold: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
             are spread over the box of what is above, those that hold nothing of it are not looked at, and all else is
             background; None looks at all.
-        top: where a head's top is, for images whose structures one window holds: it is placed over them, and only where they
+        head_top: where a head's top is, for images whose structures one window holds: it is placed over them, and only where they
             do not fit in are windows spread (`pipeline.focus`); needs `air`. None always spreads.
         held_bytes: of sums that may be held at a time; the result does not depend on it.
         finish: what is made of each image's blocks while they come; whole logits by default.
@@ -127,9 +127,9 @@ class WindowInferer(Inferer):
         sw_batch_size: int = 1,
         placement: Placement = "even",
         mode: str = "gaussian",
-        mirror: Mirroring | None = None,
-        air: float | None = None,
-        top: Top | None = None,
+        mirroring: Mirroring | None = None,
+        foreground_threshold: float | None = None,
+        head_top: Top | None = None,
         held_bytes: float = HELD_BYTES,
         finish: Finish | None = None,
     ) -> None:
@@ -139,7 +139,11 @@ class WindowInferer(Inferer):
             raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
         self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
         self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
-        self.mirror, self.air, self.top = mirror, air, top
+        self.mirroring, self.foreground_threshold, self.head_top = (
+            mirroring,
+            foreground_threshold,
+            head_top,
+        )
         self.held_bytes, self.finish = held_bytes, finish
         self.roi = (
             self.roi_size
@@ -199,7 +203,11 @@ class WindowInferer(Inferer):
     ) -> Any:
         image = _finite(_plain(item).to(device, torch.float32))
         shape = tuple(image.shape[1:])
-        above = None if self.air is None else foreground_level(image, self.air)
+        above = (
+            None
+            if self.foreground_threshold is None
+            else foreground_level(image, self.foreground_threshold)
+        )
         started = time.perf_counter()
         inside = self._inside(image, above, network, item.device)
         placing = time.perf_counter() - started
@@ -207,7 +215,7 @@ class WindowInferer(Inferer):
         cells = None if above is None else foreground_cells(image, above)
         look = WindowScores(
             image,
-            average_mirrored(network, self.mirror),
+            average_mirrored(network, self.mirroring),
             self.roi,
             slice_dim=self.slice_dim,
             batch=self.sw_batch_size,
@@ -215,7 +223,7 @@ class WindowInferer(Inferer):
             cells=cells,
         )
         look.seconds.append(placing)
-        if self.air is None and not isinstance(look.first, torch.Tensor):
+        if self.foreground_threshold is None and not isinstance(look.first, torch.Tensor):
             return aggregate_outputs(
                 self.windows(image.shape[1:], 1),
                 look,
@@ -242,7 +250,7 @@ class WindowInferer(Inferer):
         if above is None:
             return tuple(slice(0, n) for n in image.shape[1:])
         inside = foreground_box(image, above, self.roi)
-        if self.top is None:
+        if self.head_top is None:
             return inside
 
         plain = WindowInferer(self.roi_size, self.overlap, sw_batch_size=self.sw_batch_size)
@@ -251,7 +259,7 @@ class WindowInferer(Inferer):
             found = plain(crop_box(image, at)[None].to(device), network)
             return _one_output(found)[0]
 
-        return localise(image, inside, self.roi, self.top, above, scores)
+        return localise(image, inside, self.roi, self.head_top, above, scores)
 
 
 def _one_output(found: Any) -> torch.Tensor:

@@ -47,11 +47,11 @@ def mirroring_of(spec: Spec) -> Mirroring | None:
     Raises:
         ConfigError: a label with a side whose counterpart is missing.
     """
-    if not spec.mirror:
+    if not spec.tta_mirror:
         return None
     window = [AXES[code] for i, code in enumerate(spec.orientation) if i != spec.slice_dim]
-    axes = tuple(window.index(AXES[direction]) for direction in spec.mirror)
-    if "R" not in spec.mirror:
+    axes = tuple(window.index(AXES[direction]) for direction in spec.tta_mirror)
+    if "R" not in spec.tta_mirror:
         return Mirroring(axes=axes)
     return Mirroring(axes=axes, sides=window.index(AXES["R"]), order=counterparts(spec.outputs))
 
@@ -66,7 +66,7 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
     alone = [name for name, other in zip(names, others, strict=True) if other not in names]
     if alone:
         raise ConfigError(
-            f"spec.mirror: expected each side's labels on the other side too, got only {', '.join(alone)}"
+            f"spec.tta_mirror: expected each side's labels on the other side too, got only {', '.join(alone)}"
         )
     return tuple(names.index(other) for other in others)
 

@@ -36,7 +36,7 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
     files = dict.fromkeys(pair for item in inputs for pair in _files(item))
     cases = [{"case": name, "image": str(path)} for name, path in files]
     if len(spec.channels) > 1:
-        cases = _grouped(cases, spec.channels, spec.stand_in)
+        cases = _grouped(cases, spec.channels, spec.fallback_channel)
     _refuse_collisions(cases)
     return cases
 

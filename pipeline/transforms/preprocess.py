@@ -47,12 +47,16 @@ def preprocessing(
             ReadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing),
             CheckVolumed(IMAGE),
             *([KeepScand(IMAGE)] if spec.refine else []),
-            *([RepeatChannelsd(IMAGE, len(spec.channels))] if spec.stand_in else []),
+            *([RepeatChannelsd(IMAGE, len(spec.channels))] if spec.fallback_channel else []),
             Orientationd(
                 KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True
             ),
             spacing_transform(spec, KEYS),
-            *([CropResizeSlicesd(KEYS, spec.fit, spec.orientation)] if spec.fit else []),
+            *(
+                [CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation)]
+                if spec.crop_resize
+                else []
+            ),
             normalisation(spec.intensity),
         ]
     )

@@ -103,7 +103,9 @@ def test_inside_the_box_the_windows_are_those_of_the_crop(held: float) -> None:
         logits: torch.Tensor = Smooth()(x)
         return logits
 
-    whole = WindowInferer((16, 16, 16), 0.25, air=0.2, held_bytes=held)(image[None], count)
+    whole = WindowInferer((16, 16, 16), 0.25, foreground_threshold=0.2, held_bytes=held)(
+        image[None], count
+    )
     looked = sum(calls)
     crop = WindowInferer((16, 16, 16), 0.25)(image[None][part], count)
     touched = crop.argmax(1) == whole[part].argmax(1)
@@ -119,7 +121,7 @@ def test_inside_the_box_the_windows_are_those_of_the_crop(held: float) -> None:
 @pytest.mark.parametrize("axcodes", ["RAS", "LIP", "SRA"])
 def test_a_padded_scan_has_the_labels_of_the_scan(axcodes: str, tmp_path: Path) -> None:
     """File to file, whatever the orientation: zeros around change nothing within, where the box is the same."""
-    bundle = make_bundle(tmp_path / "tiny", spacing=[None] * 3, overlap=0.25, air=0.2, roi_size=[16, 16, 12],
+    bundle = make_bundle(tmp_path / "tiny", spacing=[None] * 3, overlap=0.25, foreground_threshold=0.2, roi_size=[16, 16, 12],
                          intensity={"method": "percentiles", "lower": 0, "upper": 100})  # fmt: skip
     array: Array = np.zeros((60, 64, 48), dtype=np.float32)
     array[20:37, 24:48, 16:37] = np.random.default_rng(0).uniform(50, 100, (17, 24, 21))

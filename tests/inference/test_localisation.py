@@ -43,7 +43,7 @@ def head(centre: tuple[float, ...], radii: tuple[float, ...]) -> torch.Tensor:
 def labels(image: torch.Tensor, top: Top | None) -> tuple[torch.Tensor, int]:
     network = Brain()
     with torch.no_grad():
-        scores = WindowInferer(ROI, 0.25, air=AIR, top=top)(image, network)
+        scores = WindowInferer(ROI, 0.25, foreground_threshold=AIR, head_top=top)(image, network)
     return scores.argmax(1), network.seen
 
 
@@ -107,5 +107,5 @@ def test_the_top_goes_with_the_orientation() -> None:
 
 def test_a_spec_without_air_or_with_slices_has_no_focus() -> None:
     for dims, air in ((3, None), (2, 0.1)):
-        with pytest.raises(ConfigError, match="focus"):
-            parse_spec(dims, focus=True, air=air)
+        with pytest.raises(ConfigError, match="localise"):
+            parse_spec(dims, localise=True, foreground_threshold=air)

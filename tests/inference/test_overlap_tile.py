@@ -41,7 +41,7 @@ def spec_of(
         network=NetworkSpec(
             features=(4, 6, 8, 8, 8)[: len(strides) + 1], strides=strides, padding=padding
         ),
-        rotations=rotations,
+        tta_rotations=rotations,
     )
 
 

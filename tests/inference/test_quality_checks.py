@@ -65,7 +65,7 @@ def test_doubts_stand_in_the_table(tmp_path: Path) -> None:
     """A bundle that asks for them gives them to everyone who segments with it."""
     bundle = make_bundle(
         tmp_path / "tiny",
-        whole=True,
+        warn_at_edge=True,
         sums={"both": ["front", "back"]},
         plausible_ml={"both": [1000, 2000]},
     )

@@ -205,7 +205,7 @@ def test_networks_of_several_outputs(order: tuple[str, str]) -> None:
 def test_mirror_images_are_averaged() -> None:
     """A network averaged over both directions cannot tell left from right."""
     x = torch.randn(1, 2, 20, 14, 9)
-    how = WindowInferer((16, 12, 8), 0.5, mirror=Mirroring(axes=(0, 2)), mode="constant")
+    how = WindowInferer((16, 12, 8), 0.5, mirroring=Mirroring(axes=(0, 2)), mode="constant")
     with torch.no_grad():
         there, back = how(x, Near(3)), how(x.flip(2, 4), Near(3)).flip(2, 4)
         assert not torch.allclose(there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)))
@@ -222,7 +222,7 @@ def test_air_is_not_looked_at_when_asked() -> None:
         seen.append(patch)
         return torch.cat([-patch, patch], 1)
 
-    labels = WindowInferer((16, 12, 8), 0.0, air=0.5)(x, network).argmax(1)
+    labels = WindowInferer((16, 12, 8), 0.0, foreground_threshold=0.5)(x, network).argmax(1)
     assert len(seen) == 2
     assert not labels[:, 32:].any()
 

@@ -46,7 +46,7 @@ def test_directions_are_anatomical(
     orientation: str, directions: tuple[str, ...], axes: tuple[int, ...], sides: int
 ) -> None:
     mirror = mirroring_of(
-        parse_spec(labels=SIDED, orientation=orientation, mirror=list(directions))
+        parse_spec(labels=SIDED, orientation=orientation, tta_mirror=list(directions))
     )
     assert mirror is not None
     assert (mirror.axes, mirror.sides, mirror.order) == (
@@ -60,13 +60,13 @@ def test_directions_are_anatomical(
 def test_slices_are_mirrored_within() -> None:
     """The window's axes are those that are left; the one that slices are stacked along has no mirror."""
     found = mirroring_of(
-        parse_spec(2, labels=SIDED, slice_axis="A", orientation="SAL", mirror=["R"])
+        parse_spec(2, labels=SIDED, slice_axis="A", orientation="SAL", tta_mirror=["R"])
     )
     assert found == Mirroring(axes=(1,), sides=1, order=(0, 2, 1, 3))
     with pytest.raises(ConfigError, match="within a padded window"):
-        parse_spec(2, labels=SIDED, slice_axis="R", mirror=["R"])
+        parse_spec(2, labels=SIDED, slice_axis="R", tta_mirror=["R"])
     with pytest.raises(ConfigError, match="distinct"):
-        parse_spec(mirror=["R", "R"])
+        parse_spec(tta_mirror=["R", "R"])
 
 
 @pytest.mark.parametrize("axes", [(0,), (2, 0), (0, 1, 2)])
@@ -94,7 +94,7 @@ def test_a_mirrored_scan_gives_mirrored_labels(tmp_path: Path) -> None:
     agree = {}
     for name, directions in (("with", ["R"]), ("without", [])):
         root = make_bundle(
-            tmp_path / name, labels=SIDED, spacing=[1.0, 1.0, 1.0], mirror=directions
+            tmp_path / name, labels=SIDED, spacing=[1.0, 1.0, 1.0], tta_mirror=directions
         )
         model = open_bundle(root, device="cpu", runtime="torch")
         plain = predict_case(model, nib.Nifti1Image(array, affine)).labels

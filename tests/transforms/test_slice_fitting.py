@@ -48,9 +48,9 @@ def spec_of(size: int = 64, **changes: object) -> Spec:
         "slice_axis": "S",
         "network": NetworkSpec(features=(2, 4)),
         "output": "sigmoid",
-        "stand_in": "FLAIR",
+        "fallback_channel": "FLAIR",
         "intensity": Intensity(method="percentiles_zscore", lower=10.0, upper=99.0),
-        "fit": CropResize(floor=0.1, slice_size=size, axis="S"),
+        "crop_resize": CropResize(floor=0.1, slice_size=size, axis="S"),
         "largest_component": ["each"],
     }
     return Spec(**{**settings, **changes})  # type: ignore[arg-type]
