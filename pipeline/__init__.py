@@ -21,11 +21,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import Segmentation, load, segment
+    from pipeline.api import Segmentation, evaluate, load, segment, train
     from pipeline.defaults import DEFAULT_BUNDLE
     from pipeline.errors import PipelineError
 
-__all__ = ["DEFAULT_BUNDLE", "PipelineError", "Segmentation", "load", "segment"]
+__all__ = [
+    "DEFAULT_BUNDLE",
+    "PipelineError",
+    "Segmentation",
+    "evaluate",
+    "load",
+    "segment",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

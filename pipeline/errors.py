@@ -1,13 +1,21 @@
-"""Everything volseg raises on purpose.
+"""The exceptions that volseg raises on purpose, and how to find them behind other libraries' wrappers.
 
-PipelineError            the user can mend it; its text says where, what was found, what was expected, what to do
-├── ConfigError          a spec, a run, a bundle or a command line that cannot be
-├── ReadError            a file that cannot be read whole
+PipelineError            something the user can fix; its text says where, what was found, what was
+│                        expected and what to do
+├── ConfigError          a spec, a run, a bundle or a command line that is wrong
+├── ReadError            a file that cannot be read completely
 ├── VolumeError          a volume that was read and cannot be segmented as it is
 ├── GeometryError        grids that do not agree
 ├── ShapeError           a tensor that does not fit the network (also a ValueError)
 └── WriteError           a result that cannot be written
+
+Any other exception is a bug of volseg.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "ConfigError",
@@ -17,21 +25,22 @@ __all__ = [
     "ShapeError",
     "VolumeError",
     "WriteError",
-    "root_cause",
-    "unwrap",
+    "describe_error",
+    "find_pipeline_error",
+    "unwrapped_errors",
 ]
 
 
 class PipelineError(Exception):
-    """Something the user can mend."""
+    """Something the user can fix."""
 
 
 class ConfigError(PipelineError):
-    """A spec, a run, a bundle or a command line that cannot be."""
+    """A spec, a run, a bundle or a command line that is wrong."""
 
 
 class ReadError(PipelineError):
-    """A file that cannot be read whole."""
+    """A file that cannot be read completely."""
 
 
 class VolumeError(PipelineError):
@@ -50,16 +59,46 @@ class WriteError(PipelineError):
     """A result that cannot be written."""
 
 
-def unwrap(error: BaseException | None) -> PipelineError | None:
-    """The PipelineError behind an exception, through the wrappers that MONAI's transforms and engines put around it."""
-    while error is not None and not isinstance(error, PipelineError):
-        error = error.__cause__ or error.__context__
-    return error
+def find_pipeline_error(error: BaseException) -> PipelineError | None:
+    """Return the PipelineError that an exception was raised from, or None.
+
+    MONAI's transforms, engines and configuration parser wrap what happens inside them by
+    `raise … from error`. Only such explicit causes are followed: an exception that happens to be
+    raised while a PipelineError is handled is a bug of volseg, not a mistake of the user.
+    """
+    return next((cause for cause in _causes(error) if isinstance(cause, PipelineError)), None)
 
 
-def root_cause(error: BaseException) -> str:
-    """What went wrong at the bottom of wrapped errors."""
-    known = unwrap(error)
-    while known is None and error.__cause__ is not None:
-        error = error.__cause__
-    return str(known or f"{type(error).__name__}: {error}")
+def describe_error(error: BaseException) -> str:
+    """Return the message of the PipelineError behind an exception, else its innermost cause."""
+    known = find_pipeline_error(error)
+    if known is not None:
+        return str(known)
+    *_, innermost = _causes(error)
+    return f"{type(innermost).__name__}: {innermost}"
+
+
+@contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raise the PipelineError behind a wrapping exception in its place, where there is one."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        known = find_pipeline_error(error)
+        if known is None:
+            raise
+        # `from None`: the wrapper's own cause chain leads to `known`, and a chain with a cycle
+        # makes whatever walks it (Dask's scheduler, for one) run for ever
+        raise known from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its explicit causes, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__

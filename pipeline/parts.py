@@ -9,12 +9,12 @@ from __future__ import annotations
 from pipeline.batch import run_bundle
 from pipeline.config import load_run, load_spec
 from pipeline.inference import (
+    LabelInversion,
     Model,
     Runtime,
     build_inferer,
-    inversion,
     keep_freed_memory,
-    labels_of_blocks,
+    streaming_iteration,
 )
 from pipeline.io import find_cases, training_cases, validation_cases
 from pipeline.networks import build_loss, build_network
@@ -37,9 +37,34 @@ from pipeline.training import (
 from pipeline.transforms import preprocessing, training_transform
 
 __all__ = [
-    "Budget", "CheckpointHandler", "History", "Model", "Runtime", "TrainingInferer", "Validation",
-    "build_inferer", "build_loss", "build_network", "build_optimizer", "build_schedule", "compile_network",
-    "data_parallel", "find_cases", "initialise", "inversion", "keep_freed_memory", "labels_of_blocks", "load_run",
-    "load_spec", "prepare_batch", "preprocessing", "run_bundle", "start_from", "training_cases", "training_loader",
-    "training_transform", "validation_cases", "weight_average",
-]  # fmt: skip
+    "Budget",
+    "CheckpointHandler",
+    "History",
+    "LabelInversion",
+    "Model",
+    "Runtime",
+    "TrainingInferer",
+    "Validation",
+    "build_inferer",
+    "build_loss",
+    "build_network",
+    "build_optimizer",
+    "build_schedule",
+    "compile_network",
+    "data_parallel",
+    "find_cases",
+    "initialise",
+    "keep_freed_memory",
+    "load_run",
+    "load_spec",
+    "prepare_batch",
+    "preprocessing",
+    "run_bundle",
+    "start_from",
+    "streaming_iteration",
+    "training_cases",
+    "training_loader",
+    "training_transform",
+    "validation_cases",
+    "weight_average",
+]

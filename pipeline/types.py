@@ -1,13 +1,13 @@
-"""The shapes that travel through the pipeline, named once.
+"""Types shared by all packages: shapes of arrays, and the case that every step passes on.
 
-Voxel axes are written (X, Y, Z) in the order of the array at hand, C is channels or classes, B a batch.
+Voxel axes are written (X, Y, Z) in the order of the array; C is channels or classes, B the batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,28 +18,53 @@ if TYPE_CHECKING:
 Affine: TypeAlias = NDArray[np.float64]
 """(4, 4): voxel index → RAS+ world, mm."""
 Array: TypeAlias = NDArray[Any]
-"""(X, Y, Z): one channel of a file, as read."""
+"""(X, Y, Z): the voxels of one channel, as read from a file."""
 LabelMap: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """(X, Y, Z): output values on the file's own grid, in the smallest unsigned type."""
+Box: TypeAlias = tuple[slice, ...]
+"""One slice per spatial axis: a box of voxels."""
 Spacing: TypeAlias = tuple[float, float, float]
-"""mm along the three axes of the orientation at hand."""
+"""Voxel size along the three axes, mm."""
 PathOrStr: TypeAlias = str | PathLike[str]
 
+# Any, because neither nibabel nor SimpleITK has type annotations
+ImageSource: TypeAlias = Any
+"""Where the voxels of one channel come from: a path, a nibabel image or a SimpleITK image."""
+
 Volume: TypeAlias = "torch.Tensor"
-"""(C, X, Y, Z) float32: an image on the network's grid, a MetaTensor that knows its affine."""
+"""(C, X, Y, Z) float32: an image on the network's grid, a MetaTensor that holds its affine."""
 Logits: TypeAlias = "torch.Tensor"
 """(C, X, Y, Z) float32 on the network's grid."""
+NetworkFunction: TypeAlias = "Callable[[torch.Tensor], Any]"
+"""A network, or what stands for one: (B, C, *roi_size) → logits, one tensor or several."""
 
-Case: TypeAlias = dict[str, Any]
-"""One case as MONAI's transforms see it: `case` (its name), `image` (path or paths), later `pred` and what was met."""
+
+class _NamedCase(TypedDict):
+    case: str
+
+
+class Case(_NamedCase, total=False):
+    """One scan with its name, as a plain dict, because MONAI's transforms take dicts.
+
+    Attributes:
+        case: the name, always present; a relative path without suffix for a case to segment.
+        image: the source of a single channel, or a list with one source per channel.
+        label: the path of the label map, for training and evaluation.
+    """
+
+    image: ImageSource | list[ImageSource]
+    label: str
+
 
 __all__ = [
     "Affine",
     "Array",
+    "Box",
     "Case",
+    "ImageSource",
     "LabelMap",
     "Logits",
-    "Path",
+    "NetworkFunction",
     "PathOrStr",
     "Spacing",
     "Volume",

@@ -1,8 +1,9 @@
-"""Measures what int8 costs in accuracy: a bundle quantised on training cases, scored on validation cases beside float32.
+"""Measure how much accuracy a bundle loses in int8.
 
-    python scripts/bench_int8.py hippocampus_mr_3d $VOLSEG_DATA/hippocampus --splits splits_5fold.json --json runs/int8.json
+    python scripts/bench_int8.py hippocampus_mr_3d DATASET --splits splits_5fold.json
 
-The bundle is copied; it stays as it is.
+A copy of the bundle is quantised on the training cases of a fold; float32 and int8 are scored on
+its validation cases.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +20,7 @@ import click
 import numpy as np
 
 from pipeline.bundle import export_bundle, find_bundle, open_bundle
-from pipeline.cli import quiet
+from pipeline.cli import show_log
 from pipeline.evaluation import dice
 from pipeline.inference import predict_case
 from pipeline.io import fold_cases, read, write_json
@@ -27,22 +29,24 @@ from pipeline.types import Array
 PRECISIONS = ("float32", "int8")
 
 
-def scored(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean Dice of each precision against the labels, and of int8 against float32."""
+def score_precisions(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean Dice of each precision against the labels, and of int8 against float32."""
     models = {name: open_bundle(bundle, device="cpu", precision=name) for name in PRECISIONS}
     values = {name: value for name, value in models["int8"].spec.labels.items() if value}
-    against: dict[str, list[float]] = {f"{p} {name}": [] for p in PRECISIONS for name in values}
+    scores: dict[str, list[float]] = defaultdict(list)
     between: list[float] = []
     for case in cases:
         found: dict[str, Array] = {
             name: predict_case(model, case["image"]).labels for name, model in models.items()
         }
-        there = np.rint(read(case["label"]).array)
+        reference = np.rint(read(case["label"]).array)
         for name, value in values.items():
             for precision, labels in found.items():
-                against[f"{precision} {name}"].append(dice(labels == value, there == value))
+                score = dice(labels == value, reference == value)
+                scores[f"{precision} {name}"].append(score)
             between.append(dice(found["int8"] == value, found["float32"] == value))
-    means = {key: fmean(v for v in listed if v == v) for key, listed in against.items()}
+    # Dice is nan where neither map has the label: such a case has no score.
+    means = {key: fmean(v for v in listed if v == v) for key, listed in scores.items()}
     loss = fmean(means[f"float32 {name}"] - means[f"int8 {name}"] for name in values)
     return {
         "cases": len(cases),
@@ -55,17 +59,21 @@ def scored(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
 @click.command()
 @click.argument("bundle")
 @click.argument("dataset")
-@click.option("--splits", required=True)
-@click.option("--fold", default=0, show_default=True)
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Writes the results there.")
+@click.option("--splits", required=True, help="File with the folds, as of nnU-Net.")
+@click.option("--fold", default=0, show_default=True, help="Fold to score, from 0.")
+@click.option(
+    "--json", "output", type=click.Path(path_type=Path), help="Write the results to this file."
+)
 def main(bundle: str, dataset: str, splits: str, fold: int, output: Path | None) -> None:
-    """Quantise BUNDLE on training cases of DATASET and score it on those that the fold leaves out."""
-    quiet()
+    """Quantise BUNDLE on the training cases of DATASET and score it on the validation cases."""
+    show_log()
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(find_bundle(bundle), Path(name) / "bundle"))
         training = [case["image"] for case in fold_cases(dataset, splits, fold, "train")]
         report = export_bundle(copy, "openvino", precision="int8", calibrate=training)
-        found = scored(copy, fold_cases(dataset, splits, fold, "val")) | {"export": report}
+        found = score_precisions(copy, fold_cases(dataset, splits, fold, "val")) | {
+            "export": report
+        }
     click.echo(json.dumps(found, indent=2))
     if output:
         write_json(output, found)

@@ -1,9 +1,9 @@
-"""The tools that scripts/bench.py compares: each segments one volume, file to file, in a process of its own.
+"""Run one of the tools that scripts/bench.py compares, on one volume.
 
     python scripts/bench_tools.py TOOL BUNDLE VOLUME OUT.nii.gz
 
-prints one line of JSON: the seconds of the case and of its steps, with the model loaded and the network run once before, and
-the process's largest resident memory.
+prints one line of JSON: the seconds of the case and of its steps, measured after the model was
+loaded, and the process's peak of resident memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +20,38 @@ import torch
 
 from pipeline.config import Spec, load_spec
 from pipeline.inference import peak_bytes
-from pipeline.networks import build_network
+from pipeline.networks import build_network, load_weights
 
-AIR = (
-    0.05  # of the way from the lowest value to the brightest: below it there is no tissue in a head
-)
-Run = Callable[[Path, Path], dict[str, float]]
+# Fraction of the range from the lowest to the highest value: in a head there is no tissue below it.
+AIR_THRESHOLD = 0.05
+# Segments the volume at the first path into the second; returns the seconds of each step.
+SegmentFile = Callable[[Path, Path], dict[str, float]]
+STEPS = ("preprocess", "network", "invert", "write")
 
 
-def opened(bundle: Path) -> tuple[Spec, torch.nn.Module]:
-    """A bundle's spec and its network in torch, ready to run."""
+def load_torch_network(bundle: Path) -> tuple[Spec, torch.nn.Module]:
+    """Return a bundle's spec and its network in torch, ready for inference."""
     spec = load_spec(bundle / "configs" / "spec.yaml")
     network = build_network(spec)
-    network.load_state_dict(torch.load(bundle / "models" / "model.pt", weights_only=True))
+    load_weights(network, bundle / "models" / "model.pt")
     return spec, network.eval()
 
 
-def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -> Run:
-    """This project, as the command runs it."""
+def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -> SegmentFile:
+    """Return volseg's path, as the command runs it.
+
+    Args:
+        bundle: folder of the bundle.
+        precision: float32 or int8.
+        placement: `even` or `monai`, as of the inferer.
+        air: foreground threshold, as a fraction of the range of values; None: windows everywhere.
+    """
     from pipeline.bundle import open_bundle
     from pipeline.inference import predict_case, ready_bytes
     from pipeline.io import as_nibabel, write_labels
 
     model = open_bundle(bundle, device="cpu", precision=precision)
-    model.evaluator.inferer.placement, model.evaluator.inferer.foreground_threshold = placement, air
+    model.inferer.placement, model.inferer.foreground_threshold = placement, air
     ready_bytes(model)
 
     def run(volume: Path, out: Path) -> dict[str, float]:
@@ -54,20 +63,25 @@ def volseg(bundle: Path, *, precision: str, placement: str, air: float | None) -
     return run
 
 
-def monai(bundle: Path) -> Run:
-    """The parts that bundles of MONAI's model zoo are made of, with the same network, grid and windows."""
+def monai(bundle: Path) -> SegmentFile:
+    """Return the path of a bundle of MONAI's model zoo, with the same network, grid and windows."""
     from monai.data import list_data_collate
     from monai.engines import SupervisedEvaluator
     from monai.engines.utils import IterationEvents
     from monai.inferers import SlidingWindowInferer
     from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd, SaveImaged
 
-    spec, network = opened(bundle)
-    before = _monai_transforms(spec)
-    marks: dict[str, float] = {}
+    spec, network = load_torch_network(bundle)
+    before = monai_preprocessing(spec)
+    ends: dict[str, float] = {}
 
-    def mark(step: str) -> Callable[[Any], Any]:
-        return lambda data: (marks.update({step: time.perf_counter()}), data)[1]
+    def record_inverted(data: Any) -> Any:
+        """Record the end of the inversion; a transform that changes nothing."""
+        ends["invert"] = time.perf_counter()
+        return data
+
+    def record_network() -> None:
+        ends["network"] = time.perf_counter()
 
     def run(volume: Path, out: Path) -> dict[str, float]:
         after = Compose(
@@ -75,7 +89,7 @@ def monai(bundle: Path) -> Run:
                 Activationsd("pred", softmax=True),
                 Invertd("pred", before, orig_keys="image", nearest_interp=False, to_tensor=True),
                 AsDiscreted("pred", argmax=True),
-                mark("invert"),
+                record_inverted,
                 SaveImaged(
                     "pred",
                     output_dir=str(out.parent),
@@ -87,7 +101,7 @@ def monai(bundle: Path) -> Run:
         )
         started = time.perf_counter()
         case = before({"image": str(volume)})
-        marks["preprocess"] = time.perf_counter()
+        ends["preprocess"] = time.perf_counter()
         evaluator = SupervisedEvaluator(
             device=torch.device("cpu"),
             val_data_loader=[list_data_collate([case])],
@@ -95,25 +109,19 @@ def monai(bundle: Path) -> Run:
             inferer=SlidingWindowInferer(spec.roi_size, 1, spec.overlap, mode="gaussian"),
             postprocessing=after,
         )
-        evaluator.add_event_handler(
-            IterationEvents.FORWARD_COMPLETED, lambda: mark("network")(None)
-        )
+        evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, record_network)
         evaluator.run()
-        marks["write"] = time.perf_counter()
+        ends["write"] = time.perf_counter()
         (out.parent / volume.name).rename(out)
-        ends = [marks[step] for step in ("preprocess", "network", "invert", "write")]
-        return dict(
-            zip(
-                ("preprocess", "network", "invert", "write"),
-                [b - a for a, b in zip([started, *ends], ends, strict=False)],
-                strict=True,
-            )
-        )
+        times = [started, *(ends[step] for step in STEPS)]
+        seconds = [end - start for start, end in pairwise(times)]
+        return dict(zip(STEPS, seconds, strict=True))
 
     return run
 
 
-def _monai_transforms(spec: Spec) -> Any:
+def monai_preprocessing(spec: Spec) -> Any:
+    """Return MONAI's own transforms to the grid and intensities of a spec."""
     from monai.transforms import (
         Compose,
         EnsureChannelFirstd,
@@ -136,12 +144,12 @@ def _monai_transforms(spec: Spec) -> Any:
     )
 
 
-def nnunet(bundle: Path) -> Run:
-    """nnU-Net's predictor, without mirroring, with the same network and as many windows."""
+def nnunet(bundle: Path) -> SegmentFile:
+    """Return nnU-Net's predictor, without mirroring, with the same network and window overlap."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    spec, network = opened(bundle)
+    spec, network = load_torch_network(bundle)
     predictor = nnUNetPredictor(
         tile_step_size=1 - spec.overlap,
         use_gaussian=True,
@@ -150,7 +158,7 @@ def nnunet(bundle: Path) -> Run:
         device=torch.device("cpu"),
         allow_tqdm=False,
     )
-    plans = PlansManager(_plans(spec))
+    plans = PlansManager(nnunet_plans(spec))
     labels = {
         "labels": dict(spec.labels),
         "channel_names": {"0": spec.channels[0]},
@@ -176,8 +184,8 @@ def nnunet(bundle: Path) -> Run:
     return run
 
 
-def _plans(spec: Spec) -> dict[str, Any]:
-    """What nnU-Net wants to know of a network: only the grid, the normalisation and the patch count here."""
+def nnunet_plans(spec: Spec) -> dict[str, Any]:
+    """Return nnU-Net's plans for a spec: the predictor uses the grid, the windows and the norm."""
     resample = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
     linear = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     configuration = {
@@ -215,20 +223,22 @@ def _plans(spec: Spec) -> dict[str, Any]:
     }
 
 
-TOOLS: dict[str, Callable[[Path], Run]] = {
+TOOLS: dict[str, Callable[[Path], SegmentFile]] = {
     "monai": monai,
     "float32": lambda bundle: volseg(bundle, precision="float32", placement="monai", air=None),
     "int8": lambda bundle: volseg(bundle, precision="int8", placement="monai", air=None),
     "float32 own plan": lambda bundle: volseg(
-        bundle, precision="float32", placement="even", air=AIR
+        bundle, precision="float32", placement="even", air=AIR_THRESHOLD
     ),
-    "int8 own plan": lambda bundle: volseg(bundle, precision="int8", placement="even", air=AIR),
+    "int8 own plan": lambda bundle: volseg(
+        bundle, precision="int8", placement="even", air=AIR_THRESHOLD
+    ),
     "nnunet": nnunet,
 }
 
 
 def main() -> None:
-    """One tool, one volume, one line of JSON."""
+    """Run the tool that the command line names."""
     import warnings
 
     warnings.simplefilter("ignore")
@@ -236,15 +246,8 @@ def main() -> None:
     run = TOOLS[name](bundle)
     started = time.perf_counter()
     steps = run(volume, out)
-    print(
-        json.dumps(
-            {
-                "seconds": time.perf_counter() - started,
-                "steps": steps,
-                "peak_mb": peak_bytes() / 2**20,
-            }
-        )
-    )
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "steps": steps, "peak_mb": peak_bytes() / 2**20}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Times training steps beside MONAI's stock loop: the same network, batch, transforms and cases, one process after the other.
+"""Compare the time of a training step to MONAI's tutorial loop.
 
     python scripts/bench_train.py configs/hippocampus_mr_3d.yaml --json runs/train.json
 
-The stock loop is `SupervisedTrainer` as MONAI's tutorials have it: contiguous float32 tensors, `CacheDataset`, MONAI's default
-`DataLoader`, `DiceCELoss`, AdamW. Ours is the run's own wiring. Each takes its turn in every round; what counts is the median
-time of a step, patches drawn and weights changed. Of an ensemble, one network is timed.
+Both loops use the same network, batch, transforms and cases. MONAI's loop is `SupervisedTrainer` as
+in its tutorials: contiguous float32 tensors, `CacheDataset`, MONAI's default `DataLoader`,
+`DiceCELoss`, AdamW. Ours is the wiring of the run. In every round each loop runs once, in a new
+process; the result is the median time of a step, from drawing the patches to updating the weights.
+Of an ensemble, one network is timed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,53 +30,57 @@ from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.losses import DeepSupervisionLoss, DiceCELoss
 
-from pipeline.bundle import refresh_bundle
+from pipeline.bundle import read_wiring, refresh_bundle
 from pipeline.config import load_spec, read_yaml
 from pipeline.io import training_cases, write_json
 from pipeline.networks import build_unet
-from pipeline.training import read_run, training_parser
+from pipeline.training import read_run
 from pipeline.transforms import IMAGE, LABEL, preprocessing, training_transform
 
-WARM = 3  # steps
+WARM_UP = 3  # steps that are not timed: the first ones fill caches and choose kernels
 
 
-def arguments() -> argparse.Namespace:
-    """What the command line says."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="a run")
+    parser.add_argument("config", type=Path, help="YAML file of a run.")
     parser.add_argument(
-        "changes", nargs="*", metavar="KEY=VALUE", help="of its settings, as for `volseg train`"
+        "changes",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="Settings of the run to change, as for `volseg train`.",
     )
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=25, help="Steps to time per round.")
+    parser.add_argument("--rounds", type=int, default=2, help="Runs of each loop.")
     parser.add_argument(
         "--loop",
         choices=["ours", "monai"],
-        help="time this one here, and print the seconds of a step",
+        help="Time this loop in this process and print the seconds per step.",
     )
-    parser.add_argument("--json", type=Path, help="writes the results there")
+    parser.add_argument("--json", type=Path, help="Write the results to this file.")
     return parser.parse_args()
 
 
 def step_seconds(trainer: Engine, steps: int) -> float:
-    """The median time from the end of a step to that of the next."""
+    """Return the median time from the end of a step to the end of the next, s."""
     ends: list[float] = []
 
     def mark(engine: Engine) -> None:
-        float(engine.state.output[0]["loss"])  # waits for a GPU
+        # Reading the loss waits until a GPU has finished the step.
+        float(engine.state.output[0]["loss"])
         ends.append(time.perf_counter())
-        if len(ends) > WARM + steps:
+        if len(ends) > WARM_UP + steps:
             engine.terminate()
 
     trainer.add_event_handler(Events.ITERATION_COMPLETED, mark)
     trainer.run()
-    return median(b - a for a, b in zip(ends[WARM:], ends[WARM + 1 :], strict=False))
+    return median(end - start for start, end in pairwise(ends[WARM_UP:]))
 
 
-def ours(args: argparse.Namespace) -> float:
-    """The run's own trainer, in a bundle of its own, without what it writes."""
+def time_ours(args: argparse.Namespace) -> float:
+    """Return the seconds per step of the run's own trainer, without validation or files."""
     run, content = read_run(args.config, args.changes)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -91,14 +98,14 @@ def ours(args: argparse.Namespace) -> float:
         }
         write_json(root / "configs" / "run.yaml", content)
         refresh_bundle(root)
-        parser = training_parser(root)
+        parser = read_wiring(root)
         parser.get_parsed_content("initialize")
         trainer: Engine = parser.get_parsed_content("train::trainer")
         return step_seconds(trainer, args.steps)
 
 
-def stock(args: argparse.Namespace) -> float:
-    """MONAI's trainer as its tutorials have it."""
+def time_monai(args: argparse.Namespace) -> float:
+    """Return the seconds per step of MONAI's trainer as in its tutorials."""
     run, _ = read_run(args.config, args.changes)
     model = load_spec(Path(run.bundle) / "configs" / "spec.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,31 +133,22 @@ def stock(args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Times one loop, or has both timed in turns."""
-    args = arguments()
+    """Time one loop in this process, or both in turns in processes of their own."""
+    args = parse_arguments()
     if args.loop:
-        print(json.dumps(ours(args) if args.loop == "ours" else stock(args)))
+        print(json.dumps(time_ours(args) if args.loop == "ours" else time_monai(args)))
         return
     found: dict[str, list[float]] = {"ours": [], "monai": []}
     for _ in range(args.rounds):
         for loop, seconds in found.items():
-            command = [
-                sys.executable,
-                __file__,
-                str(args.config),
-                *args.changes,
-                "--steps",
-                str(args.steps),
-                "--loop",
-                loop,
-            ]
+            options = ["--steps", str(args.steps), "--loop", loop]
+            command = [sys.executable, __file__, str(args.config), *args.changes, *options]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             seconds.append(float(done.stdout.splitlines()[-1]))
-            print(f"{loop}: {seconds[-1]:.3f} s a step", file=sys.stderr)
-    ratio = median(found["monai"]) / median(found["ours"])
-    print(
-        f"ours {median(found['ours']):.3f} s, MONAI's stock loop {median(found['monai']):.3f} s: {ratio:.2f} times as fast"
-    )
+            print(f"{loop}: {seconds[-1]:.3f} s per step", file=sys.stderr)
+    ours, monai = median(found["ours"]), median(found["monai"])
+    ratio = monai / ours
+    print(f"ours {ours:.3f} s, MONAI's loop {monai:.3f} s: {ratio:.2f} times as fast")
     if args.json:
         write_json(args.json, {"seconds": found, "ratio": ratio})
 

@@ -1,4 +1,4 @@
-"""Segments a real T1 volume that nilearn ships, the MNI152 template of 1 mm, with the default model, and draws the result."""
+"""Segment the MNI152 template of 1 mm, which nilearn ships, with the default model, and draw it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,44 @@ mpl.use("Agg")
 import pipeline
 from pipeline.evaluation import draw_overlay
 from pipeline.io import write_atomically
+from pipeline.types import Affine, Array
 
 OUT = Path("demo")
-TOLD = ("thalamus", "caudate", "putamen", "hippocampus", "amygdala")
+PRINTED = ("thalamus", "caudate", "putamen", "hippocampus", "amygdala")
 
 
 def main() -> None:
-    """Segments the head and says what was found and where."""
-    image, seg, drawn = (OUT / name for name in ("brain.nii", "brain_seg.nii", "brain.png"))
+    """Segment the template, print volumes and positions, and write the files."""
+    image, seg, picture = (OUT / name for name in ("brain.nii", "brain_seg.nii", "brain.png"))
     write_atomically(image, load_mni152_template(resolution=1).to_bytes())
     model = pipeline.load(device="cpu")
     result = pipeline.segment(model, image)
     write_atomically(seg, result.image.to_bytes())
-    draw_overlay(nib.load(image), result.labels, model.spec.labels, drawn, title="MNI152", slices=5)
+    labels = model.spec.labels
+    draw_overlay(nib.load(image), result.labels, labels, picture, title="MNI152", slices=5)
     for name in model.spec.sums:
         print(f"{name}: {result.volumes_mm3[name] / 1000:.0f} mL")
-    for name in TOLD:
+    for name in PRINTED:
         for side in ("left", "right"):
-            voxels = np.argwhere(result.labels == model.spec.labels[f"{side} {name}"])
-            where = (
-                nib.affines.apply_affine(result.affine, voxels.mean(axis=0))
-                if len(voxels)
-                else [np.nan] * 3
+            structure = f"{side} {name}"
+            mask = result.labels == labels[structure]
+            volume = result.volumes_mm3[structure]
+            print(
+                f"{structure}: {volume:.0f} mm³, centre at {describe_centre(mask, result.affine)}"
             )
-            print(f"{side} {name}: {result.volumes_mm3[f'{side} {name}']:.0f} mm³, centre at "
-                  + ", ".join(f"{axis} {mm:.0f}" for axis, mm in zip("RAS", where, strict=True)) + " mm (MNI)")  # fmt: skip
-    print("\n".join(f"warning: {line}" for line in result.warnings))
-    print(f"{sum(result.seconds.values()):.1f} s; {image}, {seg}, {drawn}")
+    for line in result.warnings:
+        print(f"warning: {line}")
+    print(f"{sum(result.seconds.values()):.1f} s; {image}, {seg}, {picture}")
+
+
+def describe_centre(mask: Array, affine: Affine) -> str:
+    """Return the centre of a mask in world coordinates, which are those of MNI space here."""
+    voxels = np.argwhere(mask)
+    if not len(voxels):
+        return "nowhere: it was not found"
+    centre = nib.affines.apply_affine(affine, voxels.mean(axis=0))
+    coordinates = [f"{axis} {mm:.0f}" for axis, mm in zip("RAS", centre, strict=True)]
+    return f"{', '.join(coordinates)} mm (MNI)"
 
 
 if __name__ == "__main__":

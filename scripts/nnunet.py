@@ -1,12 +1,13 @@
-"""Trains nnU-Net for a given time instead of 1,000 epochs, and predicts the cases that its fold leaves out.
-
-Run by scripts/head_to_head.py with the Python of nnU-Net's own environment; `nnUNet_raw`, `nnUNet_preprocessed` and
-`nnUNet_results` say where, as nnU-Net has it.
+"""Train nnU-Net for a given time instead of 1,000 epochs, and predict the fold's validation cases.
 
     python scripts/nnunet.py DATASET_ID FOLD MINUTES [--configuration 3d_fullres]
 
-Network, augmentation, loss, optimizer and prediction (mirrored eight times) are nnU-Net's. Two things are ours: its polynomial
-decay follows the clock, so that it ends when the time does, and it does not stop to validate on the way.
+scripts/head_to_head.py runs this with the Python of the environment with nnU-Net; the environment
+variables `nnUNet_raw`, `nnUNet_preprocessed` and `nnUNet_results` name its folders.
+
+Network, augmentation, loss, optimizer and prediction (averaged over eight mirror images) are
+nnU-Net's. Two things differ: the polynomial decay of the learning rate follows the clock, so that
+it ends with the training, and there is no validation during training.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ import torch
 from nnunetv2.run import run_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-POWER = 0.9  # of nnU-Net's polynomial decay
+POWER = 0.9  # exponent of nnU-Net's polynomial decay
 
 
 class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
-    """nnU-Net's trainer, which ends by the clock."""
+    """nnU-Net's trainer with a limit on the time instead of the epochs."""
 
     minutes = 30.0
 
     def run_training(self) -> None:
-        """Steps until the time is used up."""
+        """Train until the time is used up."""
         self.on_train_start()
         self.network.train()
         started, steps, used = time.monotonic(), 0, 0.0
@@ -49,14 +50,14 @@ class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
 
 
 def main() -> None:
-    """Trains and predicts."""
+    """Train and predict."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("dataset", help="its number")
-    parser.add_argument("fold", type=int)
-    parser.add_argument("minutes", type=float)
-    parser.add_argument("--configuration", default="3d_fullres")
+    parser.add_argument("dataset", help="Number of the dataset.")
+    parser.add_argument("fold", type=int, help="Fold to leave out, from 0.")
+    parser.add_argument("minutes", type=float, help="Minutes of training.")
+    parser.add_argument("--configuration", default="3d_fullres", help="Configuration of the plans.")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import torch
 from phantom import make_bundle, nifti, save
 
 from pipeline.bundle.opening import open_bundle
+from pipeline.inference.openvino_models import CACHE_VARIABLE
 from pipeline.inference.predictor import Model
-from pipeline.inference.runtime import CACHE_VARIABLE
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> Iterator[None]:
-    """Tiny networks are slower on many threads, and sums in another order are other sums."""
+    """Run torch on one thread: tiny networks are faster, and sums are always in one order."""
     torch.set_num_threads(1)
     yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted networks of tests are kept from the user's."""
+    """Keep converted networks of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips what needs a GPU where there is none."""
+    """Skip tests that need a GPU where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no GPU")
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """The folder of real volumes."""
+    """The folder of real volumes; skips the test where VOLSEG_DATA is not set."""
     folder = os.environ.get("VOLSEG_DATA")
     if not folder:
         pytest.skip("VOLSEG_DATA is not set")
@@ -48,7 +48,7 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def hippocampus(data: Path) -> list[Path]:
-    """Five real crops."""
+    """Paths of five real crops of a hippocampus."""
     return [
         data / "hippocampus" / "imagesTr" / f"hippocampus_{number}.nii.gz"
         for number in ("001", "003", "004", "006", "007")
@@ -57,35 +57,35 @@ def hippocampus(data: Path) -> list[Path]:
 
 @pytest.fixture(scope="session", params=[3, 2], ids=["3D", "2D"])
 def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of a few hundred random weights, of volumes and of slices; not to be changed."""
+    """A bundle with a few hundred random weights, in 3D and in 2D; tests do not change it."""
     return make_bundle(tmp_path_factory.mktemp("bundles") / f"tiny_{request.param}d", request.param)
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle_3d(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 3D one alone, where the number of dimensions does not matter; not to be changed."""
+    """The 3D bundle alone, where the dimensions do not matter; tests do not change it."""
     return make_bundle(tmp_path_factory.mktemp("bundles") / "tiny", 3)
 
 
 @pytest.fixture(scope="session")
 def model(tiny_bundle: Path) -> Model:
-    """`tiny_bundle`, opened."""
+    """The model of `tiny_bundle` on the CPU."""
     return open_bundle(tiny_bundle, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def model_3d(tiny_bundle_3d: Path) -> Model:
-    """`tiny_bundle_3d`, opened."""
+    """The model of `tiny_bundle_3d` on the CPU."""
     return open_bundle(tiny_bundle_3d, device="cpu")
 
 
 @pytest.fixture
 def image() -> nib.Nifti1Image:
-    """A volume that is not cubic, isotropic or aligned with the axes."""
+    """An image that is neither cubic nor isotropic nor aligned with the axes."""
     return nifti()
 
 
 @pytest.fixture
 def volume_file(tmp_path: Path, image: nib.Nifti1Image) -> Path:
-    """The same as a file."""
+    """The path of the same image as a NIfTI file."""
     return save(tmp_path / "in" / "sub-01_T1w.nii.gz", image)

@@ -1,4 +1,4 @@
-"""What the tests put in: volumes of uneven shape, spacing and direction, and small bundles with made-up weights."""
+"""Input of the tests: oblique images with unequal sizes, and small bundles with random weights."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
-from monai.engines import SupervisedEvaluator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from pipeline.bundle.metadata import refresh_bundle
+from pipeline.bundle.wiring import refresh_bundle
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec, load_spec
-from pipeline.inference.invert import inversion
+from pipeline.inference.invert import LabelInversion
 from pipeline.inference.predictor import Model
 from pipeline.inference.sliding_window import build_inferer
-from pipeline.networks.unet import build_unet
-from pipeline.networks.weights import save_weights
+from pipeline.networks import build_unet, save_weights
 from pipeline.transforms.preprocess import preprocessing
 from pipeline.types import Affine, Array
 
+# All sizes and spacings differ, so that no test passes with two axes exchanged.
 SHAPE = (17, 24, 21)
-SPACING = (0.9, 1.3, 2.1)
+SPACING = (0.9, 1.3, 2.1)  # mm
 ORIENTATIONS = [
-    "".join(pair[flip] for pair, flip in zip(axes, flips, strict=True))
+    "".join(directions)
     for axes in permutations(("RL", "AP", "SI"))
-    for flips in product((0, 1), repeat=3)
+    for directions in product(*axes)
 ]
 LABELS = {"background": 0, "front": 7, "back": 300}
 CARD = {
@@ -56,7 +55,7 @@ def oblique(
     spacing: tuple[float, float, float] = SPACING,
     angles: tuple[float, float, float] = (9.0, -13.0, 6.0),
 ) -> Affine:
-    """An affine that is turned about all three axes; its nearest orientation is RAS."""
+    """Return an affine rotated about all three axes by `angles`, degrees; it is closest to RAS."""
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() * spacing
     affine[:3, 3] = (-11.0, 7.5, 23.25)
@@ -64,7 +63,7 @@ def oblique(
 
 
 def smooth(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> NDArray[np.float32]:
-    """Blobs over noise: no value twice, as in an image."""
+    """Return smooth blobs with noise; almost no two voxels have the same intensity."""
     random = np.random.default_rng(seed)
     blobs = gaussian_filter(random.normal(size=shape), 2.0)
     return np.asarray(100 + 300 * blobs + random.normal(size=shape), dtype=np.float32)
@@ -73,7 +72,7 @@ def smooth(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> NDArray[np.float32]
 def nifti(
     array: Array | None = None, affine: Affine | None = None, *, codes: tuple[int, int] = (1, 1)
 ) -> nib.Nifti1Image:
-    """An image with these sform and qform codes, in mm."""
+    """Return an image in mm; `codes` are the codes of sform and qform."""
     affine = oblique() if affine is None else affine
     image = nib.Nifti1Image(smooth() if array is None else array, affine)
     image.set_sform(affine, code=codes[0])
@@ -83,20 +82,21 @@ def nifti(
 
 
 def save(path: Path, image: Any = None) -> Path:
-    """`image` (one like any other by default) as a file."""
+    """Write an image, by default that of `nifti`, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nifti() if image is None else image, path)
     return path
 
 
-def turn(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
-    """The same image stored in another order and direction of axes."""
-    now, then = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
-    return image.as_reoriented(nib.orientations.ornt_transform(now, then))
+def reorient(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
+    """Return the same image stored in another order and direction of axes."""
+    current = nib.io_orientation(image.affine)
+    wanted = nib.orientations.axcodes2ornt(axcodes)
+    return image.as_reoriented(nib.orientations.ornt_transform(current, wanted))
 
 
 def dice(a: Array, b: Array) -> float:
-    """The lowest Dice of any label that either has; 1 where they are equal."""
+    """Return the lowest Dice of all labels in either map."""
     values = set(np.unique(a)) | set(np.unique(b)) - {0}
     return min(
         2 * float(((a == v) & (b == v)).sum()) / float((a == v).sum() + (b == v).sum())
@@ -105,7 +105,10 @@ def dice(a: Array, b: Array) -> float:
 
 
 def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
-    """A spec's YAML for a network of a few hundred weights; spacing differs from every file's."""
+    """Return the content of spec.yaml for a network of a few hundred weights.
+
+    Its spacing is not that of the images, so that resampling is always part of a test.
+    """
     content: dict[str, Any] = {
         "labels": dict(LABELS),
         "channels": ["T1w"],
@@ -121,7 +124,7 @@ def spec_content(dims: int, **changes: Any) -> dict[str, Any]:
 def make_bundle(
     folder: Path, dims: int = 3, *, seed: int = 0, run: dict[str, Any] | None = None, **changes: Any
 ) -> Path:
-    """A complete bundle with random weights that says all of its labels."""
+    """Make a bundle with random weights and return its folder; its predictions have all labels."""
     configs = folder / "configs"
     configs.mkdir(parents=True)
     for name, content in {
@@ -140,37 +143,38 @@ def make_bundle(
 
 
 def parse_spec(dims: int = 3, **changes: Any) -> Spec:
-    """The tiny bundles' spec, changed."""
+    """Return the spec of the tiny bundles, with changes."""
     return parse_config(Spec, spec_content(dims, **changes), "spec")
 
 
-def model_of(net: torch.nn.Module, tiny: Spec) -> Model:
-    """A network that the tests made up, with the rest of the path around it."""
-    evaluator = SupervisedEvaluator(
-        device=torch.device("cpu"),
-        val_data_loader=[],
+def make_model(net: torch.nn.Module, tiny: Spec) -> Model:
+    """Return a model with this network and the spec's preprocessing and inversion."""
+    return Model(
+        root=".",
+        spec=tiny,
+        preprocessing=preprocessing(tiny),
         network=net,
         inferer=build_inferer(tiny),
-        postprocessing=inversion(tiny),
+        inversion=LabelInversion(tiny),
+        device=torch.device("cpu"),
     )
-    return Model(root=".", spec=tiny, preprocessing=preprocessing(tiny), evaluator=evaluator)
 
 
 def load_script(name: str) -> Any:
-    """scripts/<name>.py as a module."""
-    where = importlib.util.spec_from_file_location(
-        name, Path(__file__).parent.parent / "scripts" / f"{name}.py"
-    )
-    assert where is not None
-    assert where.loader is not None
-    module = importlib.util.module_from_spec(where)
+    """Import scripts/<name>.py."""
+    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look up their module in sys.modules while it is executed.
     sys.modules[name] = module
-    where.loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 
-def run_of(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
-    """The settings of a run over the tiny dataset, as KEY=VALUE."""
+def run_settings(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
+    """Return the settings of a short run as KEY=VALUE arguments of `volseg train`."""
     settings = {
         "dataset": dataset,
         "epochs": 4,
@@ -182,8 +186,8 @@ def run_of(bundle: Path, dataset: Path, **changes: Any) -> list[str]:
     return [f"bundle={bundle}", *(f"{key}={value}" for key, value in settings.items())]
 
 
-class Near(torch.nn.Module):
-    """A network that sees one voxel to each side."""
+class OneVoxelNetwork(torch.nn.Module):
+    """A convolution with a receptive field of one voxel to each side: 2 channels, 3 classes."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()

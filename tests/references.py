@@ -1,4 +1,4 @@
-"""The published U-Nets, written plainly, to hold ours against. Their names are those of the published checkpoints."""
+"""Plain implementations of published U-Nets to compare ours to; names as in their checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _parts(dims: int) -> tuple[type[nn.Module], type[nn.Module], type[nn.Module]
 
 
 class Published(nn.Module):
-    """Four poolings, the blocks of a subclass; the upsampled map comes first in each concatenation."""
+    """Four poolings; a subclass gives the blocks. The upsampled map is concatenated first."""
 
     last = "output"
 
@@ -57,7 +57,7 @@ class Published(nn.Module):
 
 
 class Tutorial(Published):
-    """Convolutions with bias and ReLUs, numbered."""
+    """The tutorial U-Net: convolutions with bias and ReLUs, which are numbered."""
 
     def block(self, dims: int, ins: int, outs: int, name: str) -> nn.Sequential:
         conv = _parts(dims)[0]
@@ -67,7 +67,7 @@ class Tutorial(Published):
 
 
 class Buda(Published):
-    """Convolutions without bias, batch norms and ReLUs, named; the output goes through a sigmoid."""
+    """The U-Net of brain-segmentation-pytorch: no bias, batch norm, a sigmoid at the end."""
 
     last = "conv"
 
@@ -87,7 +87,7 @@ class Buda(Published):
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model with norm statistics that are not those of a new one, ready to infer."""
+    """Return the model for inference, with norm statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(3)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):

@@ -29,7 +29,7 @@ READERS: dict[str, Callable[[str], Any]] = {
 def test_the_api_gives_what_the_command_writes(
     kind: str, tiny_bundle: Path, model: Model, volume_file: Path, tmp_path: Path
 ) -> None:
-    """The same label array and volumes from a path and from images in memory, each on its own grid."""
+    """A path and images in memory give the same labels and volumes, each on its own grid."""
     arguments = [
         "segment",
         str(volume_file),
@@ -72,7 +72,7 @@ def test_volumes_are_voxels_times_their_size(model: Model) -> None:
 def test_load_opens_by_path_and_takes_settings(tiny_bundle_3d: Path) -> None:
     """One load serves many images; overlap is the one asked for."""
     model = pipeline.load(tiny_bundle_3d, device="cpu", overlap=0.25)
-    assert model.evaluator.inferer.overlap == 0.25
+    assert model.inferer.overlap == 0.25
     for seed in (0, 1):
         assert pipeline.segment(model, nifti(smooth(seed=seed))).labels.shape == SHAPE
 
@@ -95,7 +95,8 @@ def test_a_list_is_one_case_of_several_channels(tmp_path: Path) -> None:
     [
         (
             {"bundle": "no_such"},
-            "no_such: no such bundle; expected a folder .* or one of brain_mr_structures, hippocampus_mr_2d, hippocampus_mr_3d",
+            "no_such: no such bundle; expected a folder .* or one of brain_mr_structures, "
+            "hippocampus_mr_2d, hippocampus_mr_3d",
         ),
         ({"device": "tpu"}, "device tpu: not on this machine; it has cpu"),
         ({"overlap": 1.0}, "overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0"),

@@ -1,4 +1,4 @@
-"""What needs a GPU: the CPU's labels, the ladder when memory runs out, every step timed, training."""
+"""On a GPU: labels as on the CPU, fallbacks when memory runs out, timed steps, training."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phantom import RUN, Near, make_bundle, nifti, parse_spec, smooth
+from phantom import RUN, OneVoxelNetwork, make_bundle, nifti, parse_spec, smooth
 
 from pipeline.bundle.opening import open_bundle
 from pipeline.config.parser import parse_config
 from pipeline.config.run import Augment, Run
 from pipeline.inference.predictor import predict_case
 from pipeline.inference.sliding_window import WindowInferer
-from pipeline.transforms.augmentation import training_transform
+from pipeline.transforms.patches import training_transform
 from pipeline.transforms.preprocess import preprocessing
 
 pytestmark = pytest.mark.gpu
@@ -36,9 +36,9 @@ def test_windows_are_those_of_the_cpu() -> None:
     """In float32, window by window."""
     x = torch.randn(1, 2, 40, 30, 9)
     with torch.no_grad():
-        there = WindowInferer((16, 12, 8), 0.5)(x.cuda(), Near(3).cuda()).cpu()
+        there = WindowInferer((16, 12, 8), 0.5)(x.cuda(), OneVoxelNetwork(3).cuda()).cpu()
         torch.testing.assert_close(
-            there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)), rtol=1e-3, atol=1e-3
+            there, WindowInferer((16, 12, 8), 0.5)(x, OneVoxelNetwork(3)), rtol=1e-3, atol=1e-3
         )
 
 

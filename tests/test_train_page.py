@@ -45,6 +45,7 @@ def place(hippocampus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_run(place: Path) -> None:
     """As they stand, but shorter; what the page promises is there after them."""
     assert [line.split()[1] for line in COMMANDS] == [

@@ -1,27 +1,30 @@
-"""Many cases, one after the other: what is to be done, what was done, what failed and why."""
+"""Many cases, one after the other; a case that fails is recorded and the next one continues."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from importlib.metadata import version
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import torch
+from monai.engines import SupervisedEvaluator
 
+from pipeline.batch.case_row import CaseRow
+from pipeline.batch.outputs import CASES, VOLUMES, output_path, uncertainty_path
 from pipeline.batch.prefetch import prefetch, write_behind
-from pipeline.errors import ConfigError, PipelineError, WriteError, unwrap
+from pipeline.batch.provenance import holds_other_results, write_run
+from pipeline.errors import PipelineError, WriteError, describe_error, find_pipeline_error
 from pipeline.inference import (
     Model,
     Prediction,
     PreparedCase,
+    evaluate_prepared,
     peak_bytes,
+    predict_case,
     predict_prepared,
-    predict_within,
     prepare,
     reset_peak,
 )
@@ -31,17 +34,23 @@ from pipeline.io import (
     fractions_as_nibabel,
     is_written_by_volseg,
     read_csv,
-    sha256,
     write_csv,
-    write_json,
     write_labels,
 )
 from pipeline.types import Case, PathOrStr
 
-CASES, VOLUMES, RUN = "cases.csv", "volumes.csv", "run.json"
-STEPS = ("read", "preprocess", "network", "invert", "write")
-PACKAGES = ("volseg", "monai", "torch", "nibabel", "SimpleITK", "pytorch-ignite", "numpy")
-Progress = Callable[[Case, dict[str, Any]], None]
+Progress = Callable[[CaseRow], None]
+Predict = Callable[[Model, PreparedCase], Prediction]
+
+
+class _NotRead(Enum):
+    """Why a case was not read ahead."""
+
+    DONE_BEFORE = "an earlier run has done it"
+    MEMORY_LIMIT = "under a memory limit a case is read when its turn comes"
+
+
+Start = PreparedCase | _NotRead
 
 
 def segment_cases(
@@ -51,89 +60,80 @@ def segment_cases(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Segments each case; a case that fails is recorded and the next one goes on.
+    predict: Predict = predict_prepared,
+) -> list[CaseRow]:
+    """Segment each case and write its label map, the tables and `run.json`.
 
-    The next case is read, and the last one written, while the network computes; not so under a memory limit.
-
-    Leaves `<case>_seg.nii.gz` a case, `volumes.csv` (mm³), `cases.csv` (one row a case) and `run.json`; the tables are
-    rewritten after each case, so a killed run loses nothing, and a run started again goes on where it stopped.
+    The next case is read and the last one written while the network computes, unless the model has
+    a memory limit. The tables are rewritten after each case, so a killed run loses nothing, and a
+    run that is started again continues where it stopped.
 
     Args:
         model: an opened bundle.
-        cases: dicts of `case` and `image`.
-        output_dir: where results go; made if it is not there.
+        cases: with `case` and `image`.
+        output_dir: where results go; made if it does not exist.
         overwrite: whether cases that are done already are done again.
-        progress: called with each case and its row.
+        progress: called with the row of each case.
+        predict: segments a prepared case.
 
     Returns:
-        the rows of `cases.csv`, in the order of `cases`.
+        one row per case, in the order of `cases`.
 
     Raises:
         ConfigError: the folder holds results of another model.
     """
     out = Path(output_dir)
-    identity = _identity(model)
-    anew = _is_of_another_model(out, identity, overwrite)
-    before = {} if anew else {row["case"]: row for row in read_csv(out / CASES)}
-    volumes = {} if anew else {row["case"]: row for row in read_csv(out / VOLUMES)}
-    write_json(
-        out / RUN,
-        identity | {"command": sys.argv, "versions": {name: version(name) for name in PACKAGES}},
-    )
-    rows: list[dict[str, Any]] = []
-    record = _recorder(out, before, volumes, rows, progress)
+    replaces = holds_other_results(out, model, overwrite=overwrite)
+    tables = _Tables.read(out, empty=replaces)
+    before = dict(tables.rows)
+    write_run(model, out)
+    rows: list[CaseRow] = []
 
-    def start(case: Case) -> PreparedCase | None:
+    def start(case: Case) -> Start:
         return _start(model, case, out, before.get(case["case"]), overwrite=overwrite)
 
-    def finish(one: tuple[Case, Prediction | dict[str, Any]]) -> None:
-        record(one[0], *_written(model, *one, out))
+    def finish(item: tuple[Case, Prediction | CaseRow]) -> None:
+        case, result = item
+        row = result if isinstance(result, CaseRow) else _write(case, result, out)
+        volumes = None
+        if isinstance(result, Prediction) and row.status == "done":
+            volumes = result.volumes_mm3
+        if row.status == "done" and not rows:
+            write_run(model, out)  # now the network has computed, and is known to the record
+        rows.append(row)
+        tables.add(row, volumes)
+        if progress is not None:
+            progress(row)
 
-    named = [{**case, "case": case.get("case") or case_name(case)} for case in cases]
-    beside = model.max_memory is None
-    begun = prefetch(start, named, beside=beside)
-    write_behind(
-        finish,
-        ((case, _predict(model, case, later, before.get(case["case"]))) for case, later in begun),
-        beside=beside,
-    )
+    named = [_with_name(case) for case in cases]
+    concurrent = model.max_memory is None
+    started = prefetch(start, named, concurrent=concurrent)
+
+    def results() -> Iterator[tuple[Case, Prediction | CaseRow]]:
+        for case, future in started:
+            yield case, _predict(model, case, future, before.get(case["case"]), predict)
+
+    write_behind(finish, results(), concurrent=concurrent)
     return rows
 
 
-def _recorder(
-    out: Path,
-    before: Mapping[str, Any],
-    volumes: dict[str, Any],
-    rows: list[dict[str, Any]],
-    progress: Progress | None,
-) -> Callable[[Case, dict[str, Any], dict[str, float] | None], None]:
-    """Keeps the tables: a function of a case, its row and its volumes (None where they stay as they are)."""
-    done = dict(before)
+def run_bundle(
+    evaluator: SupervisedEvaluator, model: Model, cases: Sequence[Case], output_dir: PathOrStr
+) -> None:
+    """Segment cases through a bundle's evaluator, as the run of `python -m monai.bundle run`.
 
-    def record(case: Case, row: dict[str, Any], sizes: dict[str, float] | None) -> None:
-        rows.append(row)
-        done[case["case"]] = row
-        if sizes is not None:
-            volumes[case["case"]] = {"case": case["case"], **sizes}
-        elif row["status"] == "failed":
-            volumes.pop(case["case"], None)
-        write_csv(out / CASES, done.values())
-        write_csv(out / VOLUMES, volumes.values())
-        if progress is not None:
-            progress(case, row)
-
-    return record
-
-
-def run_bundle(model: Model, cases: Sequence[Case], output_dir: PathOrStr) -> None:
-    """`segment` as the last step of `python -m monai.bundle run`.
+    MONAI's engine stops at the first file that cannot be read, so it gets one prepared case at a
+    time.
 
     Raises:
         PipelineError: after all cases, where some failed; it names them.
     """
-    rows = segment_cases(model, cases, output_dir, overwrite=True)
-    failed = [f"{row['case']}: {row['message']}" for row in rows if row["status"] == "failed"]
+
+    def predict(model: Model, prepared: PreparedCase) -> Prediction:
+        return evaluate_prepared(evaluator, model, prepared)
+
+    rows = segment_cases(model, cases, output_dir, overwrite=True, predict=predict)
+    failed = [f"{row.case}: {row.message}" for row in rows if row.status == "failed"]
     if failed:
         raise PipelineError(
             f"{len(failed)} of {len(rows)} cases failed, the others are written:\n"
@@ -141,136 +141,104 @@ def run_bundle(model: Model, cases: Sequence[Case], output_dir: PathOrStr) -> No
         )
 
 
-def output_path(output_dir: Path, case: str) -> Path:
-    """Where a case's label map goes."""
-    return output_dir / f"{case}_seg.nii.gz"
+@dataclass
+class _Tables:
+    """The rows of `cases.csv` and `volumes.csv`, by case."""
+
+    folder: Path
+    rows: dict[str, CaseRow]
+    volumes: dict[str, dict[str, object]]
+
+    @classmethod
+    def read(cls, folder: Path, *, empty: bool) -> _Tables:
+        """Return the tables of a folder; empty ones where there are none, or none that count."""
+        if empty:
+            return cls(folder, {}, {})
+        rows = {row["case"]: CaseRow.from_table(row) for row in read_csv(folder / CASES)}
+        volumes: dict[str, dict[str, object]] = {}
+        for row in read_csv(folder / VOLUMES):
+            volumes[row["case"]] = dict(row)
+        return cls(folder, rows, volumes)
+
+    def add(self, row: CaseRow, volumes_mm3: dict[str, float] | None) -> None:
+        """Add a case and write both tables; a failed case has no volumes."""
+        self.rows[row.case] = row
+        if volumes_mm3 is not None:
+            self.volumes[row.case] = {"case": row.case, **volumes_mm3}
+        elif row.status == "failed":
+            self.volumes.pop(row.case, None)
+        write_csv(self.folder / CASES, [known.to_table() for known in self.rows.values()])
+        write_csv(self.folder / VOLUMES, self.volumes.values())
 
 
-def uncertainty_path(output_dir: Path, case: str) -> Path:
-    """Where a case's uncertainty goes, if it is asked for."""
-    return output_dir / f"{case}_uncertainty.nii.gz"
-
-
-def _identity(model: Model) -> dict[str, str]:
-    """What must be equal for results to belong together."""
-    root = Path(model.root)
-    return {
-        "bundle": root.resolve().name,
-        "weights_sha256": sha256(root / "models" / "model.pt"),
-        "spec_sha256": sha256(root / "configs" / "spec.yaml"),
-        "overlap": str(getattr(model.evaluator.inferer, "overlap", "")),
-        "precision": str(getattr(model.evaluator.network, "precision", "")),
-        **{
-            key: str(getattr(model.preprocessing.transforms[0], key, None))
-            for key in ("volume", "labels_spacing")
-        },
-    }
-
-
-def _is_of_another_model(out: Path, identity: dict[str, str], overwrite: bool) -> bool:
-    """Whether a folder's tables tell of other results than ours, which must not be mixed with them."""
-    if not (out / RUN).is_file():
-        return False
-    before = json.loads((out / RUN).read_text(encoding="utf-8"))
-    other = [key for key, value in identity.items() if before.get(key) != value]
-    if other and not overwrite:
-        raise ConfigError(
-            f"{out}: holds results of another model or setting ({', '.join(f'{key} {before.get(key)}' for key in other)}); "
-            "choose another folder, or --overwrite"
-        )
-    return bool(other)
+def _with_name(case: Case) -> Case:
+    return {**case, "case": case.get("case") or case_name(case)}
 
 
 def _start(
-    model: Model, case: Case, out: Path, before: dict[str, Any] | None, *, overwrite: bool
-) -> PreparedCase | None:
-    """A case, read; None where it is done already. Under a memory limit it is read when its turn comes.
+    model: Model, case: Case, out: Path, before: CaseRow | None, *, overwrite: bool
+) -> Start:
+    """Return a case that was read, or a mark that it is done or to be read later.
 
     Raises:
-        PipelineError: it cannot be read, or its output is there and is not ours.
+        PipelineError: it cannot be read, or its output exists and is not ours.
     """
     path = output_path(out, case["case"])
-    whole = path.is_file() and (
-        not model.uncertainty or uncertainty_path(out, case["case"]).is_file()
-    )
-    if not overwrite and before is not None and before["status"] in ("done", "skipped") and whole:
-        return None
-    if not overwrite and path.is_file() and not is_written_by_volseg(path):
-        raise WriteError(
-            f"{path}: is there already and was not written by volseg; move it away, or --overwrite"
-        )
-    return (
-        prepare(model, case["image"])
-        if model.max_memory is None
-        else PreparedCase(batch=None, seconds={})
-    )
+    if not overwrite and path.is_file():
+        complete = not model.inversion.uncertainty
+        complete = complete or uncertainty_path(out, case["case"]).is_file()
+        if complete and before is not None and before.status in ("done", "skipped"):
+            return _NotRead.DONE_BEFORE
+        if not is_written_by_volseg(path):
+            raise WriteError(
+                f"{path}: exists and was not written by volseg; move it away, or --overwrite"
+            )
+    if model.max_memory is not None:
+        return _NotRead.MEMORY_LIMIT
+    return prepare(model, case["image"])
 
 
 def _predict(
-    model: Model, case: Case, begun: Future[PreparedCase | None], before: dict[str, Any] | None
-) -> Prediction | dict[str, Any]:
-    """What the network says of a case, or the row of one that was done before or failed."""
+    model: Model, case: Case, future: Future[Start], before: CaseRow | None, predict: Predict
+) -> Prediction | CaseRow:
+    """Return the prediction of a case, or the row of one that was done before or that failed."""
     try:
-        prepared = begun.result()
+        started = future.result()
         reset_peak()
-        if prepared is None:
-            return {**(before or {}), "status": "skipped"}
-        return (
-            predict_prepared(model, prepared)
-            if prepared.batch
-            else predict_within(model, case["image"], model.max_memory)
-        )
+        if started is _NotRead.DONE_BEFORE:
+            return (before or CaseRow(case=case["case"], status="done", input="")).as_skipped()
+        if started is _NotRead.MEMORY_LIMIT:
+            return predict_case(model, case["image"])
+        return predict(model, started)  # type: ignore[arg-type]
     except Exception as error:
-        return _row(case, "failed", message=_reason(error))
+        return CaseRow.failed(case, _failure(error), peak_bytes())
 
 
-def _written(
-    model: Model, case: Case, found: Prediction | dict[str, Any], out: Path
-) -> tuple[dict[str, Any], dict[str, float] | None]:
-    """The row of a case and its volumes, once its labels are a file; (row, None) where there is nothing new to write."""
-    if isinstance(found, dict):
-        return found, None
+def _write(case: Case, prediction: Prediction, out: Path) -> CaseRow:
+    """Write a case's label map, and its uncertainty if there is one, and return its row."""
     started = time.perf_counter()
+    affine, header = prediction.affine, prediction.header
     try:
-        if found.uncertainty is not None:
-            write_labels(
-                uncertainty_path(out, case["case"]),
-                fractions_as_nibabel(found.uncertainty, found.affine, found.header),
-            )
-        write_labels(
-            output_path(out, case["case"]), as_nibabel(found.labels, found.affine, found.header)
-        )
+        if prediction.uncertainty is not None:
+            fractions = fractions_as_nibabel(prediction.uncertainty, affine, header)
+            write_labels(uncertainty_path(out, case["case"]), fractions)
+        labels = as_nibabel(prediction.labels, affine, header)
+        write_labels(output_path(out, case["case"]), labels)
     except Exception as error:
-        return _row(case, "failed", message=_reason(error)), None
-    found.seconds["write"] = time.perf_counter() - started
-    return _row(case, "done", prediction=found), found.volumes_mm3
+        return CaseRow.failed(case, _failure(error), peak_bytes())
+    seconds = prediction.seconds | {"write": time.perf_counter() - started}
+    return CaseRow.done(case, prediction.warnings, seconds, peak_bytes())
 
 
-def _reason(error: BaseException) -> str:
-    """Why a case failed; whatever it was, the other cases go on."""
-    known = unwrap(error)
-    if known is not None:
-        return str(known)
-    while error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
-        error
-    ):
-        return f"out of memory ({error}); free some, or use a machine with more"
-    return f"unexpected {type(error).__name__}: {error} (a bug of volseg: please report it)"
-
-
-def _row(
-    case: Case, status: str, *, message: str = "", prediction: Prediction | None = None
-) -> dict[str, Any]:
-    image = case["image"]
-    seconds = prediction.seconds if prediction else {}
-    return {
-        "case": case["case"],
-        "status": status,
-        "input": str(image) if isinstance(image, str | Path) else ";".join(map(str, image)),
-        "message": message,
-        "warnings": "; ".join(prediction.warnings) if prediction else "",
-        **{f"{step}_s": f"{seconds[step]:.3f}" if step in seconds else "" for step in STEPS},
-        "peak_memory_mb": f"{peak_bytes() / 2**20:.0f}",
-    }
+def _failure(error: BaseException) -> str:
+    """Return why a case failed, in one message."""
+    if find_pipeline_error(error) is not None:
+        return describe_error(error)
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    # torch's CPU allocator raises a plain RuntimeError, known by its text only
+    out_of_memory = isinstance(cause, MemoryError | torch.OutOfMemoryError)
+    if out_of_memory or "can't allocate memory" in str(cause):
+        return f"out of memory ({cause}); free some, or use a machine with more"
+    return f"unexpected {describe_error(error)} (a bug of volseg: please report it)"

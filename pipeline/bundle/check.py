@@ -1,123 +1,155 @@
-"""Whether a bundle is whole: MONAI's own checks, offline, and what only volseg can know."""
+"""Checks of a bundle: MONAI's own, without a network connection, and those of volseg."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
 from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 
-from pipeline.bundle.metadata import WIRING, bundle_metadata
+from pipeline.bundle.metadata import bundle_metadata
 from pipeline.bundle.opening import find_bundle
-from pipeline.config import Run, load_run, load_spec
-from pipeline.errors import ConfigError, root_cause
-from pipeline.networks import build_network
+from pipeline.bundle.wiring import WIRING, current_wiring, wiring_origin
+from pipeline.config import BundlePaths, Run, load_run, load_spec
+from pipeline.errors import ConfigError, describe_error
+from pipeline.networks import build_network, read_state
 from pipeline.transforms import crop_size
 from pipeline.types import Case, PathOrStr
 
+Check = Callable[[BundlePaths], None]
+Workflow = Literal["inference", "train"]
+
 SCHEMA = "metadata_schema.json"
-VERSIONS = (
+# Keys of metadata.json that describe the machine where the bundle was made. They differ on another
+# machine without anything being wrong.
+ENVIRONMENT_KEYS = (
     "monai_version",
     "pytorch_version",
     "numpy_version",
     "required_packages_version",
-)  # of where it was made
+)
 
 
 def check_bundle(bundle: PathOrStr) -> dict[str, str]:
-    """What is wrong with a bundle: check → the reason, empty where it passed.
+    """Return the result of each check of a bundle: its name → what is wrong, empty if it passed.
 
-    MONAI's own checks (workflow properties for inference and training, metadata against its schema, the network's inputs and
-    outputs), and ours (weights against the spec, generated files as they would be generated now).
+    MONAI checks the properties that a workflow for inference and for training must have, the
+    metadata against its schema, and the shapes of the network's input and output. volseg checks the
+    spec, the weights against the spec, and whether the generated files are as this version would
+    write them. Wiring of an earlier release is checked in its present form, the one that is used.
+
+    Args:
+        bundle: a folder, or the name of a shipped bundle.
 
     Raises:
-        ConfigError: no such bundle.
+        ConfigError: there is no such bundle.
     """
-    root = find_bundle(bundle)
-    checks: dict[str, Callable[[Path], None]] = {
+    paths = BundlePaths(find_bundle(bundle))
+    checks: dict[str, Check] = {
         "spec": _check_spec,
         "weights fit the spec": _check_weights,
-        "inference properties": lambda root: _check_properties(root, "inference"),
-        "training properties": lambda root: _check_properties(root, "train"),
+        "inference properties": _check_inference_properties,
+        "training properties": _check_training_properties,
         "metadata against the schema": _check_metadata,
-        "network input and output": _check_net,
-        "generated files": _check_generated,
+        "network input and output": _check_network_shapes,
+        "generated files": _check_generated_files,
     }
-    return {name: _reason(test, root) for name, test in checks.items()}
+    return {name: _failure(check, paths) for name, check in checks.items()}
 
 
-def _reason(test: Callable[[Path], None], root: Path) -> str:
+def _failure(check: Check, paths: BundlePaths) -> str:
+    """Run one check and return its error message, empty if it passed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            test(root)
-    except Exception as error:
-        return root_cause(error)
+            warnings.simplefilter("ignore")  # MONAI warns whenever it reads a configuration
+            check(paths)
+    except Exception as error:  # a broken bundle may raise anything; the other checks still run
+        return describe_error(error)
     return ""
 
 
-def _check_spec(root: Path) -> None:
-    load_spec(root / "configs" / "spec.yaml")
+def _check_spec(paths: BundlePaths) -> None:
+    """Raise a ConfigError if the spec is missing or wrong."""
+    load_spec(paths.spec)
 
 
-def _check_weights(root: Path) -> None:
-    state = torch.load(root / "models" / "model.pt", map_location="cpu", weights_only=True)
-    build_network(load_spec(root / "configs" / "spec.yaml")).load_state_dict(state, strict=True)
+def _check_weights(paths: BundlePaths) -> None:
+    """Raise an error if the weights do not fit the network of the spec, or are not finite."""
+    state = read_state(paths.weights)
+    build_network(load_spec(paths.spec)).load_state_dict(state, strict=True)
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ConfigError(f"models/model.pt: NaN or infinity in {', '.join(broken)}")
 
 
-def _check_properties(root: Path, kind: str) -> None:
-    """MONAI's `check_properties`, which makes every part of the workflow: training needs a case, so it gets a made-up one."""
-    names = ["inference.yaml"] if kind == "inference" else list(WIRING)
-    overrides: dict[str, Any] = {"dataset::data": []}
-    if kind == "train":  # without what starts a run and without its data, which need not be here
-        run = load_run(root / "configs" / "run.yaml")
-        plain = replace(
-            run, synthesis=None, splits=None, validate_every=0, keep="last", patience=None
-        )
-        overrides = {
-            "settings": plain,
-            "train::dataset::data": _made_up_cases(root, run),
-            "initialize": [],
-        }
-    workflow = ConfigWorkflow(
-        config_file=[str(root / "configs" / name) for name in names],
-        meta_file=str(root / "configs" / "metadata.json"),
+def _check_inference_properties(paths: BundlePaths) -> None:
+    """Raise an error if the workflow for inference cannot be built or lacks a property of MONAI."""
+    _check_properties(paths, "inference", ["inference.yaml"], {"dataset::data": []})
+
+
+def _check_training_properties(paths: BundlePaths) -> None:
+    """Raise an error if the workflow for training cannot be built or lacks a property of MONAI.
+
+    MONAI builds every part of the workflow. The training data need not be on this machine, so cases
+    of noise replace them, and the settings that would read other files are left out.
+    """
+    run = load_run(paths.run)
+    settings = replace(
+        run, synthesis=None, splits=None, validate_every=0, keep="last", patience=None
+    )
+    overrides = {
+        "settings": settings,
+        "train::dataset::data": _noise_cases(paths, run),
+        "initialize": [],  # would seed the process and load the weights to start from
+    }
+    _check_properties(paths, "train", WIRING, overrides)
+
+
+def _check_properties(
+    paths: BundlePaths, workflow: Workflow, names: Sequence[str], overrides: dict[str, Any]
+) -> None:
+    """Build a workflow and raise a ConfigError if MONAI's `check_properties` misses any.
+
+    Args:
+        paths: the bundle.
+        workflow: the kind of workflow, which decides what properties MONAI expects.
+        names: the wiring files to read.
+        overrides: ids of the wiring → what replaces them.
+    """
+    built = ConfigWorkflow(
+        config_file=[str(current_wiring(paths.configs / name)) for name in names],
+        meta_file=str(paths.metadata),
         logging_file=False,
-        workflow_type=kind,
-        bundle_root=str(root),
-        dataset_dir=str(root),
+        workflow_type=workflow,
+        bundle_root=str(paths.folder),
+        dataset_dir=str(paths.folder),
         **overrides,
     )
-    workflow.initialize()
-    missing = workflow.check_properties()
+    built.initialize()
+    missing = built.check_properties()
     if missing:
         raise ConfigError(
-            f"{kind}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced"
+            f"{workflow}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced"
         )
 
 
-def _made_up_cases(root: Path, run: Run) -> list[Case]:
-    """As many cases of noise as one step mixes, each with a label in its middle."""
-    spec = load_spec(root / "configs" / "spec.yaml")
-    affine = np.diag([mm or 1.0 for mm in spec.spacing] + [1.0])
+def _noise_cases(paths: BundlePaths, run: Run) -> list[Case]:
+    """Return as many cases of noise as one training step mixes, each with a labelled box."""
+    spec = load_spec(paths.spec)
     shape = crop_size(spec)
+    affine = np.diag([mm or 1.0 for mm in spec.spacing] + [1.0])
     noise = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     label = np.zeros(shape, dtype=np.int16)
-    label[tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in shape)] = list(
-        spec.labels.values()
-    )[1]
+    middle = tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in shape)
+    label[middle] = list(spec.labels.values())[1]  # the first structure; background comes before it
     image, reference = nib.Nifti1Image(noise, affine), nib.Nifti1Image(label, affine)
     return [
         {"case": str(i), "image": [image] * len(spec.channels), "label": reference}
@@ -125,38 +157,62 @@ def _made_up_cases(root: Path, run: Run) -> list[Case]:
     ]
 
 
-def _check_metadata(root: Path) -> None:
-    schema = str(files("pipeline.bundle") / "templates" / SCHEMA)
-    verify_metadata(meta_file=str(root / "configs" / "metadata.json"), filepath=schema)
+def _check_metadata(paths: BundlePaths) -> None:
+    """Raise an error if metadata.json does not follow MONAI's schema.
+
+    The schema is a copy that is installed with volseg: MONAI would download it.
+    """
+    schema = files("pipeline.bundle") / "templates" / SCHEMA
+    verify_metadata(meta_file=str(paths.metadata), filepath=str(schema))
 
 
-def _check_net(root: Path) -> None:
+def _check_network_shapes(paths: BundlePaths) -> None:
+    """Raise an error if the network's input or output is not as metadata.json describes it."""
     verify_net_in_out(
         net_id="network_def",
-        meta_file=str(root / "configs" / "metadata.json"),
-        config_file=str(root / "configs" / "inference.yaml"),
+        meta_file=str(paths.metadata),
+        config_file=str(current_wiring(paths.inference)),
         device="cpu",
-        n=2,
-        bundle_root=str(root),
+        n=2,  # the n of sizes such as `16*n`
+        bundle_root=str(paths.folder),
     )
 
 
-def _check_generated(root: Path) -> None:
+def _check_generated_files(paths: BundlePaths) -> None:
+    """Raise a ConfigError if the wiring or metadata.json differs from what volseg would write."""
+    refresh = f"volseg bundle refresh {paths.folder}"
+    problems, outdated = [], []
     for name in WIRING:
-        if (root / "configs" / name).read_text("utf-8") != (
-            files("pipeline.bundle") / "templates" / name
-        ).read_text("utf-8"):
-            raise ConfigError(
-                f"configs/{name} differs from the one that volseg {version('volseg')} writes"
-            )
-    stored = json.loads((root / "configs" / "metadata.json").read_text("utf-8"))
-    fresh = bundle_metadata(root)
-    changed = sorted(
-        key
-        for key in stored.keys() | fresh.keys()
-        if stored.get(key) != fresh.get(key) and key not in VERSIONS
-    )
-    if changed:
-        raise ConfigError(
-            f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card"
-        )
+        match wiring_origin(paths.configs / name):
+            case "edited":
+                problems.append(
+                    f"configs/{name} differs from the one that volseg {version('volseg')} writes, "
+                    f"and is used as it is; `{refresh} --overwrite` replaces it"
+                )
+            case "released":
+                outdated.append(
+                    f"configs/{name} is that of an earlier release, and the present one is used "
+                    "in its place"
+                )
+            case "missing":
+                outdated.append(f"configs/{name} is missing")
+            case "current":
+                pass
+    outdated += _outdated_metadata(paths)
+    if outdated:
+        problems.append(f"{'; '.join(outdated)}; `{refresh}` rewrites what is outdated")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _outdated_metadata(paths: BundlePaths) -> list[str]:
+    """Return what is wrong with metadata.json: nothing, or one message."""
+    if not paths.metadata.is_file():
+        return ["configs/metadata.json is missing"]
+    stored = json.loads(paths.metadata.read_text(encoding="utf-8"))
+    expected = bundle_metadata(paths.folder)
+    keys = (stored.keys() | expected.keys()) - set(ENVIRONMENT_KEYS)
+    changed = sorted(key for key in keys if stored.get(key) != expected.get(key))
+    if not changed:
+        return []
+    return [f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card"]

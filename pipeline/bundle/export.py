@@ -1,173 +1,231 @@
-"""A bundle's network as files that other runtimes load, each with a report of how far it agrees with torch."""
+"""A bundle's network as a file for other runtimes, with a report of its agreement with torch."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional
 
 from pipeline.bundle.opening import find_bundle
-from pipeline.config import Spec, load_spec
+from pipeline.config import BundlePaths, Spec, load_spec
 from pipeline.errors import ConfigError
 from pipeline.inference import (
-    INT8,
-    NetworkFunction,
+    OpenVinoNetwork,
+    RuntimeAgreement,
     compare_runtimes,
     convert_to_openvino,
+    import_openvino,
     noise_window,
-    openvino_forward,
+    openvino_core,
     weights_hash,
     window_grid,
 )
 from pipeline.io import find_cases, write_json
-from pipeline.networks import build_network
+from pipeline.networks import build_network, load_weights
 from pipeline.transforms import IMAGE, preprocessing
-from pipeline.types import Case, PathOrStr
+from pipeline.types import Case, NetworkFunction, PathOrStr, Volume
 
-Target = Literal["openvino", "onnx", "torchscript"]
-WINDOWS_PER_VOLUME = 8  # those with the largest spread of values: air says nothing
-MAX_WINDOWS = 128
+Format = Literal["openvino", "onnx", "torchscript"]
+ExportPrecision = Literal["float32", "int8"]
+
+FILE_NAMES: dict[Format, str] = {
+    "openvino": "model.xml",
+    "onnx": "model.onnx",
+    "torchscript": "model.ts",
+}
+# Bounds on the time of calibration and comparison, which apply the network to every window. Many
+# volumes with few windows each cover more scanners and contrasts than few volumes with many.
 MAX_VOLUMES = 20
-NAMES = {"openvino": "model.xml", "onnx": "model.onnx", "torchscript": "model.ts"}
+MAX_WINDOWS = 128
+WINDOWS_PER_VOLUME = 8
+
+
+class ExportReport(TypedDict):
+    """The content of the JSON file that is written next to an exported network.
+
+    Attributes:
+        file: name of the network's file in the bundle's models/.
+        precision: float32 or int8.
+        weights_hash: SHA-256 of the weights and the spec that the network was exported from.
+        compared_on: the input of the comparison with torch, windows of volumes or noise.
+        logit_difference: largest difference of logits, in standard deviations of torch's logits.
+        label_agreement: fraction of voxels with the same label, 0 to 1; the mean over windows.
+    """
+
+    file: str
+    precision: ExportPrecision
+    weights_hash: str
+    compared_on: str
+    logit_difference: float
+    label_agreement: float
 
 
 def export_bundle(
     bundle: PathOrStr,
-    to: Target,
+    to: Format,
     *,
-    precision: Literal["float32", "int8"] = "float32",
+    precision: ExportPrecision = "float32",
     calibrate: Sequence[PathOrStr] = (),
-) -> dict[str, Any]:
-    """Writes a bundle's network into its models/ for another runtime, and beside it the report that is returned.
+) -> ExportReport:
+    """Write a bundle's network into its models/ for another runtime, and return the report.
+
+    The report is written next to the network, as a JSON file of the same name.
 
     Args:
-        bundle: a folder, or the name of a bundle that ships.
-        to: `openvino` (.xml and .bin), `onnx` or `torchscript`.
-        precision: `int8` quantises weights and activations after training, by NNCF, in OpenVINO only.
-        calibrate: files or folders of real volumes, of which some, evenly spread, are used: int8 is calibrated on windows of
-            every other one and compared on windows of the rest (on the same where there is one); without any, the comparison
-            is on noise.
-
-    Returns:
-        `file`, `precision`, `compared_on`, `weights_hash`, and of the comparison `logit_difference` (the largest, in standard
-        deviations of torch's logits) and `label_agreement` (fraction of voxels).
+        bundle: a folder, or the name of a shipped bundle.
+        to: the format: `openvino` (.xml and .bin), `onnx` or `torchscript`.
+        precision: `int8` quantises weights and activations after training by NNCF, for OpenVINO
+            only.
+        calibrate: files or folders of real volumes, of which at most 20, evenly spread, are used.
+            int8 is calibrated on every other volume and compared with torch on the rest (on the
+            same one if there is only one). Without volumes the comparison is on noise.
 
     Raises:
-        ConfigError: a target whose package is not installed, or int8 without volumes.
+        ConfigError: a package that the format needs is not installed, or int8 without volumes.
     """
-    root = find_bundle(bundle)
-    spec = load_spec(root / "configs" / "spec.yaml")
-    cases = find_cases(calibrate, spec) if calibrate else []
-    cases = cases[:: max(1, len(cases) // MAX_VOLUMES)][:MAX_VOLUMES]
-    network = build_network(spec)
-    network.load_state_dict(
-        torch.load(root / "models" / "model.pt", map_location="cpu", weights_only=True)
-    )
-    network.eval()
+    paths = BundlePaths(find_bundle(bundle))
+    spec = load_spec(paths.spec)
+    cases = _evenly_spread(find_cases(calibrate, spec), MAX_VOLUMES) if calibrate else []
     if precision == "int8" and (to != "openvino" or not cases):
         raise ConfigError(
-            "--precision int8 is for --to openvino, and needs --calibrate FOLDER with volumes like those to come"
+            "--precision int8 is for --to openvino, and needs --calibrate FOLDER with volumes "
+            "like those to be segmented"
         )
-    path = root / "models" / (INT8 if precision == "int8" else NAMES[to])
-    forward = (
-        _WRITERS[to](network, spec, path)
-        if precision == "float32"
-        else _int8(network, spec, path, cases[::2])
-    )
+    network = _load_network(paths, spec)
     held_out = cases[1::2] or cases
-    report: dict[str, Any] = {
-        "file": path.name,
-        "precision": precision,
-        "weights_hash": weights_hash(network, spec),
-        "compared_on": f"windows of {len(held_out)} volumes" if held_out else "noise",
-        **_agreement(
-            network, forward, _windows(spec, held_out) if held_out else iter([noise_window(spec)])
-        ),
-    }
+    if precision == "int8":
+        path = paths.int8_model
+        exported = _write_int8(network, spec, path, cases[::2])
+    else:
+        path = paths.models / FILE_NAMES[to]
+        exported = _WRITERS[to](network, spec, path)
+    windows = _varied_windows(spec, held_out) if held_out else [noise_window(spec)]
+    agreement = _compare(network, exported, windows)
+    report = ExportReport(
+        file=path.name,
+        precision=precision,
+        weights_hash=weights_hash(network, spec),
+        compared_on=f"windows of {len(held_out)} volumes" if held_out else "noise",
+        logit_difference=agreement["logit_difference"],
+        label_agreement=agreement["label_agreement"],
+    )
     write_json(path.with_suffix(".json"), report)
     return report
 
 
-def _agreement(
-    network: torch.nn.Module, other: NetworkFunction, windows: Iterator[torch.Tensor]
-) -> dict[str, float]:
-    """The worst `logit_difference` of the windows, and their mean `label_agreement`."""
-    found = [compare_runtimes(network, other, window) for window in windows]
-    return {
-        "logit_difference": max(one["logit_difference"] for one in found),
-        "label_agreement": float(np.mean([one["label_agreement"] for one in found])),
-    }
+def _evenly_spread(cases: Sequence[Case], count: int) -> Sequence[Case]:
+    """Return at most `count` cases, spread over the whole list."""
+    return cases[:: max(1, len(cases) // count)][:count]
 
 
-def _windows(spec: Spec, cases: Sequence[Case]) -> Iterator[torch.Tensor]:
-    """Windows (1, C, *roi_size) of preprocessed volumes, those that vary most, equally many of each volume."""
+def _load_network(paths: BundlePaths, spec: Spec) -> nn.Module:
+    """Return a bundle's network with its weights, ready for inference."""
+    network = build_network(spec)
+    load_weights(network, paths.weights)
+    return network.eval()
+
+
+def _compare(
+    network: nn.Module, exported: NetworkFunction, windows: Iterable[torch.Tensor]
+) -> RuntimeAgreement:
+    """Return the largest `logit_difference` over windows and their mean `label_agreement`."""
+    found = [compare_runtimes(network, exported, window) for window in windows]
+    return RuntimeAgreement(
+        logit_difference=max(agreement["logit_difference"] for agreement in found),
+        label_agreement=float(np.mean([agreement["label_agreement"] for agreement in found])),
+    )
+
+
+def _varied_windows(spec: Spec, cases: Sequence[Case]) -> Iterator[torch.Tensor]:
+    """Yield windows (1, C, *roi_size) of preprocessed volumes, equally many of each volume.
+
+    They are the windows with the largest standard deviation: windows of air show nothing of the
+    range that the network's activations have in tissue.
+    """
     transform = preprocessing(spec)
-    each = max(1, min(WINDOWS_PER_VOLUME, MAX_WINDOWS // max(1, len(cases))))
+    per_volume = max(1, min(WINDOWS_PER_VOLUME, MAX_WINDOWS // max(1, len(cases))))
     for case in cases:
-        image = transform({IMAGE: case["image"]})[IMAGE].as_tensor()
-        image = (
-            image[None] if spec.slice_dim is None else image.movedim(spec.slice_dim + 1, 0)
-        )  # (volumes or slices, C, …)
-        lack = [max(0, roi - n) for roi, n in zip(spec.roi_size, image.shape[2:], strict=True)]
-        image = torch.nn.functional.pad(
-            image, [side for n in reversed(lack) for side in (n // 2, n - n // 2)]
-        )
-        starts = window_grid(image.shape[2:], spec.roi_size, spec.overlap).starts
-        boxes = [
-            tuple(slice(i, i + n) for i, n in zip(start, spec.roi_size, strict=True))
-            for start in product(*starts)
-        ]
-        places = [
-            (slice(number, number + 1), slice(None), *box)
-            for number in range(len(image))
-            for box in boxes
-        ]
-        found = [image[place] for place in places]
-        yield from sorted(found, key=lambda window: -float(window.std()))[:each]
+        windows = _all_windows(spec, transform({IMAGE: case["image"]})[IMAGE].as_tensor())
+        windows.sort(key=lambda window: float(window.std()), reverse=True)
+        yield from windows[:per_volume]
 
 
-def _openvino(network: torch.nn.Module, spec: Spec, path: Path) -> NetworkFunction:
-    _need("openvino")
-    import openvino as ov
+def _all_windows(spec: Spec, volume: Volume) -> list[torch.Tensor]:
+    """Return the windows (1, C, *roi_size) that inference cuts a preprocessed volume into.
 
-    model = convert_to_openvino(network, spec)
-    ov.save_model(model, path, compress_to_fp16=False)
-    return openvino_forward(ov.Core().read_model(path), "float32")
+    Args:
+        spec: with roi_size and overlap of the windows.
+        volume: (C, X, Y, Z), padded with zeros to roi_size where it is smaller.
+    """
+    axis = spec.slice_dim
+    # (1, C, X, Y, Z) for a network of volumes, else (slices, C, *the other two axes)
+    batch = volume[None] if axis is None else volume.movedim(axis + 1, 0)
+    padding: list[int] = []
+    for size, roi in zip(batch.shape[2:], spec.roi_size, strict=True):
+        lacking = max(0, roi - size)
+        # torch pads the last axis first, so the pairs are in reverse order of the axes
+        padding = [lacking // 2, lacking - lacking // 2, *padding]
+    batch = functional.pad(batch, padding)
+    windows = []
+    starts = list(product(*window_grid(batch.shape[2:], spec.roi_size, spec.overlap).starts))
+    for number in range(len(batch)):
+        for start in starts:
+            box = [slice(i, i + n) for i, n in zip(start, spec.roi_size, strict=True)]
+            windows.append(batch[(slice(number, number + 1), slice(None), *box)])
+    return windows
 
 
-def _int8(
-    network: torch.nn.Module, spec: Spec, path: Path, cases: Sequence[Case]
+def _write_openvino(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
+    """Write the network as OpenVINO IR and return it as read back."""
+    _require("openvino")
+    ov = import_openvino()
+    # float16 weights would change the logits, and the disk space is not worth that
+    ov.save_model(convert_to_openvino(network, spec), path, compress_to_fp16=False)
+    return _read_by_openvino(path)
+
+
+def _write_int8(
+    network: nn.Module, spec: Spec, path: Path, cases: Sequence[Case]
 ) -> NetworkFunction:
-    _need("openvino")
-    _need("nncf")
-    import nncf
-    import openvino as ov
+    """Quantise the network to int8, write it as OpenVINO IR and return it as read back.
 
-    windows = [window.contiguous().numpy() for window in _windows(spec, cases)]
+    Args:
+        network: in torch, float32.
+        spec: of the network.
+        path: the .xml file.
+        cases: the volumes that the ranges of the activations are measured on.
+    """
+    _require("openvino")
+    _require("nncf")
+    ov = import_openvino()  # before nncf, which would import it with its telemetry
+    import nncf
+
+    windows = [window.contiguous().numpy() for window in _varied_windows(spec, cases)]
     quantised = nncf.quantize(
         convert_to_openvino(network, spec),
         nncf.Dataset(windows),
         subset_size=len(windows),
-        fast_bias_correction=False,  # closer to float32 (scripts/bench_int8.py)
+        fast_bias_correction=False,  # slower, and closer to float32 (scripts/bench_int8.py)
         preset=nncf.QuantizationPreset.MIXED,
     )
     ov.save_model(quantised, path, compress_to_fp16=False)
-    return openvino_forward(ov.Core().read_model(path), "float32")
+    return _read_by_openvino(path)
 
 
-def _onnx(network: torch.nn.Module, spec: Spec, path: Path) -> NetworkFunction:
-    """ONNX through torch's exporter; read back by OpenVINO."""
+def _write_onnx(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
+    """Write the network as ONNX by torch's exporter and return it as read back by OpenVINO."""
     for package in ("onnx", "onnxscript", "openvino"):
-        _need(package)
-    import openvino as ov
-
+        _require(package)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # the exporter itself uses what torch has deprecated
         torch.onnx.export(
             network,
             (noise_window(spec),),
@@ -176,26 +234,33 @@ def _onnx(network: torch.nn.Module, spec: Spec, path: Path) -> NetworkFunction:
             output_names=["pred"],
             external_data=False,
         )
-    return openvino_forward(ov.Core().read_model(path), "float32")
+    return _read_by_openvino(path)
 
 
-def _torchscript(network: torch.nn.Module, spec: Spec, path: Path) -> NetworkFunction:
+def _write_torchscript(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
+    """Write the network as TorchScript by tracing and return it as read back."""
     with warnings.catch_warnings(), torch.inference_mode():
+        # torch warns that TorchScript is deprecated, and that traced sizes are constants
         warnings.simplefilter("ignore")
-        torch.jit.trace(network, noise_window(spec)).save(str(path))  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(network, noise_window(spec))  # type: ignore[no-untyped-call]
+        traced.save(str(path))
         loaded: NetworkFunction = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
     return loaded
 
 
-def _need(package: str) -> None:
-    from importlib.util import find_spec
+def _read_by_openvino(path: Path) -> NetworkFunction:
+    """Return the network in a file, .xml or .onnx, as OpenVINO runs it in float32."""
+    return OpenVinoNetwork(openvino_core().read_model(path), "float32")
 
+
+def _require(package: str) -> None:
+    """Raise a ConfigError if a package is not installed."""
     if find_spec(package) is None:
         raise ConfigError(f"{package} is not installed; `pip install {package}`")
 
 
-_WRITERS: dict[str, Callable[[torch.nn.Module, Spec, Path], NetworkFunction]] = {
-    "openvino": _openvino,
-    "onnx": _onnx,
-    "torchscript": _torchscript,
+_WRITERS: dict[Format, Callable[[nn.Module, Spec, Path], NetworkFunction]] = {
+    "openvino": _write_openvino,
+    "onnx": _write_onnx,
+    "torchscript": _write_torchscript,
 }

@@ -1,39 +1,43 @@
-"""FIXME."""
+"""The metadata of a bundle, in the format that MONAI specifies, from its spec and its card."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from importlib.metadata import version
-from importlib.resources import files
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from pipeline.config import Card, Spec, load_config, load_spec, smallest_size
-from pipeline.io import write_json
+from pipeline.config import BundlePaths, Card, Spec, load_config, load_spec, smallest_size
+from pipeline.types import PathOrStr
 
-WIRING = ("inference.yaml", "train.yaml")
+SCHEMA_URL = (
+    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/"
+    "meta_schema_20240725.json"
+)
+REQUIRED_PACKAGES = ("volseg", "nibabel", "SimpleITK", "pytorch-ignite")
 
 
-SCHEMA_URL = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+def bundle_metadata(root: PathOrStr) -> dict[str, Any]:
+    """Return the content of a bundle's metadata.json, from its spec and its card.
 
+    Args:
+        root: the bundle's folder, with spec.yaml and card.yaml.
 
-def bundle_metadata(root: Path) -> dict[str, Any]:
-    """metadata.json of a bundle, from its spec and its card."""
-    spec = load_spec(root / "configs" / "spec.yaml")
-    card = asdict(load_config(Card, root / "configs" / "card.yaml", "card"))
+    Raises:
+        ConfigError: the spec or the card is missing or wrong.
+    """
+    paths = BundlePaths(root)
+    spec = load_spec(paths.spec)
+    card = asdict(load_config(Card, paths.card, "card"))
     content: dict[str, Any] = {
         "schema": SCHEMA_URL,
         "version": list(card["changelog"])[-1],
         **card,
         "monai_version": version("monai"),
-        "pytorch_version": version("torch").split("+")[0],
+        "pytorch_version": version("torch").split("+")[0],  # without the build, such as +cu128
         "numpy_version": version("numpy"),
-        "required_packages_version": {
-            name: version(name) for name in ("volseg", "nibabel", "SimpleITK", "pytorch-ignite")
-        },
+        "required_packages_version": {name: version(name) for name in REQUIRED_PACKAGES},
         "image_classes": ", ".join(spec.channels),
         "label_classes": ", ".join(f"{value}: {name}" for name, value in spec.labels.items()),
         "pred_classes": ", ".join(f"{i}: {name}" for i, name in enumerate(spec.outputs)),
@@ -43,21 +47,22 @@ def bundle_metadata(root: Path) -> dict[str, Any]:
         },
     }
     if not card["eval_metrics"]:
-        del content["eval_metrics"]  # the schema allows none, and no empty one
-    plain: dict[str, Any] = json.loads(
-        json.dumps(content)
-    )  # tuples become lists, as they are in the file
+        del content["eval_metrics"]  # the schema makes the key optional, but refuses an empty one
+    # Tuples become lists, so that the content compares equal to what is read from the file.
+    plain: dict[str, Any] = json.loads(json.dumps(content))
     return plain
 
 
 def _input_format(spec: Spec) -> dict[str, Any]:
+    """Return MONAI's description of the network's input."""
     return {
         "type": "image",
         "format": "magnitude",
         "modality": "MR",
         "num_channels": len(spec.channels),
-        "spatial_shape": _spatial_shape(spec),
+        "spatial_shape": _spatial_shape(spec, (0,) * spec.spatial_dims),
         "dtype": "float32",
+        # only clipping at percentiles gives fixed limits; a z-score has none
         "value_range": [0, 1] if spec.intensity.method == "percentiles" else [],
         "is_patch_data": True,
         "channel_def": {str(i): name for i, name in enumerate(spec.channels)},
@@ -65,6 +70,7 @@ def _input_format(spec: Spec) -> dict[str, Any]:
 
 
 def _output_format(spec: Spec) -> dict[str, Any]:
+    """Return MONAI's description of the network's output."""
     return {
         "type": "image",
         "format": "segmentation",
@@ -77,19 +83,20 @@ def _output_format(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _spatial_shape(spec: Spec, less: tuple[int, ...] = (0, 0, 0)) -> list[str]:
-    """Sizes as MONAI writes them, `16*n`, or `16*n+172` where convolutions are not padded."""
+def _spatial_shape(spec: Spec, margin: tuple[int, ...]) -> list[str]:
+    """Return the valid sizes along each axis in MONAI's notation, such as `16*n`.
+
+    Without padding a valid size is no multiple of the strides: `16*n+172`, n from 1.
+
+    Args:
+        spec: of the network.
+        margin: voxels along each axis by which the output is smaller than the input; 0 for the
+            input itself.
+    """
     shape = []
     for axis in range(spec.spatial_dims):
         strides = [stride[axis] for stride in spec.strides]
         step = prod(strides)
-        rest = smallest_size(strides, padding=spec.network.padding) - step - less[axis]
-        shape.append(f"{step}*n" + (f"{rest:+d}" if rest else ""))
+        offset = smallest_size(strides, padding=spec.network.padding) - step - margin[axis]
+        shape.append(f"{step}*n" + (f"{offset:+d}" if offset else ""))
     return shape
-
-
-def refresh_bundle(root: Path) -> None:
-    """Writes what is generated in a bundle: the wiring, as this version of volseg has it, and metadata.json."""
-    for name in WIRING:
-        shutil.copyfile(str(files("pipeline.bundle") / "templates" / name), root / "configs" / name)
-    write_json(root / "configs" / "metadata.json", bundle_metadata(root))

@@ -1,39 +1,47 @@
-"""A MONAI bundle: its folder, its wiring, its metadata; opened, filled and checked."""
+"""Bundles found by path or name, and opened for inference by their own wiring."""
 
 from __future__ import annotations
 
-import sys
+import importlib.resources
 import textwrap
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-
-from pipeline.errors import ConfigError, root_cause, unwrap
+from pipeline.bundle.wiring import read_wiring
+from pipeline.config import BundlePaths
+from pipeline.errors import ConfigError, describe_error, find_pipeline_error
 from pipeline.inference import Model, resolve_device
 from pipeline.types import PathOrStr
 
-CHECKOUT_BUNDLES = Path(__file__).parent.parent.parent / "bundles"
-INSTALLED_BUNDLES = Path(sys.prefix) / "share" / "volseg" / "bundles"
+CAUSE_WIDTH = 240  # characters: torch lists every weight that does not fit
+
+
+def shipped_bundles() -> Path:
+    """Return the folder of the bundles that are installed with volseg.
+
+    They are the data of the import package `volseg_bundles`, so that they are found however
+    volseg was installed: in an environment, with `--user` or `--target`, or from a checkout.
+    """
+    return Path(str(importlib.resources.files("volseg_bundles")))
 
 
 def find_bundle(name: PathOrStr) -> Path:
-    """The folder of a bundle, given as a path or by the name of one that ships.
+    """Return the folder of a bundle.
+
+    Args:
+        name: a path, which is tried first, or the name of a shipped bundle.
 
     Raises:
-        ConfigError: no such bundle; the message lists those that ship.
+        ConfigError: there is no such bundle; the message lists the shipped ones.
     """
-    for path in (Path(name), CHECKOUT_BUNDLES / name, INSTALLED_BUNDLES / name):
-        if (path / "configs" / "inference.yaml").is_file():
+    shipped = shipped_bundles()
+    for path in (Path(name), shipped / name):
+        if BundlePaths(path).inference.is_file():
             return path
-    shipped = sorted(
-        p.parent.parent.name
-        for root in (CHECKOUT_BUNDLES, INSTALLED_BUNDLES)
-        for p in root.glob("*/configs/spec.yaml")
-    )
+    names = sorted(path.parent.parent.name for path in shipped.glob("*/configs/spec.yaml"))
     raise ConfigError(
-        f"{name}: no such bundle; expected a folder with configs/inference.yaml, or one of {', '.join(shipped)}"
+        f"{name}: no such bundle; expected a folder with configs/inference.yaml, "
+        f"or one of {', '.join(names)}"
     )
 
 
@@ -49,48 +57,45 @@ def open_bundle(
     uncertainty: bool = False,
     labels_spacing: float | None = None,
 ) -> Model:
-    """A bundle opened for inference, by its own wiring.
+    """Return a bundle opened for inference by its own wiring.
 
     Args:
-        bundle: a folder, or the name of a bundle that ships.
+        bundle: a folder, or the name of a shipped bundle.
         device: auto, cpu, cuda or mps.
-        overlap: of windows, instead of the spec's.
+        overlap: of neighbouring windows, a fraction; the spec's own by default.
         volume: which volume of 4D files, from 0.
-        runtime: auto, torch or openvino; see `pipeline.runtime.Runtime`.
-        precision: auto, float32, bfloat16 or int8; likewise.
-        max_memory: bytes that the process may come to hold.
-        uncertainty: whether each voxel's uncertainty is wanted.
-        labels_spacing: of the label maps' voxels, mm, instead of each file's own.
+        runtime: auto, torch or openvino; see `pipeline.inference.Runtime`.
+        precision: auto, float32, bfloat16 or int8; see `pipeline.inference.Runtime`.
+        max_memory: bytes of resident memory that the process may use; None for no limit.
+        uncertainty: whether the uncertainty of each voxel is computed.
+        labels_spacing: voxel size of the label maps, mm; each file's own by default.
 
     Raises:
-        ConfigError: no such bundle, or one whose parts do not fit together.
+        ConfigError: there is no such bundle, or its parts do not fit together.
     """
     root = find_bundle(bundle)
-    parser = ConfigParser()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
-        parser.read_config(root / "configs" / "inference.yaml")
-    parser["bundle_root"] = str(root)
+    parser = read_wiring(root, ["inference.yaml"])
     parser["device"] = resolve_device(device)
     try:
         parser["dataset"]["data"] = []
         parser["inferer"]["overlap"] = overlap
         parser["preprocessing"].update(volume=volume, labels_spacing=labels_spacing)
-        if uncertainty:
-            parser["finish"]["uncertainty"] = True
+        parser["inversion"]["uncertainty"] = uncertainty
         if (runtime, precision) != ("auto", "auto"):
             if "runtime" not in parser:
                 raise ConfigError(
-                    "its wiring has no `runtime`, so --runtime and --precision do not apply; refresh the bundle"
+                    f"{root}: its wiring has no `runtime`, so --runtime and --precision do not "
+                    f"apply; `volseg bundle refresh {root}` writes one that has"
                 )
             parser["runtime"].update(runtime=runtime, precision=precision)
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:
-        cause = textwrap.shorten(
-            root_cause(error), 240, placeholder=" …"
-        )  # torch lists every weight that does not fit
-        raise unwrap(error) or ConfigError(
-            f"{root}: cannot be opened: {cause}; try `volseg check {root}`"
+        known = find_pipeline_error(error)
+        if known is not None:
+            raise known from None
+        cause = textwrap.shorten(describe_error(error), CAUSE_WIDTH, placeholder=" …")
+        raise ConfigError(
+            f"{root}: cannot be opened: {cause}; try `volseg bundle check {root}`"
         ) from error
-    return replace(model, max_memory=max_memory, uncertainty=uncertainty)
+    return replace(model, max_memory=max_memory)

@@ -1,94 +1,192 @@
-"""A published checkpoint as a complete bundle."""
+"""Published checkpoints as complete bundles."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from pipeline.bundle.metadata import refresh_bundle
-from pipeline.config import NetworkSpec
+from pipeline.bundle.wiring import refresh_bundle
+from pipeline.config import BundlePaths, NetworkSpec
 from pipeline.errors import ConfigError
 from pipeline.io import sha256, write_atomically
-from pipeline.networks import Kind, from_published, published_network, read_checkpoint, recognise
+from pipeline.networks import (
+    PublishedKind,
+    from_published,
+    published_network,
+    read_checkpoint,
+    recognise,
+)
 from pipeline.types import PathOrStr
 
-NAMES: dict[Kind, str] = {
-    "tutorial": "tutorial U-Net",
-    "buda": "FLAIR abnormality U-Net (brain-segmentation-pytorch)",
-}
-BUDA = (
-    "Buda, Saha, Mazurowski: Association of genomic subtypes of lower-grade gliomas with shape features automatically "
-    "extracted by a deep learning algorithm. Computers in Biology and Medicine 109 (2019), doi:10.1016/j.compbiomed.2019.05.002"
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedNetwork:
+    """What a checkpoint of a published U-Net does not contain, and its bundle needs.
+
+    Attributes:
+        name: for readers.
+        task: of the bundle's card.
+        data_source: of the bundle's card.
+        references: of the bundle's card.
+        preprocessing_note: of the bundle's README, how images are prepared for the network.
+        score_note: of the bundle's README, the published scores; empty without any.
+        structure: name of the label if the network segments a single one.
+        channels: the names of the input channels, for each number of channels with usual names.
+        sigmoid: whether the outputs are sigmoids, however many they are; otherwise a single output
+            is a sigmoid and several are a softmax.
+        spec: keys of spec.yaml in addition to those that every import has.
+        fallback_channel: the channel that also serves for those without a file, where there is one.
+        run: keys of run.yaml in addition to those that every import has.
+    """
+
+    name: str
+    task: str
+    data_source: str
+    references: tuple[str, ...]
+    preprocessing_note: str
+    score_note: str = ""
+    structure: str
+    channels: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    sigmoid: bool
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    fallback_channel: str | None = None
+    run: Mapping[str, Any]
+
+
+RONNEBERGER_2015 = (
+    "Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28"
 )
-RONNEBERGER = "Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28"
-WAY_IN: dict[Kind, str] = {
-    "tutorial": "The checkpoint does not tell how its images were oriented, spaced and normalised: a z-score of the volume on "
-    "its own grid is assumed. Correct configs/spec.yaml where your training did otherwise.",
-    "buda": "Values under 10 % of a channel's maximum are set to 0, the volume is cut to what is left, its axial slices are "
-    "padded to squares and resized to 256 × 256, clipped at percentiles 10 and 99 and brought to a z-score a channel. "
-    "Channels are pre-contrast, FLAIR and post-contrast; FLAIR serves for those that have no file.",
+BUDA_2019 = (
+    "Buda, Saha, Mazurowski: Association of genomic subtypes of lower-grade gliomas with shape "
+    "features automatically extracted by a deep learning algorithm. Computers in Biology and "
+    "Medicine 109 (2019), doi:10.1016/j.compbiomed.2019.05.002"
+)
+
+PUBLISHED_NETWORKS: dict[PublishedKind, PublishedNetwork] = {
+    "tutorial": PublishedNetwork(
+        name="tutorial U-Net",
+        task="Segmentation of MR images",
+        data_source="not known",
+        references=(RONNEBERGER_2015,),
+        preprocessing_note=(
+            "The checkpoint does not record how its images were oriented, resampled and "
+            "normalised. A z-score of each volume on its own grid is assumed. Correct "
+            "configs/spec.yaml if your training did otherwise."
+        ),
+        structure="structure",
+        sigmoid=False,
+        run={"learning_rate": 1e-3},
+    ),
+    "buda": PublishedNetwork(
+        name="FLAIR abnormality U-Net (brain-segmentation-pytorch)",
+        task="Segmentation of FLAIR abnormalities in brain MR images",
+        data_source="TCGA lower-grade glioma, where the weights are the published ones",
+        references=(BUDA_2019, RONNEBERGER_2015),
+        preprocessing_note=(
+            "Values under 10 % of a channel's maximum are set to 0, and the volume is cropped to "
+            "the rest. Its axial slices are padded to squares, resized to 256 × 256, clipped at "
+            "percentiles 10 and 99, and normalised to a z-score per channel. The channels are "
+            "pre-contrast, FLAIR and post-contrast; FLAIR is used for channels without a file."
+        ),
+        score_note=(
+            "Published Dice differ by source: the paper has a mean of 82 % and a median of 85 % "
+            "over 110 patients, cross-validated; the code's README has 91 % and 92 % on the ten "
+            "cases that also chose the model."
+        ),
+        structure="abnormality",
+        channels={1: ("FLAIR",), 3: ("pre", "FLAIR", "post")},
+        sigmoid=True,
+        # the preprocessing and postprocessing of the published code
+        spec={
+            "intensity": {"method": "percentiles_zscore", "lower": 10.0, "upper": 99.0},
+            "crop_resize": {"floor": 0.1, "slice_size": 256, "axis": "S"},
+            "largest_component": ["each"],
+        },
+        fallback_channel="FLAIR",
+        # the published training: Dice loss, Adam with this rate and without weight decay
+        run={"loss": "dice", "learning_rate": 1e-4, "weight_decay": 0.0},
+    ),
 }
 
 
-def import_checkpoint(checkpoint: PathOrStr, output: PathOrStr) -> Kind:
-    """Writes a bundle that segments with the weights of a published U-Net, recognised by its keys.
+def import_checkpoint(checkpoint: PathOrStr, output: PathOrStr) -> PublishedNetwork:
+    """Write a bundle with the weights of a published U-Net and return which network it is.
 
     Args:
-        checkpoint: a file that `torch.save` wrote of a state dict.
-        output: the bundle's folder, which must not hold a bundle.
-
-    Returns:
-        the kind that was recognised.
+        checkpoint: a file of a state dict, written by `torch.save`; its keys name the network.
+        output: the bundle's folder, which must not contain a bundle.
 
     Raises:
-        PipelineError: no such checkpoint, of an unknown kind, or a folder that holds a bundle.
+        PipelineError: the checkpoint cannot be read or is of no known network, or the folder
+            contains a bundle.
     """
-    root = Path(output)
-    if (root / "configs").exists():
-        raise ConfigError(f"{root}: holds a bundle already; choose another folder")
-    published = read_checkpoint(checkpoint)
-    kind = recognise(published)
-    state = from_published(published)
-    spec = _spec(kind, *published_network(state))
+    paths = BundlePaths(output)
+    if paths.configs.exists():
+        raise ConfigError(f"{paths.folder}: contains a bundle already; choose another folder")
+    checkpoint_state = read_checkpoint(checkpoint)
+    published = PUBLISHED_NETWORKS[recognise(checkpoint_state)]
+    state = from_published(checkpoint_state)
+    spec = _spec(published, *published_network(state))
+    source = f"{Path(checkpoint).name} (SHA-256 {sha256(Path(checkpoint))})"
+    _write_weights(paths.weights, state)
+    _write_yaml(paths.spec, spec)
+    _write_yaml(paths.card, _card(published, source))
+    _write_yaml(paths.run, _run(published, paths, len(spec["roi_size"])))
+    write_atomically(paths.licence, _licence(source).encode())
+    write_atomically(paths.readme, _readme(published, source, str(output)).encode())
+    refresh_bundle(paths.folder)
+    return published
+
+
+def _write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Write a state dict in the precision that it has, so that outputs equal the published ones."""
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().contiguous() for name, tensor in state.items()}, buffer)
-    write_atomically(root / "models" / "model.pt", buffer.getvalue())
-    source = f"{Path(checkpoint).name} (SHA-256 {sha256(Path(checkpoint))})"
-    for name, content in {
-        "spec": spec,
-        "card": _card(kind, source),
-        "run": _run(kind, root, len(spec["roi_size"])),
-    }.items():
-        write_atomically(
-            root / "configs" / f"{name}.yaml",
-            yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode(),
-        )
-    licence = f"The weights were imported from {source}.\nTheir licence is that of their source; ask there before you share.\n"
-    write_atomically(root / "LICENSE", licence.encode())
-    write_atomically(root / "docs" / "README.md", _readme(kind, source, str(output)).encode())
-    refresh_bundle(root)
-    return kind
+    write_atomically(path, buffer.getvalue())
+
+
+def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a configuration file, its keys in the order given."""
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())
 
 
 def _spec(
-    kind: Kind, dims: int, channels: int, outputs: int, network: NetworkSpec
+    published: PublishedNetwork, dims: int, channels: int, outputs: int, network: NetworkSpec
 ) -> dict[str, Any]:
-    """spec.yaml: for `buda` its own preprocessing, for `tutorial` what is usual."""
-    sigmoid = kind == "buda" or outputs == 1
-    structures = outputs if sigmoid else outputs - 1
+    """Return the content of spec.yaml.
+
+    Args:
+        published: which network it is.
+        dims: spatial dimensions, 2 or 3.
+        channels: of the input.
+        outputs: channels of the output.
+        network: features and norm of the U-Net.
+
+    Raises:
+        ConfigError: the output has no channel for a structure.
+    """
+    sigmoid = published.sigmoid or outputs == 1
+    structures = outputs if sigmoid else outputs - 1  # a softmax has one for the background
     if structures < 1:
         raise ConfigError(
-            f"the weights have {outputs} output channels: expected background and at least one structure"
+            f"the weights have {outputs} output channels: expected background and at least one "
+            "structure"
         )
+    channel_names = _channel_names(published, channels)
     spec: dict[str, Any] = {
-        "labels": {"background": 0, **_structures(kind, structures)},
-        "channels": _channels(kind, channels),
-        "orientation": "PLS",  # rows run to the back and columns to the left, as pictures of axial slices are stored
-        "spacing": [None, None, None],
+        "labels": {"background": 0, **_structure_labels(published, structures)},
+        "channels": channel_names,
+        # pictures of axial slices have their rows from front to back and their columns from
+        # the patient's right to left
+        "orientation": "PLS",
+        "spacing": [None, None, None],  # the file's own
         "roi_size": [256, 256] if dims == 2 else [96, 96, 32],
         "overlap": 0.5,
         "output": "sigmoid" if sigmoid else "softmax",
@@ -96,65 +194,85 @@ def _spec(
     }
     if dims == 2:
         spec["slice_axis"] = "S"
-    if kind == "buda":
-        spec["intensity"] = {"method": "percentiles_zscore", "lower": 10.0, "upper": 99.0}
-        spec["crop_resize"] = {"floor": 0.1, "slice_size": 256, "axis": "S"}
-        spec["largest_component"] = ["each"]
-        if "FLAIR" in spec["channels"]:
-            spec["fallback_channel"] = "FLAIR"
+    spec |= published.spec
+    if published.fallback_channel in channel_names:
+        spec["fallback_channel"] = published.fallback_channel
     return spec
 
 
-def _structures(kind: Kind, count: int) -> dict[str, int]:
+def _structure_labels(published: PublishedNetwork, count: int) -> dict[str, int]:
+    """Return name → output value of each structure."""
     if count == 1:
-        return {"abnormality" if kind == "buda" else "structure": 1}
+        return {published.structure: 1}
     return {f"structure_{i}": i for i in range(1, count + 1)}
 
 
-def _channels(kind: Kind, count: int) -> list[str]:
-    if kind == "buda" and count in (1, 3):
-        return ["FLAIR"] if count == 1 else ["pre", "FLAIR", "post"]
-    return [f"channel_{i}" for i in range(1, count + 1)]
+def _channel_names(published: PublishedNetwork, count: int) -> list[str]:
+    """Return the names of the input channels, numbered where there are no usual ones."""
+    numbered = tuple(f"channel_{i}" for i in range(1, count + 1))
+    return list(published.channels.get(count, numbered))
 
 
-def _card(kind: Kind, source: str) -> dict[str, Any]:
+def _card(published: PublishedNetwork, source: str) -> dict[str, Any]:
+    """Return the content of card.yaml.
+
+    Args:
+        published: which network it is.
+        source: name and hash of the checkpoint.
+    """
     return {
-        "name": NAMES[kind],
-        "description": f"{NAMES[kind]}, imported from {source}.",
-        "task": "Segmentation of FLAIR abnormalities in brain MR images"
-        if kind == "buda"
-        else "Segmentation of MR images",
+        "name": published.name,
+        "description": f"{published.name}, imported from {source}.",
+        "task": published.task,
         "authors": "the authors of the weights",
         "copyright": "the authors of the weights",
         "intended_use": "Research; not a medical device, not for diagnosis.",
-        "data_source": "TCGA lower-grade glioma, where the weights are the published ones"
-        if kind == "buda"
-        else "not known",
+        "data_source": published.data_source,
         "data_type": "NIfTI",
-        "references": [BUDA, RONNEBERGER] if kind == "buda" else [RONNEBERGER],
+        "references": list(published.references),
         "eval_metrics": {},
         "changelog": {"0.1.0": f"imported from {source}"},
     }
 
 
-def _run(kind: Kind, root: Path, dims: int) -> dict[str, Any]:
-    """run.yaml, for training on; `buda` with the loss, rate and batch size that its code has."""
-    common = {
-        "bundle": str(root),
+def _run(published: PublishedNetwork, paths: BundlePaths, dims: int) -> dict[str, Any]:
+    """Return the content of run.yaml, for training that continues from the weights.
+
+    Args:
+        published: which network it is.
+        paths: the bundle.
+        dims: spatial dimensions, 2 or 3.
+    """
+    return {
+        "bundle": str(paths.folder),
         "dataset": "data",
         "epochs": 100,
-        "batch_size": 16 if dims == 2 else 2,
+        "batch_size": 16 if dims == 2 else 2,  # slices as in brain-segmentation-pytorch; windows
+        **published.run,
     }
-    if kind == "buda":
-        return {**common, "loss": "dice", "learning_rate": 1e-4, "weight_decay": 0.0}
-    return {**common, "learning_rate": 1e-3}
 
 
-def _readme(kind: Kind, source: str, name: str) -> str:
-    text = f"# {NAMES[kind]}\n\nImported from {source}.\n\n{WAY_IN[kind]}\n"
-    if kind == "buda":
-        text += (
-            "\nPublished Dice differ by source: the paper has a mean of 82 % and a median of 85 % over 110 patients, "
-            "cross-validated; the code's README has 91 % and 92 % on the ten cases that also chose the model.\n"
-        )
-    return f"{text}\n```\nvolseg segment scans/ -o out/ -b {name}\n```\n"
+def _licence(source: str) -> str:
+    """Return the text of LICENSE."""
+    return (
+        f"The weights were imported from {source}.\n"
+        "The licence of their source applies to them; check it before you share them.\n"
+    )
+
+
+def _readme(published: PublishedNetwork, source: str, bundle: str) -> str:
+    """Return the text of docs/README.md.
+
+    Args:
+        published: which network it is.
+        source: name and hash of the checkpoint.
+        bundle: the path of the bundle, as the user gave it.
+    """
+    sections = [
+        f"# {published.name}",
+        f"Imported from {source}.",
+        published.preprocessing_note,
+        published.score_note,
+        f"```\nvolseg segment scans/ -o out/ -b {bundle}\n```",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"

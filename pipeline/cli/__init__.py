@@ -1,6 +1,13 @@
-"""The command line: one module per group of commands. Only this package prints."""
+"""The command line; only this package prints.
+
+    app         the command `volseg` and its sub-commands
+    segment, bundles, training, evaluation   the commands, by group
+    options     what all commands share: verbosity, common options, exit statuses
+    progress    what is shown while a command works
+"""
 
 from pipeline.cli.app import main
-from pipeline.cli.progress import case_line, epoch_line, progress_bar, quiet
+from pipeline.cli.options import show_log
+from pipeline.cli.progress import case_line, epoch_line, progress_bar
 
-__all__ = ["case_line", "epoch_line", "main", "progress_bar", "quiet"]
+__all__ = ["case_line", "epoch_line", "main", "progress_bar", "show_log"]

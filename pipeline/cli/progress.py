@@ -1,55 +1,54 @@
-"""What the command shows on stderr while it works, and how it ends."""
+"""What the command line shows on stderr while it works."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.log import LOGGER
 
-DONE, SOME_FAILED, WRONG = 0, 1, 2  # exit statuses
+if TYPE_CHECKING:
+    from pipeline.batch import CaseRow
+    from pipeline.training import EpochRow
+
 Advance = Callable[[str], None]
 
 
-class UsageError(click.ClickException):
-    """A PipelineError as the command line shows it: one line on stderr, exit status 2."""
-
-    exit_code = WRONG
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turns errors that the user can mend into messages without a traceback."""
-    try:
-        yield
-    except PipelineError as error:
-        raise UsageError(str(error)) from error
+def case_line(row: CaseRow) -> str:
+    """Return one line about a case that was done, skipped or failed."""
+    if row.status == "failed":
+        return f"failed   {row.case}: {row.message}"
+    return f"{row.status:8} {row.case}" + (f" (warning: {row.warnings})" if row.warnings else "")
 
 
-def case_line(row: dict[str, Any]) -> str:
-    """One case, as progress says it."""
-    if row["status"] == "failed":
-        return f"failed   {row['case']}: {row['message']}"
-    return f"{row['status']:8} {row['case']}" + (
-        f" (warning: {row['warnings']})" if row["warnings"] else ""
-    )
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """One epoch of training, as progress says it."""
-    said = f"epoch {row['epoch']} of {epochs}: loss {row['loss']:.4f}, {row['seconds']:.0f} s"
-    return said + "".join(
-        f", {name} {value:.4f}" for name, value in row.items() if name.startswith("dice")
-    )
+def epoch_line(row: EpochRow, epochs: int) -> str:
+    """Return one line about an epoch of training."""
+    line = f"epoch {row.epoch} of {epochs}: loss {row.loss:.4f}, {row.seconds:.0f} s"
+    for name, value in row.metrics.items():
+        if name.startswith("dice"):
+            line += f", {name} {value:.4f}"
+    return line
 
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Advance]:
-    """A bar on stderr where it is a terminal, plain lines elsewhere; calling it says one line and counts one."""
+    """Show a bar on stderr where it is a terminal, else plain lines; nothing with `--quiet`.
+
+    Args:
+        title: in front of the bar.
+        total: how many steps there are.
+
+    Yields:
+        a function that shows one line and counts one step.
+    """
+    if not LOGGER.isEnabledFor(logging.WARNING):  # --quiet
+        yield lambda line: None
+        return
     if not sys.stderr.isatty():
         count = iter(range(1, total + 1))
         yield lambda line: click.echo(f"[{next(count, total)}/{total}] {line}", err=True)
@@ -77,12 +76,3 @@ def progress_bar(title: str, total: int) -> Iterator[Advance]:
             bar.advance(task)
 
         yield advance
-
-
-def quiet() -> None:
-    """Keeps the log and the notes of MONAI, Ignite and torch off the screen; errors are told once, by us."""
-    import logging
-    import warnings
-
-    logging.disable(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"monai\.|ignite\.|torch\.")

@@ -1,4 +1,13 @@
-"""FIXME."""
+"""Configuration files as frozen dataclasses, and the paths of the files in a bundle.
+
+- `parser`: YAML to dataclasses, with errors that hold the path to the key.
+- `checks`: the check that specs and runs use for their values.
+- `spec`: inputs and outputs that weights were trained for (configs/spec.yaml).
+- `run`: how one training run goes (configs/run.yaml).
+- `card`: the description of a bundle for people (configs/card.yaml).
+- `paths`: the paths of all files in a bundle.
+- `unet_sizes`: the input sizes that a U-Net accepts, and its output sizes.
+"""
 
 from pipeline.config.card import Card
 from pipeline.config.parser import load_config, parse_config, read_yaml
@@ -15,6 +24,7 @@ from pipeline.config.spec import (
     ALL,
     AXES,
     EACH,
+    RENAMED_SPEC_KEYS,
     CropResize,
     Intensity,
     NetworkSpec,
@@ -22,6 +32,7 @@ from pipeline.config.spec import (
     load_spec,
 )
 from pipeline.config.unet_sizes import (
+    margin,
     nearest_valid_sizes,
     output_size,
     smallest_size,
@@ -32,6 +43,7 @@ __all__ = [
     "ALL",
     "AXES",
     "EACH",
+    "RENAMED_SPEC_KEYS",
     "TRAINING_PRECISIONS",
     "Augment",
     "BundlePaths",
@@ -46,6 +58,7 @@ __all__ = [
     "load_config",
     "load_run",
     "load_spec",
+    "margin",
     "nearest_valid_sizes",
     "output_size",
     "parse_config",

@@ -1,12 +1,14 @@
-"""A YAML file as a frozen dataclass, or an error that names the key.
+"""Reading YAML files into frozen dataclasses, with errors that hold the path to the wrong key.
 
-Spec and run are read through here, so that `1e-3` (a string to PyYAML) or a misspelt key stops at once with the path to it.
+Specs and runs are read here, so that a misspelt key or `1e-3` (which PyYAML reads as a string) is
+an error at once, such as `expected float, got '1e-3' at spec.spacing[2]`.
 """
 
 from __future__ import annotations
 
 import types
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,34 +19,43 @@ from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
 T = TypeVar("T")
+NO_RENAMES: Mapping[str, str] = types.MappingProxyType({})
 
 
-def load_config(kind: type[T], path: PathOrStr, where: str) -> T:
-    """The dataclass `kind` that a YAML file holds.
+def load_config(
+    kind: type[T], path: PathOrStr, where: str, renamed: Mapping[str, str] = NO_RENAMES
+) -> T:
+    """Read a YAML file into a dataclass.
 
     Args:
-        kind: a frozen dataclass; nested dataclasses, tuples, dicts, Literals and unions with None are understood.
+        kind: a dataclass; its fields may be dataclasses, tuples, dicts, Literals and unions.
         path: the YAML file.
-        where: the name that errors give the top level, such as "spec".
+        where: name of the top level in error messages, such as "spec".
+        renamed: old key → present key, for files that an earlier version wrote.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or a value does not fit; the message has the path to the key.
+        ConfigError: the file cannot be read, is not YAML, or holds a wrong value; the message holds
+            the path to the key.
     """
     content = read_yaml(path, where)
     try:
-        return parse_config(kind, content, where)
+        return parse_config(kind, rename_keys(content, renamed, where), where)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
 def read_yaml(path: PathOrStr, where: str) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
+
+    Args:
+        path: the file.
+        where: what the file describes, for the message, such as "spec".
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or gives a key twice.
+        ConfigError: the file cannot be read, is not YAML, or holds a key twice.
     """
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({error.strerror}); expected the YAML file of the {where}"
@@ -53,8 +64,8 @@ def read_yaml(path: PathOrStr, where: str) -> Any:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's own rule, which PyYAML does not keep: the keys of a mapping are unique."""
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses repeated keys, as the YAML standard asks; PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -66,86 +77,140 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_config(kind: type[T], value: Any, where: str) -> T:
-    """`value` (what YAML gave) as `kind`.
+def rename_keys(content: Any, renamed: Mapping[str, str], where: str) -> Any:
+    """Return the content of a file with old keys of the top level under their present names.
+
+    Args:
+        content: of a YAML file; anything but a mapping is returned as it is.
+        renamed: old key → present key.
+        where: name of the top level in error messages.
 
     Raises:
-        ConfigError: `expected float, got '1e-3' at spec.spacing[2]`.
+        ConfigError: a key is given under both names.
     """
-    result: T = _convert(kind, value, where)
+    if not isinstance(content, dict):
+        return content
+    present = {}
+    for key, value in content.items():
+        name = renamed.get(key, key)
+        if name != key and name in content:
+            raise ConfigError(
+                f"{where}.{key} and {where}.{name} are the old and the present name of one key: "
+                f"keep {where}.{name} only"
+            )
+        present[name] = value
+    return present
+
+
+def parse_config(kind: type[T], value: Any, where: str) -> T:
+    """Convert what YAML gave into the type `kind`.
+
+    Lists become tuples, and whole numbers become floats, where the type asks for it.
+
+    Args:
+        kind: a dataclass, or any type that a field of one may have.
+        value: the content.
+        where: path to the value in error messages.
+
+    Raises:
+        ConfigError: the value does not have the type, as in
+            `expected float, got '1e-3' at spec.spacing[2]`.
+    """
+    result: T = _parse(kind, value, where)
     return result
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _parse(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
-        return _dataclass(kind, value, where)
+        return _parse_dataclass(kind, value, where)
     if origin in (Union, types.UnionType):
-        return _union(arguments, value, where)
+        return _parse_union(arguments, value, where)
     if origin is Literal:
-        if value in arguments:
-            return value
-        raise _mismatch("one of " + ", ".join(map(repr, arguments)), value, where)
+        return _parse_literal(arguments, value, where)
     if origin is tuple:
-        return _tuple(arguments, value, where)
+        return _parse_tuple(arguments, value, where)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise _mismatch("a mapping", value, where)
-        return {
-            _convert(arguments[0], k, where): _convert(arguments[1], v, f"{where}.{k}")
-            for k, v in value.items()
-        }
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) is (kind is bool) and isinstance(value, kind):
-        return value
-    raise _mismatch(kind.__name__, value, where)
+        return _parse_dict(arguments, value, where)
+    return _parse_scalar(kind, value, where)
 
 
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
+def _parse_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _mismatch("a mapping", value, where)
     known = {field.name: field for field in fields(kind)}
     for key in value:
         if key not in known:
-            close = get_close_matches(str(key), known, n=1)
-            hint = (
-                f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
-            )
-            raise ConfigError(f"unknown key {where}.{key}{hint}")
-    hints = get_type_hints(kind)
+            raise ConfigError(f"unknown key {where}.{key}; {_suggestion(str(key), list(known))}")
     for name, field in known.items():
-        if name not in value and field.default is MISSING and field.default_factory is MISSING:
+        if name not in value and _is_required(field):
             raise ConfigError(f"{where}.{name} is missing")
-    return kind(
-        **{key: _convert(hints[key], item, f"{where}.{key}") for key, item in value.items()}
-    )
+    types_of = get_type_hints(kind)
+    return kind(**{key: _parse(types_of[key], v, f"{where}.{key}") for key, v in value.items()})
 
 
-def _union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
-    for kind in arguments:
-        if kind is type(None) and value is None:
-            return None
-    reasons = []
-    for kind in (kind for kind in arguments if kind is not type(None)):
+def _suggestion(key: str, known: list[str]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _parse_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    errors = []
+    for kind in kinds:
+        if kind is types.NoneType:
+            continue
         try:
-            return _convert(kind, value, where)
+            return _parse(kind, value, where)
         except ConfigError as error:
-            reasons.append(str(error))
-    raise ConfigError(reasons[0])
+            errors.append(error)
+    # the first type of a union is the usual one, so that its error helps most
+    raise errors[0]
 
 
-def _tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _parse_literal(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value not in choices:
+        raise _mismatch("one of " + ", ".join(map(repr, choices)), value, where)
+    return value
+
+
+def _parse_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise _mismatch("a list", value, where)
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(arguments) != len(value):
-        raise _mismatch(f"{len(arguments)} items", value, where)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise _mismatch(f"{len(kinds)} items", value, where)
     return tuple(
-        _convert(kind, item, f"{where}[{i}]")
-        for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+        _parse(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
+
+
+def _parse_dict(kinds: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _mismatch("a mapping", value, where)
+    key_kind, value_kind = kinds
+    return {
+        _parse(key_kind, key, where): _parse(value_kind, item, f"{where}.{key}")
+        for key, item in value.items()
+    }
+
+
+def _parse_scalar(kind: Any, value: Any, where: str) -> Any:
+    # in Python True is an int, in a configuration it is not
+    if isinstance(value, bool) != (kind is bool):
+        raise _mismatch(kind.__name__, value, where)
+    if kind is float and isinstance(value, int):
+        return float(value)
+    if not isinstance(value, kind):
+        raise _mismatch(kind.__name__, value, where)
+    return value
 
 
 def _mismatch(expected: str, value: Any, where: str) -> ConfigError:

@@ -1,4 +1,4 @@
-"""The files of a bundle."""
+"""The paths of all files in a bundle, stated once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.types import PathOrStr
 
 @dataclass(frozen=True, slots=True)
 class BundlePaths:
-    """Where each file of a bundle lies, whether it exists or not.
+    """Paths of the files in a bundle, whether they exist or not.
 
     Args:
         root: the bundle's folder.
@@ -45,17 +45,17 @@ class BundlePaths:
 
     @property
     def card(self) -> Path:
-        """Description, licence and scores, for readers."""
+        """The description of the bundle for people."""
         return self.configs / "card.yaml"
 
     @property
     def splits(self) -> Path:
-        """The folds that `volseg plan` made."""
+        """The folds of the cross-validation that `volseg plan` made."""
         return self.configs / "splits.json"
 
     @property
     def metadata(self) -> Path:
-        """MONAI's metadata, generated from spec and card."""
+        """MONAI's metadata, generated from the spec and the card."""
         return self.configs / "metadata.json"
 
     @property
@@ -80,36 +80,36 @@ class BundlePaths:
 
     @property
     def best_weights(self) -> Path:
-        """The best weights so far, while a run that keeps them goes on."""
+        """The best weights so far of a run with `keep: best`, during the run."""
         return self.models / "best.pt"
 
     @property
     def checkpoint(self) -> Path:
-        """The state of an unfinished run."""
+        """The checkpoint from which an interrupted run resumes."""
         return self.models / "checkpoint.pt"
 
     @property
     def int8_model(self) -> Path:
-        """The quantised network, for OpenVINO."""
+        """The network quantised to int8, in OpenVINO's format."""
         return self.models / "model_int8.xml"
 
     @property
     def training(self) -> Path:
-        """The folder of the history of the training run."""
+        """The folder of the training run's history."""
         return self.folder / "train"
 
     @property
     def cross_validation(self) -> Path:
-        """The folder of out-of-fold predictions and their scores."""
+        """The folder of the cross-validation's predictions and scores."""
         return self.folder / "crossval"
 
     def fold(self, number: int) -> BundlePaths:
-        """The bundle of one fold of a cross-validation."""
+        """Return the paths of one fold of a cross-validation, a bundle of its own."""
         return BundlePaths(self.folder / "folds" / str(number))
 
     @property
     def readme(self) -> Path:
-        """The page of the bundle."""
+        """The README of the bundle."""
         return self.folder / "docs" / "README.md"
 
     @property

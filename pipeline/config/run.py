@@ -1,10 +1,11 @@
-"""How one training run goes: data, fold, length, seed. Nothing here says what the weights mean (that is the spec)."""
+"""The run: data, length and options of one training run; what its weights mean is in the spec."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from pipeline.config.checks import require
 from pipeline.config.parser import load_config
 from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
@@ -15,21 +16,26 @@ TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """Random changes of the training patches; each `*_chance` is a probability, 0 to 1.
+    """Random augmentation of the training patches; each `*_chance` is a probability, 0 to 1.
 
     Attributes:
         affine_chance: of a rotation, scaling and shift together.
-        rotation: largest angle, degrees, about each axis.
+        rotation: largest angle about each axis, degrees.
         scaling: largest relative change of size.
         shift: largest shift, voxels.
-        mirror: anatomical directions along which a mirror image is as good as the original; mirror_chance: of each.
-        noise: largest standard deviation of added noise, in units of the normalised image.
-        blur: largest sigma of a Gaussian blur, voxels.
-        contrast, brightness: largest relative change.
-        gamma: exponents go from 1 - gamma to 1 + gamma.
+        mirror: anatomical directions along which patches are mirrored.
+        mirror_chance: of mirroring along each of these directions.
+        noise_chance: of added Gaussian noise.
+        noise: largest standard deviation of the noise, in units of the normalised image.
+        blur_chance: of a Gaussian blur.
+        blur: largest sigma of the blur, voxels.
+        intensity_chance: of each change of contrast, brightness and gamma.
+        contrast: largest relative change of the contrast.
+        brightness: largest relative change of the brightness.
+        gamma: exponents are drawn from 1 - gamma to 1 + gamma.
         elastic_chance: of an elastic deformation.
-        elastic_grid: points of its coarse grid along each axis.
-        elastic_sigma: standard deviation of the displacement of each point, voxels.
+        elastic_grid: control points of the deformation along each axis.
+        elastic_sigma: standard deviation of the displacement of each control point, voxels.
     """
 
     affine_chance: float = 0.8
@@ -51,46 +57,54 @@ class Augment:
     elastic_sigma: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in (
-            "affine_chance",
-            "mirror_chance",
-            "noise_chance",
-            "blur_chance",
-            "intensity_chance",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"run.augment.{name}: expected a probability, 0 to 1, got {getattr(self, name)}"
-                )
+        for name in _chances(self):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"run.augment.{name}", "a probability, 0 to 1", value)
         unknown = [direction for direction in self.mirror if direction not in ("R", "A", "S")]
-        if unknown:
-            raise ConfigError(
-                f"run.augment.mirror: expected directions R, A or S, got {', '.join(unknown)}"
-            )
+        require(not unknown, "run.augment.mirror", "directions R, A or S", ", ".join(unknown))
+        require(
+            self.elastic_grid >= 2,
+            "run.augment.elastic_grid",
+            "2 points or more",
+            self.elastic_grid,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Synthesis:
-    """What images are drawn from label maps instead of being read; `pipeline.synthesize` does it.
+    """Training images that are drawn at random from label maps, instead of images that are read.
 
-    Each `*_chance` is a probability, 0 to 1; ranges are uniform unless said otherwise.
+    `pipeline.transforms.synthesis_transform` draws them. Each `*_chance` is a probability, 0 to 1;
+    ranges are uniform unless another distribution is named.
 
     Attributes:
-        table: the CSV file that says what each value of the maps is (`pipeline.tissues`), with `$NAME` from the environment.
-        rotation: largest angle, degrees, about each axis.
-        scaling: largest relative change of size along each axis; shear: largest shear.
-        shift: how far, mm, the middle of the image may lie from the middle of the structures, along each axis.
-        neck_chance: of an image that lies lower than that, by up to `neck` mm, as windows over a neck do.
-        elastic: largest standard deviation of an elastic displacement, mm, drawn every `elastic_every` mm.
-        t1_chance: of grey values as in T1 images; sequence_chance: of a random function of those; otherwise each class has any.
-        texture: smallest factor on the spread within a class.
-        resolution_chance: of another resolution, `resolution_mm` along each axis; slices_chance: of thick slices, `slices_mm`.
-        noise: largest standard deviation, a fraction of the grey scale.
-        bias: largest standard deviation of the logarithm of the brightness, drawn every `bias_every` mm.
-        gamma: standard deviation of the logarithm of the exponent, normal.
-        cut_chance: of a field of view that ends early; cut: largest fraction of the image lost at a face.
-        strip_chance: of an image without anything around the brain; outer_fluid: the maps' values of the fluid around it,
-            which goes too, half of the times.
+        table: the CSV file that defines the tissue of each value of the label maps; `$NAME` is
+            replaced by the environment variable.
+        rotation: largest angle about each axis, degrees.
+        scaling: largest relative change of size along each axis.
+        shear: largest shear.
+        shift: largest distance along each axis between the centres of image and structures, mm.
+        neck_chance: of an image that lies lower, as scans that include the neck do.
+        neck: largest distance by which such an image lies lower, mm.
+        elastic: largest standard deviation of the elastic displacement, mm.
+        elastic_every: distance of the displacement's control points, mm.
+        t1_chance: of the contrast of T1-weighted images.
+        sequence_chance: of a random function of T1 contrast, as other sequences have; with the
+            remaining probability each tissue has a random intensity.
+        texture: smallest factor on the standard deviation within a tissue; the largest is 1.
+        resolution_chance: of a coarser resolution along each axis.
+        resolution_mm: lowest and highest voxel size of that resolution, mm.
+        slices_chance: of thick slices along one axis.
+        slices_mm: lowest and highest thickness of these slices, mm.
+        noise: largest standard deviation of the noise, a fraction of the intensity range.
+        bias: largest standard deviation of the logarithm of the bias field.
+        bias_every: distance of the bias field's control points, mm.
+        gamma: standard deviation of the logarithm of the exponent, normally distributed.
+        cut_chance: of a field of view that cuts off a part of the head.
+        cut: largest fraction of the image that is lost at one face.
+        strip_chance: of a skull-stripped image.
+        outer_fluid: values of the label maps that are fluid around the brain; half of the
+            skull-stripped images lack it.
     """
 
     table: str
@@ -119,27 +133,19 @@ class Synthesis:
     outer_fluid: tuple[int, ...] = (24,)
 
     def __post_init__(self) -> None:
-        chances = [name for name in self.__dataclass_fields__ if name.endswith("_chance")]
-        for name in (*chances, "texture", "cut"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(
-                    f"run.synthesis.{name}: expected 0 to 1, got {getattr(self, name)}"
-                )
-        if self.t1_chance + self.sequence_chance > 1:
-            raise ConfigError(
-                f"run.synthesis: expected t1_chance + sequence_chance ≤ 1, got {self.t1_chance + self.sequence_chance:g}"
-            )
+        for name in (*_chances(self), "texture", "cut"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"run.synthesis.{name}", "0 to 1", value)
+        total = self.t1_chance + self.sequence_chance
+        require(total <= 1, "run.synthesis", "t1_chance + sequence_chance ≤ 1", f"{total:g}")
         for name in ("elastic_every", "bias_every"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(
-                    f"run.synthesis.{name}: expected mm above 0, got {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            require(value > 0, f"run.synthesis.{name}", "mm above 0", value)
         for name in ("resolution_mm", "slices_mm"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ConfigError(
-                    f"run.synthesis.{name}: expected 0 < low ≤ high, mm, got {low}, {high}"
-                )
+            require(
+                0 < low <= high, f"run.synthesis.{name}", "0 < low ≤ high, mm", f"{low}, {high}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,40 +153,57 @@ class Run:
     """How one training run goes.
 
     Attributes:
-        bundle: the folder of the bundle that the run fills.
-        dataset: the folder of the labelled volumes, or one of images and one of labels; `$NAME` is taken from the environment.
-        splits: the JSON file of folds, beside the data or anywhere; null trains on every case.
-        fold: which fold is left out.
+        bundle: folder of the bundle that gets the weights.
+        dataset: folder of the labelled volumes, or a folder of images and a folder of labels;
+            `$NAME` is replaced by the environment variable.
+        splits: JSON file of the folds, relative to the dataset or to the working folder; null
+            trains on every case.
+        fold: number of the fold that is left out of training, from 0.
         epochs: passes over the training cases.
-        minutes: wall time after which training ends, if its epochs have not ended before; the learning rate falls by whichever
-            is further, the clock or the epochs; null sets no limit. Runs that the clock ends are not repeatable to the bit.
-        batch_size: patches a step.
-        patch_size: of a patch, voxels, where it is not the spec's roi_size: windows may be larger than what is trained on.
-        patches_per_case: patches taken from a case each time it comes up; a step mixes batch_size / patches_per_case cases.
-        learning_rate, weight_decay: the optimizer's, at the top of the schedule.
+        minutes: wall time after which training ends; null sets no limit. The learning rate then
+            follows the clock or the epochs, whichever is further. Runs that the clock ends are not
+            repeatable to the last bit.
+        batch_size: patches per step.
+        patch_size: size of a training patch, voxels; null is the spec's roi_size. Windows at
+            inference may be larger than the patches in training.
+        patches_per_case: patches from a case each time that it is loaded; a step mixes
+            batch_size / patches_per_case cases.
+        learning_rate: of the optimizer, the highest of the schedule.
+        weight_decay: of the optimizer.
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
-        precision: of the convolutions while training, `float32` or `bfloat16` (autocast; the weights stay in float32): up to
-            twice as fast on GPUs and on processors with AVX512-BF16 or AMX, slower on others.
-        compile: whether torch compiles the network for training (`torch.compile`), before the first step; a CPU needs a C++
-            compiler for it, and gains next to nothing.
-        loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`: cross-entropy weighted by class
-            balance and by `border_weight` where two objects are within about `border_sigma_mm` of each other.
-        balance: of the cross-entropy in `dice_ce`: how much rare classes weigh more, 0 (every voxel alike) to 1 (every class
-            alike); small structures among many are learnt much sooner with .75, and their borders better with 0.
-        initialisation: of the weights, PyTorch's `default`, or `he`: normal, with variance 2 / incoming values.
-        warmup: the fraction of the steps over which the learning rate rises, before it falls along a cosine.
-        ema_decay: of the exponential moving average of the weights, a step; 0 keeps the last weights as they are.
-        start: a state dict to start from instead of random weights, as another run or bundle left it.
-        grow: whether `start` was trained one level coarser: its levels become the lower ones of this network, which has one
-            more on top, and weights that have no place in it begin at random.
-        validate_every: epochs from one validation to the next, on the cases of the fold that is left out; 0 does without.
-        keep: the `last` weights, or the `best` by mean Dice on those cases, whose scores then flatter.
-        patience: validations without a better score after which the run ends; null goes on.
-        tensorboard: whether TensorBoard's event files are written beside history.csv and progress.png.
-        hold_out: cases that are left out of training, by name.
-        repeats: how often each case comes up in an epoch.
-        synthesis: draws images from label maps: the dataset is then a folder of them; null reads images.
-        seed: of the weights, the order of cases and the augmentation.
+        momentum: of `sgd`, 0 to 1.
+        precision: of the convolutions in training, `float32` or `bfloat16` (autocast; the weights
+            stay float32). bfloat16 is up to twice as fast on GPUs and on processors with
+            AVX512-BF16 or AMX, and slower on other processors.
+        compile: whether `torch.compile` compiles the network first. On a CPU this needs a C++
+            compiler and makes training hardly faster.
+        loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`
+            (cross-entropy weighted by class balance and near borders between objects).
+        balance: weight of rare classes in the cross-entropy of `dice_ce`, from 0 (all voxels count
+            alike) to 1 (all classes count alike). Small structures are learnt much sooner with
+            0.75, their borders better with 0.
+        border_weight: largest additional weight of `border_ce` between two objects.
+        border_sigma_mm: distance from both objects over which that weight falls, mm.
+        initialisation: of the weights, PyTorch's `default`, or `he` (normal, with a variance of
+            2 / number of inputs).
+        warmup: fraction of the steps over which the learning rate rises, before it falls along a
+            cosine.
+        ema_decay: decay per step of the exponential moving average of the weights; 0 keeps the
+            weights of the last step.
+        start: weights file to start from instead of random weights.
+        grow: whether `start` holds a network with one level less: its levels become the lower ones
+            of this network, and weights without a counterpart are initialised at random.
+        validate_every: epochs between two validations on the cases of the fold; 0 for none.
+        keep: the `last` weights, or the `best` by mean Dice in validation, whose scores are then
+            optimistic.
+        patience: validations without a better score after which training ends; null for no limit.
+        tensorboard: whether TensorBoard event files are written too.
+        hold_out: names of cases that are left out of training.
+        repeats: how often each case is used per epoch.
+        seed: of the weights, the order of the cases and the augmentation.
+        augment: the random augmentation.
+        synthesis: draws the images from label maps, of which the dataset is then a folder; null
+            reads images.
     """
 
     bundle: str
@@ -219,47 +242,47 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patches_per_case", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.batch_size % self.patches_per_case:
-            raise ConfigError(
-                f"run.batch_size: expected a multiple of patches_per_case ({self.patches_per_case}), got {self.batch_size}"
-            )
-        if self.minutes is not None and self.minutes <= 0:
-            raise ConfigError(f"run.minutes: expected more than 0 or null, got {self.minutes}")
-        if self.border_sigma_mm <= 0:
-            raise ConfigError(
-                f"run.border_sigma_mm: expected mm above 0, got {self.border_sigma_mm}"
-            )
-        if self.augment.elastic_grid < 2:
-            raise ConfigError(
-                f"run.augment.elastic_grid: expected 2 points or more, got {self.augment.elastic_grid}"
-            )
-        if (self.keep == "best" or self.patience is not None) and (
-            self.validate_every < 1 or self.splits is None
-        ):
-            raise ConfigError(
-                "run.keep and run.patience: expected validate_every of 1 or more and splits, to know what is best"
-            )
-        if not 0 <= self.balance <= 1:
-            raise ConfigError(f"run.balance: expected 0 ≤ balance ≤ 1, got {self.balance}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"run.ema_decay: expected 0 ≤ ema_decay < 1, got {self.ema_decay}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"run.learning_rate: expected above 0, got {self.learning_rate}")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"run.warmup: expected a fraction, 0 ≤ warmup ≤ 1, got {self.warmup}")
+            value = getattr(self, name)
+            require(value >= 1, f"run.{name}", "1 or more", value)
+        require(
+            self.batch_size % self.patches_per_case == 0,
+            "run.batch_size",
+            f"a multiple of patches_per_case ({self.patches_per_case})",
+            self.batch_size,
+        )
+        minutes_valid = self.minutes is None or self.minutes > 0
+        require(minutes_valid, "run.minutes", "more than 0 or null", self.minutes)
+        require(self.border_sigma_mm > 0, "run.border_sigma_mm", "mm above 0", self.border_sigma_mm)
+        require(0 <= self.balance <= 1, "run.balance", "0 ≤ balance ≤ 1", self.balance)
+        require(0 <= self.ema_decay < 1, "run.ema_decay", "0 ≤ ema_decay < 1", self.ema_decay)
+        require(self.learning_rate > 0, "run.learning_rate", "above 0", self.learning_rate)
+        require(0 <= self.warmup <= 1, "run.warmup", "a fraction, 0 ≤ warmup ≤ 1", self.warmup)
+        _check_validation(self)
 
     @property
     def cases_per_step(self) -> int:
-        """How many cases one step mixes."""
+        """Number of cases that one step mixes."""
         return self.batch_size // self.patches_per_case
 
 
 def load_run(path: PathOrStr) -> Run:
-    """The run that a YAML file holds.
+    """Read the run in a YAML file.
 
     Raises:
-        ConfigError: with the path to the key that is wrong.
+        ConfigError: the file cannot be read, or a value is wrong; the message holds its key.
     """
     return load_config(Run, path, "run")
+
+
+def _chances(options: Augment | Synthesis) -> list[str]:
+    """Return the names of the fields that are probabilities."""
+    return [field.name for field in fields(options) if field.name.endswith("_chance")]
+
+
+def _check_validation(run: Run) -> None:
+    needs_scores = run.keep == "best" or run.patience is not None
+    if needs_scores and (run.validate_every < 1 or run.splits is None):
+        raise ConfigError(
+            "run.keep and run.patience: expected validate_every of 1 or more and splits, "
+            "because `keep: best` and patience compare validation scores"
+        )

@@ -1,6 +1,6 @@
-"""What a set of weights was trained to see and to say.
+"""The spec: the inputs and outputs that a set of weights was trained for.
 
-Changing any of it makes the weights invalid; how one training run goes is told in `run` instead.
+Changing a spec makes its weights invalid. How one training run goes is in the run instead.
 """
 
 from __future__ import annotations
@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
-from pipeline.config.parser import parse_config, read_yaml
+from pipeline.config.checks import require
+from pipeline.config.parser import load_config
 from pipeline.config.unet_sizes import margin, nearest_valid_sizes, output_size
 from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
 Stride = int | tuple[int, ...]
-ALL, EACH = "all", "each"  # of the structures
-RENAMED_KEYS = {  # of 0.1.0; bundles that it wrote still open
+ALL, EACH = "all", "each"  # stand for names of structures: all of them together, each on its own
+AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}  # axis code → axis of the RAS+ world
+
+RENAMED_SPEC_KEYS = {  # key of version 0.1.0 → present key, so that its bundles still open
     "air": "foreground_threshold",
     "focus": "localise",
     "mirror": "tta_mirror",
@@ -26,18 +29,23 @@ RENAMED_KEYS = {  # of 0.1.0; bundles that it wrote still open
     "stand_in": "fallback_channel",
     "whole": "warn_at_edge",
 }
-AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+
+MAX_LABEL = 2**32 - 1  # the largest value that a label map of type uint32 holds
+MAX_SPACING_MM = 100.0  # no scanner has voxels of 10 cm: a unit other than mm was meant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intensity:
-    """How one channel's values are normalised, over its whole volume.
+    """Normalisation of the intensities of each channel, computed over its whole volume.
 
     Attributes:
-        method: `zscore` (mean 0, standard deviation 1), `percentiles` (`lower` to 0, `upper` to 1, clipped), or
-            `percentiles_zscore` (clipped at percentiles of all channels together, then a z-score a channel).
-        nonzero: whether only voxels other than 0 count (and zeros stay 0): for skull-stripped images.
-        lower, upper: percentiles, 0 to 100.
+        method: `zscore` (mean 0, standard deviation 1), `percentiles` (`lower` becomes 0, `upper`
+            becomes 1, values beyond are clipped), or `percentiles_zscore` (clipped at the
+            percentiles of all channels together, then a z-score per channel).
+        nonzero: whether only voxels other than 0 count, and zeros stay 0; for skull-stripped
+            images.
+        lower: lower percentile, 0 to 100.
+        upper: upper percentile, 0 to 100.
     """
 
     method: Literal["zscore", "percentiles", "percentiles_zscore"] = "zscore"
@@ -48,12 +56,15 @@ class Intensity:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CropResize:
-    """How a volume is cut to what it shows and its slices brought to one size; `pipeline.fit` does it.
+    """Cropping of a volume to its bright part, and resizing of its slices to one size.
+
+    `pipeline.transforms.slice_fitting` implements it.
 
     Attributes:
-        floor: values below this fraction of a channel's largest become 0; the box of what is left is cut out.
-        slice_size: pixels along both sides of a slice, after it was padded to a square.
-        axis: the anatomical direction that the slices are stacked along; it is cut and not resized.
+        floor: fraction of a channel's largest value, 0 to 1; lower values become 0, and the volume
+            is cropped to the bounding box of the others.
+        slice_size: pixels along both sides of a slice, after padding it to a square.
+        axis: anatomical direction along which the slices are stacked; it is cropped, not resized.
     """
 
     floor: float = 0.1
@@ -63,7 +74,20 @@ class CropResize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSpec:
-    """The U-Net's shape; `pipeline.network.UNet` documents each value. `ensemble`: how many such U-Nets are averaged."""
+    """Architecture of the U-Net; see `pipeline.networks.UNet` for details.
+
+    Attributes:
+        features: channels of each level, top first.
+        strides: of each pooling, top first: a number, or one number per spatial axis; null is 2.
+        norm: `batch`, `instance`, or null for none.
+        activation: a name of MONAI's `Act`.
+        residual: whether each block adds its input to its output.
+        dropout: probability of dropping a channel after each block, 0 ≤ dropout < 1.
+        contraction_dropout: probability of dropping a voxel at the end of the contracting path.
+        deep_supervision: number of lower levels with an output of their own during training.
+        padding: whether the convolutions are padded; without padding outputs are smaller.
+        ensemble: number of such U-Nets whose outputs are averaged.
+    """
 
     features: tuple[int, ...]
     strides: tuple[Stride, ...] | None = None
@@ -76,42 +100,72 @@ class NetworkSpec:
     padding: bool = True
     ensemble: int = 1
 
+    def __post_init__(self) -> None:
+        levels, path = len(self.features), "spec.network"
+        require(
+            levels >= 2 and min(self.features) >= 1,
+            f"{path}.features",
+            "at least two numbers above 0",
+            self.features,
+        )
+        for name in ("dropout", "contraction_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{path}.{name}", f"0 ≤ {name} < 1", value)
+        # the top level always has an output, and the bottom one has no decoder block
+        require(
+            0 <= self.deep_supervision <= levels - 2,
+            f"{path}.deep_supervision",
+            f"0 to {levels - 2}",
+            self.deep_supervision,
+        )
+        require(self.ensemble >= 1, f"{path}.ensemble", "1 or more", self.ensemble)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """What a set of weights was trained to see and to say.
+    """Inputs and outputs that a set of weights was trained for.
 
     Attributes:
-        labels: name → output value; the order is the order of the network's channels, `background: 0` comes first.
-        channels: the names of the input channels, one file each.
-        spacing: mm along the axes of `orientation`; null keeps the file's own spacing along that axis.
+        labels: name → output value, in the order of the network's channels; `background: 0` first.
+        channels: names of the input channels, one file each.
+        spacing: voxel size of the network's grid along the axes of `orientation`, mm; null keeps
+            the file's own spacing along that axis.
+        roi_size: size of a window, voxels; 2 numbers make a 2D network, 3 numbers a 3D network.
+        network: architecture of the U-Net.
         orientation: axis codes of the network's grid, such as RAS.
-        intensity: the normalisation of every channel.
-        roi_size: voxels of one window; 2 numbers make a network of slices, 3 one of volumes.
-        slice_axis: for a network of slices, the anatomical direction that the slices are stacked along.
-        overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without padding, where tiles abut.
-        foreground_threshold: fraction of the way from a volume's lowest value to its brightest (its quantile .995) below which it is air, and
-            background without being looked at; null looks everywhere.
-        localise: whether one window holds all structures of a scan: it is placed over them, and windows are spread only where they
-            do not fit in; needs `air`.
-        tta_mirror: anatomical directions along which mirror images are segmented too, and averaged; along R labels that are named
-            left and right change places. Each doubles the time of the network.
-        network: the U-Net's shape.
-        output: `softmax` has a channel for every label, `sigmoid` one for every structure; a structure is found where its
-            probability is above .5, and above that of the others.
-        fallback_channel: the channel that is also used for channels without a file of their own; null asks for all files.
-        crop_resize: null keeps the whole field of view.
-        largest_component: what is one piece, of which only the largest part is kept (voxels that share a face are connected):
-            names of structures, `each` for every one, `all` for all of them together, which comes first and leaves no hole;
-            none by default.
-        refine: groups of structures whose common borders are settled once more by the scan's own grey values; for structures
-            of different tissue. None by default.
-        warn_at_edge: whether a scan should hold all of the structures: a warning tells where they touch its edge.
-        sums: name → structures, or `all`, whose volumes volumes.csv gives together, beside their own.
-        plausible_ml: name of a structure or sum → lowest and highest volume, mL, outside of which a warning asks to look.
-        soft_volumes: whether volumes.csv sums probabilities, which counts voxels that hold a part of a structure by that part,
-            instead of whole voxels of the label map.
-        tta_rotations: how many rotated versions of the input, 360°/rotations apart, are segmented and averaged.
+        intensity: normalisation of each channel.
+        slice_axis: anatomical direction along which the slices of a 2D network are stacked; null
+            for a 3D network.
+        overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without
+            padding, where outputs abut.
+        foreground_threshold: intensity below which a voxel is air; the part of a volume that holds
+            only air becomes background without running the network on it. It is a fraction of the
+            range from the volume's lowest value to its 99.5th percentile; null segments everything.
+        localise: whether all structures fit into one window: it is placed over them, and further
+            windows are used only where they do not fit. Needs `foreground_threshold` and 3D.
+        tta_mirror: anatomical directions along which mirrored images are segmented too, and the
+            results averaged; along R the labels of left and right are exchanged. Each direction
+            doubles the time of the network.
+        output: `softmax` has a channel per label. `sigmoid` has a channel per structure, which is
+            segmented where its probability is above 0.5 and above that of the others.
+        fallback_channel: channel whose file is also used for channels without a file of their own;
+            null requires all files.
+        crop_resize: cropping of the volume and resizing of its slices; null keeps the whole field
+            of view.
+        largest_component: names of structures of which only the largest connected component is kept
+            (voxels that share a face are connected), `each` for all of them one by one. `all`
+            stands for the union of all structures, is applied first, and also fills holes.
+        refine: groups of structures of different tissue, whose common borders are refined by the
+            intensities of the scan at its own resolution.
+        warn_at_edge: whether a structure that touches the edge of the scan gives a warning, because
+            a scan should hold the whole of each structure.
+        sums: name → structures, or `all`, whose total volume gets a column of volumes.csv.
+        plausible_ml: name of a structure or sum → lowest and highest plausible volume, mL; a volume
+            outside gives a warning.
+        soft_volumes: whether volumes are sums of probabilities, in which a voxel that holds a part
+            of a structure counts as that part, instead of numbers of voxels in the label map.
+        tta_rotations: number of rotated images, 360°/tta_rotations apart, that are segmented and
+            averaged; 1 uses the image alone.
     """
 
     labels: dict[str, int]
@@ -139,200 +193,223 @@ class Spec:
 
     def __post_init__(self) -> None:
         _check_labels(self.labels)
-        _check_grid(self)
-        _check_network(self)
-        _check_way_in(self)
+        _check_channels(self)
+        _check_preprocessing(self)
+        _check_postprocessing(self)
         _check_window(self)
+        _check_test_time_augmentation(self)
+        _check_strides(self)
+        _check_roi_size(self)
 
     @property
     def spatial_dims(self) -> int:
-        """2 for a network of slices, 3 for one of volumes."""
+        """2 for a network of slices, 3 for a network of volumes."""
         return len(self.roi_size)
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The labels that the network has a channel for: all, or the structures only where the output is a sigmoid."""
-        return tuple(self.labels)[1 if self.output == "sigmoid" else 0 :]
+        """Names of the labels that have a channel in the network's output, in their order."""
+        names = tuple(self.labels)
+        # a sigmoid has no channel for the background
+        return names[1:] if self.output == "sigmoid" else names
 
     @property
     def slice_dim(self) -> int | None:
-        """The array axis, 0 to 2 on the network's grid, that slices are stacked along; None in 3D."""
+        """The array axis on the network's grid that slices are stacked along; None in 3D."""
         if self.slice_axis is None:
             return None
         return [AXES[code] for code in self.orientation].index(AXES[self.slice_axis])
 
     @property
     def contested(self) -> tuple[int, ...]:
-        """The class numbers of all structures in `refine`."""
-        return tuple(
-            sorted({list(self.labels).index(name) for group in self.refine for name in group})
-        )
+        """Class numbers of all structures in `refine`, sorted."""
+        class_of = {name: number for number, name in enumerate(self.labels)}
+        classes: set[int] = set()
+        for group in self.refine:
+            classes.update(class_of[name] for name in group)
+        return tuple(sorted(classes))
 
     @property
     def margin(self) -> tuple[int, ...]:
-        """Voxels that the output of a window is smaller than roi_size, both ends together; 0 with padding."""
-        axes = range(self.spatial_dims)
+        """Voxels by which a window's output is smaller than roi_size, per axis, both ends together.
+
+        All are 0 with padding.
+        """
         return tuple(
-            margin([s[axis] for s in self.strides], padding=self.network.padding) for axis in axes
+            margin(self._strides_along(axis), padding=self.network.padding)
+            for axis in range(self.spatial_dims)
         )
 
     @property
     def strides(self) -> tuple[tuple[int, ...], ...]:
-        """One tuple a pooling, one number a spatial axis."""
-        given = self.network.strides or (2,) * (len(self.network.features) - 1)
+        """Strides of the poolings: one tuple per pooling with one number per spatial axis."""
+        poolings = len(self.network.features) - 1
+        given = self.network.strides or (2,) * poolings
         return tuple((s,) * self.spatial_dims if isinstance(s, int) else s for s in given)
+
+    def _strides_along(self, axis: int) -> list[int]:
+        return [stride[axis] for stride in self.strides]
 
 
 def load_spec(path: PathOrStr) -> Spec:
-    """The spec in a YAML file. Keys of version 0.1.0 are read under their present names.
+    """Read the spec in a YAML file; keys of version 0.1.0 are accepted under their old names.
 
     Raises:
-        ConfigError: with the path to the key that is wrong.
+        ConfigError: the file cannot be read, or a value is wrong; the message holds its key.
     """
-    content = read_yaml(path, "spec")
-    if isinstance(content, dict):
-        content = with_present_keys(content)
-    try:
-        return parse_config(Spec, content, "spec")
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def with_present_keys(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a spec with keys of version 0.1.0 under their present names."""
-    return {RENAMED_KEYS.get(key, key): value for key, value in content.items()}
+    return load_config(Spec, path, "spec", RENAMED_SPEC_KEYS)
 
 
 def _check_labels(labels: dict[str, int]) -> None:
     values = list(labels.values())
-    if len(labels) < 2 or values[0] != 0:
-        raise ConfigError(
-            f"spec.labels: expected `background: 0` first and at least one structure, got {labels}"
+    require(
+        len(labels) >= 2 and values[0] == 0,
+        "spec.labels",
+        "`background: 0` first and at least one structure",
+        labels,
+    )
+    distinct = len(set(values)) == len(values)
+    require(
+        distinct and min(values) >= 0 and max(values) <= MAX_LABEL,
+        "spec.labels",
+        "distinct values from 0 to 2**32 - 1",
+        values,
+    )
+
+
+def _check_channels(spec: Spec) -> None:
+    names = ", ".join(spec.channels)
+    require(bool(spec.channels), "spec.channels", "at least one name", "none")
+    distinct = len(set(spec.channels)) == len(spec.channels)
+    require(distinct, "spec.channels", "distinct names", names)
+    require(
+        spec.fallback_channel is None or spec.fallback_channel in spec.channels,
+        "spec.fallback_channel",
+        f"one of the channels {names}",
+        repr(spec.fallback_channel),
+    )
+
+
+def _check_preprocessing(spec: Spec) -> None:
+    require(
+        sorted(AXES.get(code, -1) for code in spec.orientation) == [0, 1, 2],
+        "spec.orientation",
+        "three axis codes such as RAS",
+        repr(spec.orientation),
+    )
+    for axis, mm in enumerate(spec.spacing):
+        require(
+            mm is None or 0 < mm < MAX_SPACING_MM,
+            f"spec.spacing[{axis}]",
+            f"mm above 0 and below {MAX_SPACING_MM:g}, or null",
+            mm,
         )
-    if len(set(values)) < len(values) or min(values) < 0 or max(values) > 2**32 - 1:
-        raise ConfigError(
-            f"spec.labels: expected distinct values from 0 to 2**32 - 1, got {values}"
+    lower, upper = spec.intensity.lower, spec.intensity.upper
+    require(
+        0 <= lower < upper <= 100,
+        "spec.intensity",
+        "percentiles, 0 ≤ lower < upper ≤ 100",
+        f"{lower}, {upper}",
+    )
+    if spec.crop_resize is not None:
+        require(
+            0 <= spec.crop_resize.floor < 1 and spec.crop_resize.slice_size >= 1,
+            "spec.crop_resize",
+            "0 ≤ floor < 1 and a slice_size of 1 or more",
+            spec.crop_resize,
         )
 
 
-def _check_grid(spec: Spec) -> None:
-    if sorted(AXES.get(code, -1) for code in spec.orientation) != [0, 1, 2]:
-        raise ConfigError(
-            f"spec.orientation: expected three axis codes such as RAS, got {spec.orientation!r}"
-        )
-    if not spec.channels:
-        raise ConfigError("spec.channels: expected at least one name, got none")
-    if len(set(spec.channels)) < len(spec.channels):
-        raise ConfigError(f"spec.channels: expected distinct names, got {', '.join(spec.channels)}")
-    if not 0 <= spec.intensity.lower < spec.intensity.upper <= 100:
-        raise ConfigError(
-            f"spec.intensity: expected percentiles, 0 ≤ lower < upper ≤ 100, got {spec.intensity.lower}, {spec.intensity.upper}"
-        )
-    for i, mm in enumerate(spec.spacing):
-        if mm is not None and not 0 < mm < 100:
-            raise ConfigError(f"spec.spacing[{i}]: expected mm above 0 or null, got {mm}")
-
-
-def _check_way_in(spec: Spec) -> None:
-    if spec.fallback_channel is not None and spec.fallback_channel not in spec.channels:
-        raise ConfigError(
-            f"spec.fallback_channel: expected one of the channels {', '.join(spec.channels)}, got {spec.fallback_channel!r}"
-        )
-    if spec.crop_resize is not None and (
-        not 0 <= spec.crop_resize.floor < 1 or spec.crop_resize.slice_size < 1
-    ):
-        raise ConfigError(
-            f"spec.crop_resize: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got {spec.crop_resize}"
-        )
+def _check_postprocessing(spec: Spec) -> None:
+    structures = list(spec.labels)[1:]
     _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
     for i, group in enumerate(spec.refine):
-        _check_names(f"refine[{i}]", group, list(spec.labels)[1:])
-        if len(set(group)) < max(2, len(group)) or spec.output != "softmax":
-            raise ConfigError(
-                f"spec.refine[{i}]: expected two or more structures of a softmax, got {', '.join(group)}"
-            )
+        _check_names(f"refine[{i}]", group, structures)
+        distinct = len(set(group)) == len(group) >= 2
+        require(
+            distinct and spec.output == "softmax",
+            f"spec.refine[{i}]",
+            "two or more structures of a softmax",
+            ", ".join(group),
+        )
     for name, parts in spec.sums.items():
         _check_names(f"sums.{name}", parts, {*spec.labels, ALL})
-        if name in spec.labels:
-            raise ConfigError(f"spec.sums.{name}: expected a name that is no label's")
+        require(name not in spec.labels, f"spec.sums.{name}", "a name other than a label's", name)
     _check_names("plausible_ml", spec.plausible_ml, {*spec.labels, *spec.sums})
-    if spec.tta_rotations < 1:
-        raise ConfigError(
-            f"spec.tta_rotations: expected 1 (none) or more, got {spec.tta_rotations}"
-        )
 
 
-def _check_names(where: str, names: Iterable[str], known: Container[str]) -> None:
+def _check_names(key: str, names: Iterable[str], known: Container[str]) -> None:
     unknown = sorted({name for name in names if name not in known})
-    if unknown:
-        raise ConfigError(f"spec.{where}: expected names of labels, got {', '.join(unknown)}")
-
-
-def _check_network(spec: Spec) -> None:
-    n = spec.network
-    if n.ensemble < 1:
-        raise ConfigError(f"spec.network.ensemble: expected 1 or more, got {n.ensemble}")
-    if len(n.features) < 2 or min(n.features) < 1:
-        raise ConfigError(
-            f"spec.network.features: expected at least two numbers above 0, got {n.features}"
-        )
-    for name in ("dropout", "contraction_dropout"):
-        if not 0 <= getattr(n, name) < 1:
-            raise ConfigError(
-                f"spec.network.{name}: expected 0 ≤ {name} < 1, got {getattr(n, name)}"
-            )
-    most = len(n.features) - 2
-    if not 0 <= n.deep_supervision <= most:
-        raise ConfigError(
-            f"spec.network.deep_supervision: expected 0 to {most}, got {n.deep_supervision}"
-        )
+    require(not unknown, f"spec.{key}", "names of labels", ", ".join(unknown))
 
 
 def _check_window(spec: Spec) -> None:
-    if spec.spatial_dims not in (2, 3):
-        raise ConfigError(f"spec.roi_size: expected 2 or 3 numbers, got {spec.roi_size}")
-    if (spec.spatial_dims == 2) != (spec.slice_axis is not None):
-        raise ConfigError(
-            f"spec.slice_axis: expected R, A or S with 2 numbers in roi_size and null with 3, got {spec.slice_axis}"
-        )
-    if not 0 <= spec.overlap < 1:
-        raise ConfigError(f"spec.overlap: expected a fraction, 0 ≤ overlap < 1, got {spec.overlap}")
+    require(spec.spatial_dims in (2, 3), "spec.roi_size", "2 or 3 numbers", spec.roi_size)
+    require(
+        (spec.spatial_dims == 2) == (spec.slice_axis is not None),
+        "spec.slice_axis",
+        "R, A or S with 2 numbers in roi_size and null with 3",
+        spec.slice_axis,
+    )
+    require(0 <= spec.overlap < 1, "spec.overlap", "a fraction, 0 ≤ overlap < 1", spec.overlap)
     if spec.localise and (spec.foreground_threshold is None or spec.spatial_dims == 2):
-        raise ConfigError("spec.localise: expected false for a network of slices, and without air")
-    odd = len(set(spec.tta_mirror)) < len(spec.tta_mirror) or spec.slice_axis in spec.tta_mirror
-    if odd or (spec.tta_mirror and not spec.network.padding):
         raise ConfigError(
-            f"spec.tta_mirror: expected distinct directions within a padded window, got {', '.join(spec.tta_mirror)}"
+            "spec.localise: expected false for a 2D network and without foreground_threshold, "
+            "got true"
         )
-    if spec.overlap and not spec.network.padding:
-        raise ConfigError(
-            f"spec.overlap: expected 0 without padding, where tiles abut, got {spec.overlap}"
+    if not spec.network.padding:
+        require(
+            spec.overlap == 0, "spec.overlap", "0 without padding, where outputs abut", spec.overlap
         )
-    if spec.network.deep_supervision and not spec.network.padding:
-        raise ConfigError(
-            "spec.network.deep_supervision: expected 0 without padding, where levels see different regions"
+        # without padding, outputs of different levels cover regions of different size
+        require(
+            spec.network.deep_supervision == 0,
+            "spec.network.deep_supervision",
+            "0 without padding",
+            spec.network.deep_supervision,
         )
-    if len(spec.strides) != len(spec.network.features) - 1 or any(
-        len(s) != spec.spatial_dims for s in spec.strides
-    ):
-        raise ConfigError(
-            f"spec.network.strides: expected {len(spec.network.features) - 1} entries (one fewer than features), each a number "
-            f"or {spec.spatial_dims} numbers, got {spec.network.strides}"
-        )
-    if min(min(stride) for stride in spec.strides) < 1:
-        raise ConfigError(
-            f"spec.network.strides: expected numbers above 0, got {spec.network.strides}"
-        )
+
+
+def _check_test_time_augmentation(spec: Spec) -> None:
+    directions = spec.tta_mirror
+    distinct = len(set(directions)) == len(directions) and spec.slice_axis not in directions
+    require(
+        distinct and (spec.network.padding or not directions),
+        "spec.tta_mirror",
+        "distinct directions within a padded window",
+        ", ".join(directions),
+    )
+    require(spec.tta_rotations >= 1, "spec.tta_rotations", "1 (none) or more", spec.tta_rotations)
+
+
+def _check_strides(spec: Spec) -> None:
+    poolings = len(spec.network.features) - 1
+    complete = all(len(stride) == spec.spatial_dims for stride in spec.strides)
+    require(
+        complete and len(spec.strides) == poolings,
+        "spec.network.strides",
+        f"{poolings} entries (one fewer than features), each a number "
+        f"or {spec.spatial_dims} numbers",
+        spec.network.strides,
+    )
+    require(
+        min(min(stride) for stride in spec.strides) >= 1,
+        "spec.network.strides",
+        "numbers above 0",
+        spec.network.strides,
+    )
+
+
+def _check_roi_size(spec: Spec) -> None:
     padding = spec.network.padding
     for axis, size in enumerate(spec.roi_size):
-        strides = [stride[axis] for stride in spec.strides]
-        if output_size(size, strides, padding=padding) is None:
-            rule = (
-                f"a multiple of {prod(strides)} (the product of the strides)"
-                if padding
-                else "a size that fits every pooling"
-            )
-            near = nearest_valid_sizes(size, strides, padding=padding)
-            raise ConfigError(
-                f"spec.roi_size[{axis}]: expected {rule}, got {size}; {near} would do"
-            )
+        strides = spec._strides_along(axis)
+        if output_size(size, strides, padding=padding) is not None:
+            continue
+        rule = "a size that fits every pooling"
+        if padding:
+            rule = f"a multiple of {prod(strides)} (the product of the strides)"
+        raise ConfigError(
+            f"spec.roi_size[{axis}]: expected {rule}, got {size}; "
+            f"try {nearest_valid_sizes(size, strides, padding=padding)}"
+        )

@@ -1,22 +1,24 @@
-"""Which sizes a U-Net takes along one axis, and what comes out.
+"""Input and output sizes of a U-Net along one axis.
 
 References:
-    Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28: 572 in, 388 out, four poolings by 2.
+    Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28: 572 pixels in,
+    388 out, with four poolings by 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from math import prod
 
-BLOCK_LOSS = 4  # two 3×3(×3) convolutions without padding take two voxels each
+BLOCK_LOSS = 4  # voxels: without padding, each of a block's two 3×3(×3) convolutions takes two
 
 
 def output_size(size: int, strides: Sequence[int], *, padding: bool) -> int | None:
-    """Voxels out of a U-Net along one axis; None for a size that it cannot take.
+    """Return the output size of a U-Net, or None for an input size that it does not accept.
 
     Args:
-        size: voxels in.
+        size: input size, voxels.
         strides: of each pooling along this axis, top first.
         padding: whether the convolutions are padded.
 
@@ -38,18 +40,18 @@ def output_size(size: int, strides: Sequence[int], *, padding: bool) -> int | No
 
 
 def smallest_size(strides: Sequence[int], *, padding: bool) -> int:
-    """The fewest voxels that such a U-Net takes; every further size is this one and a multiple of the strides' product.
+    """Return the smallest input size; all others are larger by multiples of the strides' product.
 
     >>> smallest_size((2, 2, 2, 2), padding=False)
     188
     """
-    return next(
-        size for size in range(1, 10**6) if output_size(size, strides, padding=padding) is not None
-    )
+    return next(s for s in count(1) if output_size(s, strides, padding=padding) is not None)
 
 
 def margin(strides: Sequence[int], *, padding: bool) -> int:
-    """Voxels that the output is smaller than the input, both ends together (an even number).
+    """Return by how many voxels the output is smaller than the input, both ends together.
+
+    The number is even, and the same for all input sizes.
 
     >>> margin((2, 2, 2, 2), padding=False)
     184
@@ -59,7 +61,11 @@ def margin(strides: Sequence[int], *, padding: bool) -> int:
 
 
 def nearest_valid_sizes(size: int, strides: Sequence[int], *, padding: bool) -> str:
-    """The sizes that work next to one that does not, in words for an error."""
+    """Return the valid input sizes next to an invalid one, as text for an error message.
+
+    >>> nearest_valid_sizes(13, (2, 2), padding=True)
+    '12 or 16'
+    """
     smallest, step = smallest_size(strides, padding=padding), prod(strides)
     if size <= smallest:
         return str(smallest)
@@ -68,6 +74,9 @@ def nearest_valid_sizes(size: int, strides: Sequence[int], *, padding: bool) -> 
 
 
 def valid_size_near(strides: Sequence[int], near: int, *, padding: bool) -> int:
-    """A size that works, near a wish, with two voxels or more at the bottleneck."""
+    """Return a valid input size near a given one.
+
+    It leaves two voxels or more at the bottleneck: instance norm needs more than one value.
+    """
     smallest, step = smallest_size(strides, padding=padding), prod(strides)
     return smallest + step * max(1, (near - smallest) // step)

@@ -1,23 +1,51 @@
-"""FIXME."""
+"""Evaluation: how well predictions agree with reference labels, each case on its file's own grid.
 
-from pipeline.evaluation.figures import (
-    draw_dice,
-    draw_overlay,
-    draw_training_curves,
-    draw_worst_cases,
+- `metrics`: metrics of two masks: Dice, surface distances, volumes.
+- `scores`: rows of scores, their summary, and the comparison of two results.
+- `evaluation`: segment and score the cases of a dataset.
+- `figures`: charts of Dice and of a training run.
+- `overlays`: labels drawn over slices of a volume.
+"""
+
+from pipeline.evaluation.evaluation import Evaluation, evaluate, segment_and_score
+from pipeline.evaluation.figures import draw_dice, draw_training_curves
+from pipeline.evaluation.metrics import METRICS, TOLERANCE_MM, LabelScore, dice, score_masks
+from pipeline.evaluation.overlays import ComparedCase, draw_overlay, draw_worst_cases
+from pipeline.evaluation.scores import (
+    Comparison,
+    Mean,
+    ScoreRow,
+    SummaryRow,
+    compare_scores,
+    read_scores,
+    score_case,
+    summarise_scores,
+    worst_cases,
+    write_scores,
 )
-from pipeline.evaluation.metrics import dice, score_masks
-from pipeline.evaluation.scores import compare_scores, score_case, summarise_scores, worst_cases
 
 __all__ = [
+    "METRICS",
+    "TOLERANCE_MM",
+    "ComparedCase",
+    "Comparison",
+    "Evaluation",
+    "LabelScore",
+    "Mean",
+    "ScoreRow",
+    "SummaryRow",
     "compare_scores",
     "dice",
     "draw_dice",
     "draw_overlay",
     "draw_training_curves",
     "draw_worst_cases",
+    "evaluate",
+    "read_scores",
     "score_case",
     "score_masks",
+    "segment_and_score",
     "summarise_scores",
     "worst_cases",
+    "write_scores",
 ]

@@ -1,10 +1,10 @@
-"""FIXME."""
+"""Scores of the cases of a dataset: rows, their summary and the comparison of two results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from math import nan
+from dataclasses import asdict, dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,169 +12,308 @@ from typing import Any
 import numpy as np
 from scipy.stats import wilcoxon
 
-from pipeline.errors import GeometryError
-from pipeline.evaluation.metrics import METRICS, TOLERANCE_MM, score_masks
-from pipeline.io import Image, corner_distance, read
+from pipeline.errors import ConfigError, GeometryError, ReadError
+from pipeline.evaluation.metrics import METRICS, TOLERANCE_MM, LabelScore, score_masks
+from pipeline.io import SAME_GRID_MM, Image, corner_distance, read, read_csv, write_csv
 from pipeline.types import Array, Case
 
-SAME_GRID_MM = 0.01
+MEAN_LABEL = "mean"  # name of the row of a summary that averages over the labels
+INTERVAL_PERCENTILES = (2.5, 97.5)  # of a 95 % interval
+BOOTSTRAP_RESAMPLES = 10_000
+BACKGROUND = 0  # output value that is not a structure and is not scored
 
 
-INTERVAL = (2.5, 97.5)  # percentiles of a 95 % interval
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreRow:
+    """The score of one label in one case: a row of scores.csv.
+
+    Attributes:
+        case: name of the case.
+        label: name of the label.
+        score: the metrics.
+    """
+
+    case: str
+    label: str
+    score: LabelScore
+
+    def columns(self) -> dict[str, Any]:
+        """Return the row as written to scores.csv: `case`, `label` and one column per metric."""
+        return {"case": self.case, "label": self.label, **asdict(self.score)}
 
 
-RESAMPLES = 10_000
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mean:
+    """Mean of a metric over cases with its 95 % bootstrap interval; nan where no case is scored."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SummaryRow:
+    """The means of one label over all cases: a row of summary.json.
+
+    Attributes:
+        label: name of the label, or "mean" for the mean over all labels.
+        cases: number of cases in which the label has a finite Dice.
+        metrics: name of each metric of `LabelScore` → its mean over cases.
+    """
+
+    label: str
+    cases: int
+    metrics: Mapping[str, Mean]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the row as written to summary.json: of each metric the mean, `_low`, `_high`."""
+        columns: dict[str, Any] = {"label": self.label, "cases": self.cases}
+        for metric, value in self.metrics.items():
+            columns[metric] = value.mean
+            columns[f"{metric}_low"] = value.low
+            columns[f"{metric}_high"] = value.high
+        return columns
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One metric of one label in two results, over the cases that both results score.
+
+    Attributes:
+        label: name of the label.
+        cases: number of cases compared.
+        ours: mean over these cases in the first result.
+        theirs: mean over these cases in the second result.
+        difference: mean of the first result's values minus the second's.
+        p_value: of a paired, two-sided Wilcoxon signed-rank test; nan with fewer than 2 cases, 1
+            where the two results are equal in every case.
+    """
+
+    label: str
+    cases: int
+    ours: float
+    theirs: float
+    difference: float
+    p_value: float
 
 
 def score_case(
     case: Case, prediction: Path, names: Mapping[str, int], *, tolerance_mm: float = TOLERANCE_MM
-) -> list[dict[str, Any]]:
-    """One row a label: case, label and all of `Score`. A prediction that is missing is scored as an empty one.
+) -> list[ScoreRow]:
+    """Return the score of each label of one case, on the grid of its reference label map.
 
     Args:
-        case: with `case` and `label` (a path).
-        prediction: the label map that `segment` wrote.
-        names: name → output value, as in the spec.
-        tolerance_mm: of surface Dice.
+        case: has `case` (its name) and `label` (path of the reference label map).
+        prediction: path of the predicted label map; if there is no such file, the case is scored
+            as one in which nothing was predicted.
+        names: label → output value, as in the spec; the background is not scored.
+        tolerance_mm: tolerance of surface Dice, mm.
 
     Raises:
-        GeometryError: the prediction does not lie on the label's grid.
+        GeometryError: the prediction does not lie on the reference's grid.
     """
     reference = read(case["label"])
-    theirs = np.rint(reference.array)
-    ours = (
-        _on_grid(read(prediction), reference, case["case"])
-        if prediction.is_file()
-        else np.zeros_like(theirs)
-    )
+    true = np.rint(reference.array)
+    if prediction.is_file():
+        predicted = _values_on_grid(read(prediction), reference, case["case"])
+    else:
+        predicted = np.zeros_like(true)
     spacing = np.linalg.norm(reference.affine[:3, :3], axis=0)
-    return [
-        {
-            "case": case["case"],
-            "label": name,
-            **asdict(
-                score_masks(ours == value, theirs == value, spacing, tolerance_mm=tolerance_mm)
-            ),
-        }
-        for name, value in names.items()
-        if value != 0
-    ]
+    rows = []
+    for label, value in names.items():
+        if value == BACKGROUND:
+            continue
+        score = score_masks(predicted == value, true == value, spacing, tolerance_mm=tolerance_mm)
+        rows.append(ScoreRow(case=case["case"], label=label, score=score))
+    return rows
 
 
-def worst_cases(rows: Sequence[Mapping[str, Any]], count: int) -> list[str]:
-    """The cases with the lowest mean Dice over their labels, the worst first; cases that are not scored are left out."""
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["dice"] == row["dice"]:
-            found.setdefault(row["case"], []).append(row["dice"])
-    return sorted(found, key=lambda case: fmean(found[case]))[:count]
-
-
-def _on_grid(prediction: Image, reference: Image, name: str) -> Array:
+def _values_on_grid(prediction: Image, reference: Image, case: str) -> Array:
+    """Return the output values of a prediction; refuse one on another grid than the reference."""
+    # Maps of different shapes are refused by `score_masks`.
     if prediction.array.shape == reference.array.shape:
-        apart = corner_distance(prediction.affine, reference.affine, reference.array.shape)
-        if apart > SAME_GRID_MM:
+        distance = corner_distance(prediction.affine, reference.affine, reference.array.shape)
+        if distance > SAME_GRID_MM:
             raise GeometryError(
-                f"{name}: prediction and label lie up to {apart:.2f} mm apart; do image and label share a grid?"
+                f"{case}: prediction and label lie up to {distance:.2f} mm apart; "
+                "do image and label share a grid?"
             )
     return np.rint(prediction.array)
 
 
-def summarise_scores(rows: Iterable[Mapping[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """One row a label and one for their mean: of each metric the mean over cases with a bootstrap 95 % interval.
+def write_scores(path: Path, rows: Iterable[ScoreRow]) -> None:
+    """Write scores.csv: one row per case and label."""
+    write_csv(path, [row.columns() for row in rows])
 
-    Cases are resampled, and nan (a label that neither map has) is not scored. The mean row averages the labels within a case
-    first.
+
+def read_scores(path: Path) -> list[ScoreRow]:
+    """Return the rows of a scores.csv that `volseg evaluate` or `volseg crossval` wrote.
+
+    Columns that are no metric are ignored; a metric without a column is nan, which means that it
+    is not scored.
+
+    Raises:
+        ReadError: no such file, no column `case` or `label`, or a metric that is not a number.
+    """
+    if not path.is_file():
+        raise ReadError(f"{path}: no such file; expected the scores that `volseg evaluate` writes")
+    return [_score_row(path, number, row) for number, row in enumerate(read_csv(path), start=2)]
+
+
+def _score_row(path: Path, line: int, row: Mapping[str, str]) -> ScoreRow:
+    """Return the typed row of one line of a scores.csv."""
+    missing = [name for name in ("case", "label") if name not in row]
+    if missing:
+        raise ReadError(
+            f"{path}: expected the columns case and label, found {', '.join(map(str, row))}"
+        )
+    values = {}
+    for metric in METRICS:
+        text = row.get(metric, "nan")
+        try:
+            values[metric] = float(text)
+        except (TypeError, ValueError) as error:  # csv gives None for the cells of a short line
+            raise ReadError(
+                f"{path}, line {line}, {metric}: expected a number, found {text!r}"
+            ) from error
+    return ScoreRow(case=row["case"], label=row["label"], score=LabelScore(**values))
+
+
+def worst_cases(rows: Iterable[ScoreRow], count: int) -> list[str]:
+    """Return the names of the cases with the lowest mean Dice over their labels, the worst first.
 
     Args:
-        rows: from `score_case`.
+        rows: from `score_case`; cases without any scored label are left out.
+        count: largest number of names.
+    """
+    dice_of_case: dict[str, list[float]] = {}
+    for row in rows:
+        if not isnan(row.score.dice):
+            dice_of_case.setdefault(row.case, []).append(row.score.dice)
+    return sorted(dice_of_case, key=lambda case: fmean(dice_of_case[case]))[:count]
+
+
+def summarise_scores(rows: Iterable[ScoreRow], seed: int = 0) -> list[SummaryRow]:
+    """Return one row per label and, with several labels, one for their mean.
+
+    Each metric's mean over cases has a bootstrap 95 % interval: the cases are resampled with
+    replacement. A value of nan (a label that neither map has) is not scored. The row of the mean
+    averages over the labels of each case first, then over cases.
+
+    Args:
+        rows: from `score_case`, all labels of each case.
         seed: of the resampling.
     """
-    by_label: dict[str, dict[str, list[float]]] = {}
+    by_label: dict[str, list[LabelScore]] = {}
     for row in rows:
-        values = by_label.setdefault(row["label"], {metric: [] for metric in METRICS})
-        for metric in METRICS:
-            values[metric].append(float(row[metric]))
-    tables = {
-        name: {metric: np.array(listed) for metric, listed in values.items()}
-        for name, values in by_label.items()
-    }
+        by_label.setdefault(row.label, []).append(row.score)
+    tables = {label: _values_of_metrics(scores) for label, scores in by_label.items()}
     if len(tables) > 1:
-        tables["mean"] = {
-            metric: _nanmean(np.stack([t[metric] for t in tables.values()]), axis=0)
-            for metric in METRICS
-        }
+        tables[MEAN_LABEL] = _mean_over_labels(list(tables.values()))
+    # Each row starts with the same seed, so that a label's interval does not depend on the others.
     return [
-        _summary_row(name, table, np.random.default_rng(seed)) for name, table in tables.items()
+        _summary_row(label, table, np.random.default_rng(seed)) for label, table in tables.items()
     ]
 
 
-def _summary_row(
-    name: str, table: Mapping[str, Array], random: np.random.Generator
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"label": name, "cases": int(np.isfinite(table["dice"]).sum())}
-    for metric, values in table.items():
-        scored = values[~np.isnan(values)]
-        low = high = nan
-        if len(scored):
-            means = scored[random.integers(len(scored), size=(RESAMPLES, len(scored)))].mean(axis=1)
-            low, high = (float(np.percentile(means, q, method="inverted_cdf")) for q in INTERVAL)
-        row |= {
-            metric: float(scored.mean()) if len(scored) else nan,
-            f"{metric}_low": low,
-            f"{metric}_high": high,
-        }
-    return row
+def _values_of_metrics(scores: Sequence[LabelScore]) -> dict[str, Array]:
+    """Return metric → (cases,) its value in each case."""
+    return {
+        metric: np.array([getattr(score, metric) for score in scores], dtype=float)
+        for metric in METRICS
+    }
 
 
-def _nanmean(values: Array, axis: int) -> Array:
-    """The mean without nan; nan where there is nothing else."""
-    counted = ~np.isnan(values)
-    total = np.where(counted, values, 0).sum(axis=axis)
-    mean: Array = np.divide(
-        total, counted.sum(axis=axis), out=np.full(total.shape, nan), where=counted.any(axis=axis)
+def _mean_over_labels(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Return metric → (cases,) the mean over the labels of each case."""
+    # `score_case` gives each case all labels, so the cases of all tables stand in one order.
+    return {metric: _nanmean(np.stack([table[metric] for table in tables])) for metric in METRICS}
+
+
+def _summary_row(label: str, table: Mapping[str, Array], random: np.random.Generator) -> SummaryRow:
+    metrics = {metric: _bootstrap_mean(values, random) for metric, values in table.items()}
+    return SummaryRow(label=label, cases=int(np.isfinite(table["dice"]).sum()), metrics=metrics)
+
+
+def _bootstrap_mean(values: Array, random: np.random.Generator) -> Mean:
+    """Return the mean of the values that are not nan, with its 95 % interval."""
+    scored = values[~np.isnan(values)]
+    if not len(scored):
+        return Mean(mean=nan, low=nan, high=nan)
+    chosen = random.integers(len(scored), size=(BOOTSTRAP_RESAMPLES, len(scored)))
+    means = scored[chosen].mean(axis=1)
+    # A percentile between two values would be nan where one of them is inf (a missed label).
+    low, high = (
+        float(np.percentile(means, percentile, method="inverted_cdf"))
+        for percentile in INTERVAL_PERCENTILES
     )
+    return Mean(mean=float(scored.mean()), low=low, high=high)
+
+
+def _nanmean(values: Array) -> Array:
+    """Return the mean over the first axis without nan; nan where all values are nan."""
+    # np.nanmean warns where all values are nan.
+    scored = ~np.isnan(values)
+    total = np.where(scored, values, 0).sum(axis=0)
+    count = scored.sum(axis=0)
+    mean: Array = np.divide(total, count, out=np.full(total.shape, nan), where=count > 0)
     return mean
 
 
 def compare_scores(
-    ours: Iterable[Mapping[str, Any]], theirs: Iterable[Mapping[str, Any]], metric: str = "dice"
-) -> list[dict[str, Any]]:
-    """One row a label: both means of one metric over the cases that both have, and a paired Wilcoxon signed-rank test.
+    ours: Iterable[ScoreRow], theirs: Iterable[ScoreRow], metric: str = "dice"
+) -> list[Comparison]:
+    """Return one row per label: the means of one metric in two results and a paired test.
+
+    Only cases that both results have are compared; those with nan or inf in either are left out.
 
     Args:
-        ours, theirs: rows of `score_case`.
-        metric: a field of `Score`; cases with nan or inf in either are left out.
-
-    Returns:
-        dicts of label, cases, ours, theirs, difference and p_value (nan with fewer than 2 cases, 1 where all are equal).
+        ours: the first result's rows.
+        theirs: the second result's rows.
+        metric: name of a metric of `LabelScore`.
 
     Raises:
-        GeometryError: no case and label in common.
+        ConfigError: no such metric, or no case and label that both results score.
     """
-    values = [
-        {(str(row["case"]), str(row["label"])): float(row[metric]) for row in rows}
-        for rows in (ours, theirs)
-    ]
-    shared = [
-        key
-        for key in values[0]
-        if key in values[1] and np.isfinite([values[0][key], values[1][key]]).all()
-    ]
-    if not shared:
-        raise GeometryError(
-            "the two results have no scored case and label in common: compare results of the same cases"
+    if metric not in METRICS:
+        raise ConfigError(f"metric {metric}: no such metric; expected one of {', '.join(METRICS)}")
+    our_values, their_values = _finite_values(ours, metric), _finite_values(theirs, metric)
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for (case, label), value in our_values.items():
+        if (case, label) in their_values:
+            pairs.setdefault(label, []).append((value, their_values[case, label]))
+    if not pairs:
+        raise ConfigError(
+            f"the two results have no case and label in common with a finite {metric}: "
+            "compare results of the same cases"
         )
-    rows = []
-    for label in dict.fromkeys(label for _, label in shared):
-        a, b = (np.array([table[key] for key in shared if key[1] == label]) for table in values)
-        p_value = (
-            nan if len(a) < 2 else 1.0 if np.array_equal(a, b) else float(wilcoxon(a, b).pvalue)
-        )
-        means = {
-            "ours": float(a.mean()),
-            "theirs": float(b.mean()),
-            "difference": float((a - b).mean()),
-        }
-        rows.append({"label": label, "cases": len(a), **means, "p_value": p_value})
-    return rows
+    return [_comparison(label, np.array(values)) for label, values in pairs.items()]
+
+
+def _finite_values(rows: Iterable[ScoreRow], metric: str) -> dict[tuple[str, str], float]:
+    """Return (case, label) → the metric's value, where it is finite."""
+    values = {}
+    for row in rows:
+        value = getattr(row.score, metric)
+        if np.isfinite(value):
+            values[row.case, row.label] = value
+    return values
+
+
+def _comparison(label: str, pairs: Array) -> Comparison:
+    """Return the comparison of one label, given the (cases, 2) values of the two results."""
+    ours, theirs = pairs[:, 0], pairs[:, 1]
+    if len(pairs) < 2:
+        p_value = nan
+    elif np.array_equal(ours, theirs):
+        p_value = 1.0  # scipy's test is undefined where all differences are 0
+    else:
+        p_value = float(wilcoxon(ours, theirs).pvalue)
+    return Comparison(
+        label=label,
+        cases=len(pairs),
+        ours=float(ours.mean()),
+        theirs=float(theirs.mean()),
+        difference=float((ours - theirs).mean()),
+        p_value=p_value,
+    )

@@ -1,69 +1,80 @@
-"""FIXME."""
+"""From a volume on the network's grid to labels on the file's own grid.
+
+    predictor                one case through the whole path
+    model                    what a prediction starts from and results in
+    sliding_window           the network over a volume of any size
+    windows, aggregator, boxes   batches of windows, and their sums as finished blocks
+    foreground, localisation where windows are needed
+    test_time_augmentation, overlap_tile, multi_output   other ways to apply a network
+    runtime, openvino_models the network in torch or OpenVINO
+    invert, label_resampling from logits to labels on another grid, block by block
+    probabilities, volumes   soft volumes and entropy; volumes in mm³
+    refinement, connected_components, quality_checks   after the labels
+    memory_plan, process_memory, device   the machine at hand
+"""
 
 from pipeline.inference.aggregator import window_grid
 from pipeline.inference.connected_components import largest_components
 from pipeline.inference.device import keep_freed_memory, resolve_device
-from pipeline.inference.invert import inversion, labels_of_blocks
+from pipeline.inference.invert import LabelInversion
 from pipeline.inference.memory_plan import (
     estimate_memory,
     parse_size,
-    peak_bytes,
     plan_memory,
-    predict_within,
     ready_bytes,
-    reset_peak,
-    resident_bytes,
+)
+from pipeline.inference.model import Model, Prediction, PreparedCase
+from pipeline.inference.openvino_models import (
+    OpenVinoNetwork,
+    RuntimeAgreement,
+    compare_runtimes,
+    convert_to_openvino,
+    import_openvino,
+    noise_window,
+    openvino_core,
+    weights_hash,
 )
 from pipeline.inference.predictor import (
-    Model,
-    Prediction,
-    PreparedCase,
+    evaluate_prepared,
     predict_case,
     predict_prepared,
     prepare,
+    streaming_iteration,
 )
-from pipeline.inference.runtime import (
-    INT8,
-    NetworkFunction,
-    Runtime,
-    compare_runtimes,
-    convert_to_openvino,
-    noise_window,
-    openvino_forward,
-    weights_hash,
-)
+from pipeline.inference.process_memory import peak_bytes, reset_peak, resident_bytes
+from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import build_inferer
-from pipeline.transforms import mirror_padded_box
 
 __all__ = [
-    "INT8",
+    "LabelInversion",
     "Model",
-    "NetworkFunction",
+    "OpenVinoNetwork",
     "Prediction",
     "PreparedCase",
     "Runtime",
+    "RuntimeAgreement",
+    "RuntimeDescription",
     "build_inferer",
     "compare_runtimes",
     "convert_to_openvino",
     "estimate_memory",
-    "inversion",
+    "evaluate_prepared",
+    "import_openvino",
     "keep_freed_memory",
-    "labels_of_blocks",
     "largest_components",
-    "mirror_padded_box",
     "noise_window",
-    "openvino_forward",
+    "openvino_core",
     "parse_size",
-    "peak_bytes",
     "plan_memory",
+    "peak_bytes",
     "predict_case",
     "predict_prepared",
-    "predict_within",
     "prepare",
     "ready_bytes",
     "reset_peak",
     "resident_bytes",
     "resolve_device",
+    "streaming_iteration",
     "weights_hash",
     "window_grid",
 ]

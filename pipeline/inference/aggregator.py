@@ -1,8 +1,37 @@
-"""Overlapping windows as finished blocks of one volume, with no more in memory than later windows still touch.
+"""Scores of overlapping windows, summed up to finished blocks of a volume.
 
-Windows lie on a lattice and are visited in its order. Of the weighted sum only one cell (a group of neighbouring windows) and
-the strips that the next cells overlap are held; what no later window touches is divided by its weights and handed on. Whatever
-the size of a cell, each voxel sums the same windows in the same order, so the result does not depend on it.
+A window is a box of roi_size voxels that the network computes at once. The windows of a volume lie
+on a grid, and neighbouring windows overlap; the score of a voxel is the weighted mean over all
+windows that contain it. To save memory, the sums of the whole volume are never held. Windows are
+visited group by group, a group being a few neighbouring windows, and there is one buffer, as large
+as a group, for their sums. Along one axis, with windows of 6 voxels, a step of 3 and two windows
+per group:
+
+    voxel        0  1  2  3  4  5  6  7  8  9 10 11 12 13 14
+    window 0    [================]
+    window 1             [================]
+    window 2                      [================]
+    window 3                               [================]
+
+    group 0     |buffer====================|
+                 finished: block 0 |shared  |                 6 to 8: window 2 is still missing
+    group 1                     |h|buffer====================|
+                                |  finished: block 1          |
+
+1. The buffer of group 0 covers voxels 0 to 8, all that its windows touch. No later window touches
+   voxels 0 to 5: their sums are divided by the sums of the weights and yielded as a `ScoreBlock`.
+2. What group 1 needs of group 0 is kept: the sums of the voxels 6 to 8, which the windows of both
+   groups touch, and of voxel 5, the halo (`h`). Each block repeats the last voxel of the block
+   before it, so that linear interpolation between two blocks finds both neighbours in one block.
+3. The buffer of group 1 covers voxels 5 to 14. It starts with the kept sums, not with zeros, and
+   the windows of group 1 are added.
+
+In 3D, this happens along each axis. The outermost loop runs along the first axis of
+`WindowGrid.order`; the sums shared along an axis are kept as one array, which spans the whole
+volume along the inner axes and one buffer along the outer axes.
+
+In groups of any size chosen by `group_windows`, each voxel sums the same windows in the same
+order: the result does not depend on the memory at hand, to the last bit.
 """
 
 from __future__ import annotations
@@ -11,19 +40,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import ceil, prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from monai.data import MetaTensor
 
 from pipeline.errors import VolumeError
+from pipeline.inference.boxes import box_at, crop_box
+from pipeline.types import Box
 
 Placement = Literal["even", "monai"]
-Box = tuple[slice, ...]
-Predict = Callable[[Sequence[tuple[int, ...]]], Sequence[torch.Tensor | None]]
-HALO = 1  # voxels that a block repeats of the one before it: linear interpolation between two blocks needs both sides
-SURE_BACKGROUND = 20.0  # logit of the first class where no window was looked at
-FLOAT32 = 4  # bytes
+# the first voxels of windows → the scores (C, *roi_size) of each, None for a skipped window
+WindowScorer = Callable[[Sequence[tuple[int, ...]]], Sequence[torch.Tensor | None]]
+
+# voxels that a block repeats of the block before it: linear interpolation needs both neighbours
+HALO = 1
+# logit of the first class where every window was skipped: a softmax gives the others 2e-9
+BACKGROUND_LOGIT = 20.0
+FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +65,10 @@ class ScoreBlock:
     """A finished part of a volume.
 
     Attributes:
-        start: its first voxel; where that is not 0 the block repeats the last `HALO` voxels of the one before it.
-        scores: (C, *spatial), the reader's to change.
-        shape: the whole volume's size, voxels.
+        start: the block's first voxel in the volume. Along each axis where it is not 0, the block
+            repeats the last `HALO` voxels of the block before it.
+        scores: (C, *spatial), which whoever receives the block may change.
+        shape: of the whole volume, voxels.
     """
 
     start: tuple[int, ...]
@@ -43,262 +78,306 @@ class ScoreBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowGrid:
-    """Where windows lie over a volume, and how many of them make a cell.
+    """Where windows lie over a volume, and how many of them form a group.
 
     Attributes:
         shape: of the volume, voxels; nowhere smaller than the window.
         roi_size: of a window, voxels.
-        starts: along each axis, the first voxel of each window, ascending.
-        cell: along each axis, how many windows are held together.
-        order: the axes, the outermost loop first.
+        starts: per axis, the first voxel of each window, ascending.
+        group_size: per axis, how many windows form a group.
+        order: the axes as they are looped over, the outermost loop first.
     """
 
     shape: tuple[int, ...]
     roi_size: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
-    cell: tuple[int, ...]
+    group_size: tuple[int, ...]
     order: tuple[int, ...]
 
     def groups(self, axis: int) -> list[tuple[int, ...]]:
-        """The starts of the windows of each cell along one axis."""
-        starts, size = self.starts[axis], self.cell[axis]
+        """Return the starts of the windows of each group along one axis."""
+        starts, size = self.starts[axis], self.group_size[axis]
         return [starts[i : i + size] for i in range(0, len(starts), size)]
 
-    def held(self) -> int:
-        """Voxels that are held at most: a cell and the strips between cells."""
-        box = [_extent(self, axis) for axis in range(len(self.shape))]
-        split = [axis for axis in self.order if self.cell[axis] < len(self.starts[axis])]
-        return prod(box) + sum(prod(_strip_shape(self, axis, 1)) for axis in split)
+    def held_voxels(self) -> int:
+        """Return how many voxels are held at most: the buffer and the shared sums."""
+        buffer = [_largest_buffer_length(self, axis) for axis in range(len(self.shape))]
+        held = prod(buffer)
+        for axis in self.order:
+            if self.group_size[axis] < len(self.starts[axis]):
+                held += prod(_shared_shape(self, axis))
+        return held
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Group:
+    """One group of windows.
+
+    Attributes:
+        index: the group's number along each axis.
+        box: the voxels of the volume that the buffer covers: all that the group's windows touch,
+            and the halo.
+        finished_stop: per axis, the first voxel of the volume that later windows touch as well.
+    """
+
+    index: tuple[int, ...]
+    box: Box
+    finished_stop: tuple[int, ...]
 
 
 def window_grid(
     shape: Sequence[int], roi_size: Sequence[int], overlap: float, placement: Placement = "even"
 ) -> WindowGrid:
-    """The windows over a volume, all in one cell.
+    """Return the windows over a volume, all of them in one group.
 
     Args:
         shape: of the volume, voxels; nowhere smaller than the window.
         roi_size: of a window, voxels.
         overlap: of neighbouring windows, a fraction of the window.
-        placement: `even` spaces them evenly, `monai` as MONAI does (the last one is shifted back); both need equally many.
+        placement: `even` spaces the windows evenly, `monai` places them as MONAI does (the last
+            window is shifted back into the volume). Both need equally many windows.
     """
-    place = _even if placement == "even" else _shifted
-    starts = tuple(
-        place(n, roi, max(1, int(roi * (1 - overlap))))
-        for n, roi in zip(shape, roi_size, strict=True)
-    )
+    starts = []
+    for size, roi in zip(shape, roi_size, strict=True):
+        step = max(1, int(roi * (1 - overlap)))
+        count = ceil((size - roi) / step) + 1
+        if placement == "even":
+            starts.append(tuple(round(i * (size - roi) / max(1, count - 1)) for i in range(count)))
+        else:
+            starts.append(tuple(min(i * step, size - roi) for i in range(count)))
+    # the longest axis outermost: the shared sums span the inner axes, which are then short
     order = sorted(range(len(shape)), key=lambda axis: -shape[axis] / roi_size[axis])
-    counts = tuple(len(listed) for listed in starts)
     return WindowGrid(
-        shape=tuple(shape), roi_size=tuple(roi_size), starts=starts, cell=counts, order=tuple(order)
+        shape=tuple(shape),
+        roi_size=tuple(roi_size),
+        starts=tuple(starts),
+        group_size=tuple(len(along_axis) for along_axis in starts),
+        order=tuple(order),
     )
 
 
-def _even(size: int, roi: int, step: int) -> tuple[int, ...]:
-    count = ceil((size - roi) / step) + 1
-    return tuple(round(i * (size - roi) / max(1, count - 1)) for i in range(count))
+def group_windows(grid: WindowGrid, channels: int, limit: float) -> WindowGrid:
+    """Return the same windows in the largest groups whose sums take at most `limit` bytes.
 
-
-def _shifted(size: int, roi: int, step: int) -> tuple[int, ...]:
-    count = ceil((size - roi) / step) + 1
-    return tuple(min(i * step, size - roi) for i in range(count))
-
-
-def group_windows(windows: WindowGrid, channels: int, limit: float) -> WindowGrid:
-    """The same windows in the largest cells whose sums stay below a limit; in the smallest ones where none do.
+    Where no groups do, each window is a group of its own. The outermost axis is split up first;
+    an inner axis only where each group has one window along all axes outside it, because only then
+    every voxel still sums its windows in the same order.
 
     Args:
-        windows: any lattice.
+        grid: any windows.
         channels: of the network's output.
         limit: bytes.
     """
-    cell = [len(starts) for starts in windows.starts]
-    for axis in windows.order:
+    group_size = [len(starts) for starts in grid.starts]
+    for axis in grid.order:
         while True:
-            plan = replace(windows, cell=tuple(cell))
-            if buffer_bytes(plan, channels) <= limit:
-                return plan
-            if cell[axis] == 1:
+            grouped = replace(grid, group_size=tuple(group_size))
+            if buffer_bytes(grouped, channels) <= limit:
+                return grouped
+            if group_size[axis] == 1:
                 break
-            cell[axis] = ceil(cell[axis] / 2)
-    return plan
+            group_size[axis] = ceil(group_size[axis] / 2)
+    return grouped
 
 
-def buffer_bytes(windows: WindowGrid, channels: int) -> int:
-    """Bytes that `blocks` holds at most, the window at hand left out."""
-    return FLOAT32 * (channels + 1) * windows.held()
+def buffer_bytes(grid: WindowGrid, channels: int) -> int:
+    """Return how many bytes `aggregate` holds at most, without the scores of a single window."""
+    return FLOAT32_BYTES * (channels + 1) * grid.held_voxels()  # 1: the sums of the weights
 
 
 def aggregate(
-    windows: WindowGrid, predict: Predict, weights: torch.Tensor, channels: int, *, batch: int = 1
+    grid: WindowGrid,
+    score_windows: WindowScorer,
+    weights: torch.Tensor,
+    channels: int,
+    *,
+    batch: int = 1,
 ) -> Iterator[ScoreBlock]:
-    """The volume's scores, block by block, in the lattice's order.
+    """Yield the scores of a volume, block by block, in the order of the groups of windows.
 
     Args:
-        windows: where windows lie.
-        predict: the first voxels of up to `batch` windows → the scores (C, *roi_size) of each, None for one that was not
-            looked at; voxels that no window speaks of are background.
-        weights: (*roi_size), of each voxel of a window; the sums are held where they are.
+        grid: where windows lie.
+        score_windows: the first voxels of up to `batch` windows → the scores (C, *roi_size) of
+            each window, None for a skipped one. Voxels without any scored window are background.
+        weights: (*roi_size), of each voxel of a window. The sums are held on the same device.
         channels: C.
-        batch: windows a call of `predict`, at most.
+        batch: windows per call of `score_windows`, at most.
 
     Raises:
         VolumeError: scores that are NaN or infinite.
     """
-    strips: dict[int, torch.Tensor] = {}
-    for cell in product(*(range(len(windows.groups(axis))) for axis in windows.order)):
-        place = dict(zip(windows.order, cell, strict=True))
-        box = tuple(_reach(windows, axis, place[axis]) for axis in range(len(place)))
-        total = weights.new_zeros((channels + 1, *(s.stop - s.start for s in box)))
-        _load(windows, strips, place, box, total)
-        for starts in _batches(windows, place, batch):
-            _add(total, predict(starts), starts, weights, box)
-        _store(windows, strips, place, box, total)
-        block = _finish(windows, place, box, total)
-        del total  # or it would still be held while the next one is filled
+    shared: dict[int, torch.Tensor] = {}
+    for group in _groups(grid):
+        buffer_size = [s.stop - s.start for s in group.box]
+        sums = weights.new_zeros((channels + 1, *buffer_size))  # the last channel: of the weights
+        _restore_shared_sums(grid, group, shared, sums)
+        for starts in _batches(grid, group, batch):
+            _add_windows(sums, score_windows(starts), starts, weights, group.box)
+        _keep_shared_sums(grid, group, shared, sums)
+        block = _finished_block(grid, group, sums)
+        del sums  # or they would still be held while the next buffer is filled
         yield block
         del block
 
 
-def _batches(
-    windows: WindowGrid, place: dict[int, int], size: int
-) -> Iterator[list[tuple[int, ...]]]:
-    """The windows of one cell, in the lattice's order, a few at a time."""
-    members = [windows.groups(axis)[place[axis]] for axis in windows.order]
-    back = [windows.order.index(axis) for axis in range(len(place))]
-    starts = [tuple(start[i] for i in back) for start in product(*members)]
+def _groups(grid: WindowGrid) -> Iterator[_Group]:
+    """Yield all groups; the last axis of `grid.order` varies fastest."""
+    axes = range(len(grid.shape))
+    counts = [range(len(grid.groups(axis))) for axis in grid.order]
+    for numbers in product(*counts):
+        number_of = dict(zip(grid.order, numbers, strict=True))
+        index = tuple(number_of[axis] for axis in axes)
+        yield _Group(
+            index=index,
+            box=tuple(_buffer_range(grid, axis, index[axis]) for axis in axes),
+            finished_stop=tuple(_finished_stop(grid, axis, index[axis]) for axis in axes),
+        )
+
+
+def _batches(grid: WindowGrid, group: _Group, size: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the first voxels of a group's windows, in the grid's order, up to `size` at a time."""
+    members = [grid.groups(axis)[group.index[axis]] for axis in grid.order]
+    position_in_order = [grid.order.index(axis) for axis in range(len(grid.order))]
+    starts = [tuple(start[i] for i in position_in_order) for start in product(*members)]
     return (starts[i : i + size] for i in range(0, len(starts), size))
 
 
-def _reach(windows: WindowGrid, axis: int, number: int) -> slice:
-    """All voxels along one axis that a cell's windows touch, and the halo."""
-    group = windows.groups(axis)[number]
-    return slice(max(0, group[0] - HALO) if number else 0, group[-1] + windows.roi_size[axis])
+def _buffer_range(grid: WindowGrid, axis: int, number: int) -> slice:
+    """Return the voxels along one axis that a group's windows touch, and the halo before them."""
+    starts = grid.groups(axis)[number]
+    first = max(0, starts[0] - HALO) if number else 0
+    return slice(first, starts[-1] + grid.roi_size[axis])
 
 
-def _done(windows: WindowGrid, axis: int, number: int) -> int:
-    """The voxel along one axis up to which a cell finishes the volume."""
-    groups = windows.groups(axis)
-    return groups[number + 1][0] if number + 1 < len(groups) else windows.shape[axis]
+def _finished_stop(grid: WindowGrid, axis: int, number: int) -> int:
+    """Return the first voxel along one axis that windows of later groups touch as well."""
+    groups = grid.groups(axis)
+    return groups[number + 1][0] if number + 1 < len(groups) else grid.shape[axis]
 
 
-def _add(
-    total: torch.Tensor,
+def _largest_buffer_length(grid: WindowGrid, axis: int) -> int:
+    """Return the length of the longest buffer along one axis, voxels."""
+    ranges = [_buffer_range(grid, axis, number) for number in range(len(grid.groups(axis)))]
+    return max(int(along.stop) - int(along.start) for along in ranges)
+
+
+def _add_windows(
+    sums: torch.Tensor,
     scores: Sequence[torch.Tensor | None],
     starts: Sequence[tuple[int, ...]],
     weights: torch.Tensor,
     box: Box,
 ) -> None:
-    for start, one in zip(starts, scores, strict=True):
-        if one is None:
+    """Add the weighted scores of windows, and their weights, to the sums of the buffer."""
+    for start, window_scores in zip(starts, scores, strict=True):
+        if window_scores is None:
             continue
-        at = tuple(
-            slice(i - s.start, i - s.start + n)
-            for i, s, n in zip(start, box, weights.shape, strict=True)
-        )
-        scored: tuple[Any, ...] = (slice(0, -1), *at)
-        counted: tuple[Any, ...] = (-1, *at)
-        total[scored].addcmul_(one.to(total.device, torch.float32), weights)
-        total[counted] += weights
+        start_in_buffer = [i - s.start for i, s in zip(start, box, strict=True)]
+        window_sums = crop_box(sums, box_at(start_in_buffer, weights.shape))
+        window_sums[:-1].addcmul_(window_scores.to(sums.device, torch.float32), weights)
+        window_sums[-1] += weights
 
 
-def _load(
-    windows: WindowGrid,
-    strips: dict[int, torch.Tensor],
-    place: dict[int, int],
-    box: Box,
-    total: torch.Tensor,
+def _restore_shared_sums(
+    grid: WindowGrid, group: _Group, shared: dict[int, torch.Tensor], sums: torch.Tensor
 ) -> None:
-    """Fills in what earlier cells summed; the innermost axis is the last to have been there."""
-    for axis in windows.order:
-        if place[axis]:
-            strip = strips[axis]
-            size = _reach(windows, axis, place[axis] - 1).stop - box[axis].start
-            total.narrow(axis + 1, 0, size).copy_(
-                strip[_within(windows, axis, box)].narrow(axis + 1, 0, size)
-            )
+    """Copy into the buffer what earlier groups summed in voxels that this group touches too.
 
-
-def _store(
-    windows: WindowGrid,
-    strips: dict[int, torch.Tensor],
-    place: dict[int, int],
-    box: Box,
-    total: torch.Tensor,
-) -> None:
-    """Keeps, along each axis, what the next cell there touches again."""
-    for axis in windows.order:
-        groups = windows.groups(axis)
-        if place[axis] + 1 == len(groups):
+    The shared sums of different axes overlap in the buffer's corners. Those of inner axes were
+    kept later, hence hold more windows, and are copied last.
+    """
+    for axis in grid.order:
+        number = group.index[axis]
+        if number == 0:
             continue
-        first = _done(windows, axis, place[axis]) - HALO - box[axis].start
-        kept = total.narrow(axis + 1, first, total.shape[axis + 1] - first)
-        if axis not in strips:
-            strips[axis] = total.new_zeros(_strip_shape(windows, axis, len(total)))
-        strips[axis][_within(windows, axis, box)].narrow(axis + 1, 0, kept.shape[axis + 1]).copy_(
-            kept
-        )
+        length = _buffer_range(grid, axis, number - 1).stop - group.box[axis].start
+        kept = shared[axis][_box_in_shared_sums(grid, axis, group.box)]
+        sums.narrow(axis + 1, 0, length).copy_(kept.narrow(axis + 1, 0, length))
 
 
-def _strip_shape(windows: WindowGrid, axis: int, channels: int) -> list[int]:
-    """Whole along the inner axes, as long as the largest cell along the outer ones."""
-    rank = windows.order.index(axis)
-    groups = windows.groups(axis)
-    shape = [channels, *windows.shape]
-    shape[axis + 1] = max(a[-1] + windows.roi_size[axis] - b[0] + HALO for a, b in pairwise(groups))
-    for outer in windows.order[:rank]:
-        shape[outer + 1] = _extent(windows, outer)
+def _keep_shared_sums(
+    grid: WindowGrid, group: _Group, shared: dict[int, torch.Tensor], sums: torch.Tensor
+) -> None:
+    """Keep, along each axis, the sums of the voxels that the next group touches too."""
+    for axis in grid.order:
+        if group.index[axis] + 1 == len(grid.groups(axis)):
+            continue
+        first = group.finished_stop[axis] - HALO - group.box[axis].start
+        length = sums.shape[axis + 1] - first
+        if axis not in shared:
+            shared[axis] = sums.new_zeros((len(sums), *_shared_shape(grid, axis)))
+        kept = shared[axis][_box_in_shared_sums(grid, axis, group.box)]
+        kept.narrow(axis + 1, 0, length).copy_(sums.narrow(axis + 1, first, length))
+
+
+def _shared_shape(grid: WindowGrid, axis: int) -> list[int]:
+    """Return the size (*spatial) of the sums that are kept between groups along one axis.
+
+    Until the next group along this axis is visited, all groups along the inner axes are visited:
+    the sums span the whole volume there. Along the outer axes they span one buffer.
+    """
+    shape = list(grid.shape)
+    overlaps = []
+    for group, next_group in pairwise(grid.groups(axis)):
+        overlaps.append(group[-1] + grid.roi_size[axis] - next_group[0])
+    shape[axis] = max(overlaps) + HALO
+    for outer in grid.order[: grid.order.index(axis)]:
+        shape[outer] = _largest_buffer_length(grid, outer)
     return shape
 
 
-def _extent(windows: WindowGrid, axis: int) -> int:
-    """The largest size of a cell along one axis, voxels."""
-    reaches = [_reach(windows, axis, number) for number in range(len(windows.groups(axis)))]
-    return max(int(reach.stop) - int(reach.start) for reach in reaches)
+def _box_in_shared_sums(grid: WindowGrid, axis: int, box: Box) -> Box:
+    """Return where the shared sums (C, *spatial) of one axis hold a group's buffer.
+
+    Along the inner axes this is the buffer's place in the volume, along the others it begins at 0.
+    """
+    inner = grid.order[grid.order.index(axis) + 1 :]
+    place = []
+    for i, along in enumerate(box):
+        if i == axis:
+            place.append(slice(None))
+        elif i in inner:
+            place.append(along)
+        else:
+            place.append(slice(0, along.stop - along.start))
+    return (slice(None), *place)
 
 
-def _within(windows: WindowGrid, axis: int, box: Box) -> Box:
-    """A cell's place in the strip of one axis: its own voxels along inner axes, from the front along the others."""
-    inner = windows.order[windows.order.index(axis) + 1 :]
-    sizes = [slice(0, s.stop - s.start) for s in box]
-    sizes[axis] = slice(None)
-    return (slice(None), *(box[i] if i in inner else sizes[i] for i in range(len(box))))
-
-
-def _finish(
-    windows: WindowGrid, place: dict[int, int], box: Box, total: torch.Tensor
-) -> ScoreBlock:
-    """The part of a cell that no later window touches, divided by its weights."""
-    stop = [_done(windows, axis, place[axis]) - box[axis].start for axis in range(len(box))]
-    done = (slice(None), *(slice(0, n) for n in stop))
-    part = total[done]
-    scores, weight = part[:-1], part[-1]
-    unseen = weight == 0
-    if unseen.any():
-        scores[0][unseen] = SURE_BACKGROUND
-        weight[unseen] = 1
+def _finished_block(grid: WindowGrid, group: _Group, sums: torch.Tensor) -> ScoreBlock:
+    """Return the part of the buffer that no later window touches, divided by its weights."""
+    start = tuple(s.start for s in group.box)
+    size = [stop - first for stop, first in zip(group.finished_stop, start, strict=True)]
+    finished = crop_box(sums, box_at([0] * len(size), size))
+    scores, weight = finished[:-1], finished[-1]
+    unscored = weight == 0
+    if unscored.any():
+        scores[0][unscored] = BACKGROUND_LOGIT
+        weight[unscored] = 1
     scores /= weight
-    start = tuple(s.start for s in box)
-    if not torch.isfinite(scores.sum()):
+    if not torch.isfinite(scores.sum()):  # NaN and infinity survive the sum, which is cheap
         raise VolumeError(
-            f"the network gave NaN or infinity in the block that starts at voxel {start} of its grid; "
-            "try --precision float32, or check the bundle's weights with `volseg check`"
+            f"the network gave NaN or infinity in the block that starts at voxel {start} of its "
+            "grid; try --precision float32, or check the bundle's weights with `volseg check`"
         )
-    return ScoreBlock(start=start, scores=scores, shape=windows.shape)
+    return ScoreBlock(start=start, scores=scores, shape=grid.shape)
 
 
-def assemble(pieces: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
-    """All blocks as one tensor (C, *spatial) float32, a MetaTensor like the image where that is one."""
+def assemble(blocks: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
+    """Return all blocks as one tensor (C, *spatial) float32.
+
+    Voxels without a block are background.
+
+    Args:
+        blocks: at least one.
+        image: where it is a MetaTensor, the result is one with the same metadata.
+    """
     scores = None
-    for block in pieces:
+    for block in blocks:
         if scores is None:
             scores = block.scores.new_zeros((len(block.scores), *block.shape))
-            scores[0] = SURE_BACKGROUND  # where no block speaks
-        at = (
-            slice(None),
-            *(slice(i, i + n) for i, n in zip(block.start, block.scores.shape[1:], strict=True)),
-        )
-        scores[at] = block.scores
-        del block
-    assert scores is not None
+            scores[0] = BACKGROUND_LOGIT
+        crop_box(scores, box_at(block.start, block.scores.shape[1:])).copy_(block.scores)
+        del block  # released before the next block is computed
+    if scores is None:
+        raise ValueError("no blocks: a volume has one at least")
     return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores

@@ -1,4 +1,4 @@
-"""What is kept of a label map on the file's grid, where a spec says so."""
+"""Cleaning up a label map on the file's grid: connected components, holes, the cropped region."""
 
 from __future__ import annotations
 
@@ -10,106 +10,123 @@ from monai.data import MetaTensor
 from scipy import ndimage
 
 from pipeline.config import ALL, EACH, Spec
+from pipeline.inference.boxes import widen_box
 from pipeline.types import Affine, Array
 
-OFF_GRID = 0.01  # voxels by which a position may lie beyond the outermost voxels and still count as in them
+# voxels by which a position may lie beyond the outermost voxels and still count as inside them:
+# affines come from files and are rounded
+OUTSIDE_TOLERANCE = 0.01
 
 
 def keep_components(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
-    """Class numbers (1, X, Y, Z) without what lies beyond the part that was cut out, and without smaller parts of a class.
+    """Return class numbers (1, X, Y, Z) with only the components that the spec keeps.
+
+    Voxels outside the region that `spec.crop_resize` cut out become background, and smaller
+    components of the classes in `spec.largest_component` are removed.
 
     Args:
-        index: on the grid of the file that `image` came from.
+        index: (1, X, Y, Z) class numbers, on the grid of the file that `image` was read from.
         image: (C, x, y, z) on the network's grid, with `labels_affine` in its `meta`.
-        spec: says whether.
+        spec: gives `crop_resize` and `largest_component`.
     """
     labels = index[0]
     if spec.crop_resize is not None:
-        own, target = (
-            np.asarray(affine, dtype=np.float64)
-            for affine in (image.affine, image.meta["labels_affine"])
-        )
-        labels = labels.masked_fill(
-            outside_grid(image.shape[1:], own, target, labels.shape).to(labels.device), 0
-        )
+        own_affine = np.asarray(image.affine, dtype=np.float64)
+        labels_affine = np.asarray(image.meta["labels_affine"], dtype=np.float64)
+        outside = outside_grid(image.shape[1:], own_affine, labels_affine, labels.shape)
+        labels = labels.masked_fill(outside.to(labels.device), 0)
     if ALL in spec.largest_component:
-        labels = fill_holes(
-            labels * largest_components((labels > 0).to(torch.uint8)).to(labels.dtype)
-        )
+        largest = largest_components((labels > 0).to(torch.uint8))
+        labels = fill_holes(labels * largest.to(labels.dtype))
     names = [name for name in spec.largest_component if name != ALL]
-    if names:
-        labels = largest_components(
-            labels, None if EACH in names else [list(spec.labels).index(name) for name in names]
-        )
+    if EACH in names:
+        labels = largest_components(labels)
+    elif names:
+        all_names = list(spec.labels)
+        labels = largest_components(labels, [all_names.index(name) for name in names])
     return labels[None]
 
 
 def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
-    """(X, Y, Z) class numbers with only the largest connected part of classes; voxels that share a face are connected.
+    """Return class numbers (X, Y, Z) with only the largest connected component of classes.
 
-    A smaller part takes the class of the nearest voxel around it: background where it lies alone, the other structure where it
-    lies in one, so that no hole is left.
+    Voxels that share a face are connected. A smaller component takes the class of the nearest
+    voxel around it: background where it lies alone, another structure where it lies within that
+    structure, so that no hole is left.
 
     Args:
-        index: the class numbers.
-        numbers: of the classes that this is done to; None for all but background.
+        index: (X, Y, Z) class numbers.
+        numbers: the classes to clean up; None for all but background.
     """
-    kept = index.cpu().numpy().copy()
-    lone = np.zeros(kept.shape, dtype=np.uint8)
-    for number, box in enumerate(ndimage.find_objects(kept), start=1):
-        if box is not None and (numbers is None or number in numbers):
-            parts, count = ndimage.label(kept[box] == number)
-            if count > 1:
-                lone[box] |= (parts > 0) & (parts != 1 + np.bincount(parts.ravel())[1:].argmax())
-    _take_nearest(kept, lone)
-    return torch.from_numpy(kept).to(index.device)
+    labels = index.cpu().numpy().copy()
+    removed = np.zeros(labels.shape, dtype=np.uint8)
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None or (numbers is not None and number not in numbers):
+            continue
+        components, count = ndimage.label(labels[box] == number)
+        if count > 1:
+            sizes = np.bincount(components.ravel())[1:]  # without what is not of this class
+            removed[box] |= (components > 0) & (components != 1 + sizes.argmax())
+    _take_nearest_label(labels, removed)
+    return torch.from_numpy(labels).to(index.device)
 
 
 def fill_holes(index: torch.Tensor) -> torch.Tensor:
-    """(X, Y, Z) class numbers in which background that is shut in by structures takes the nearest one."""
-    kept = index.cpu().numpy().copy()
-    boxes = ndimage.find_objects((kept > 0).astype(np.uint8))
+    """Return class numbers (X, Y, Z) in which holes have the class of the nearest structure.
+
+    A hole is background from which no path of voxels that share faces leads out of the box around
+    all structures.
+    """
+    labels = index.cpu().numpy().copy()
+    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
     if boxes:
-        parts, _ = ndimage.label(kept[boxes[0]] == 0)
-        faces = [parts.take(end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
-        shut = ~np.isin(np.arange(parts.max() + 1), np.concatenate(faces))
-        shut[0] = False
-        holes = np.zeros(kept.shape, dtype=np.uint8)
-        holes[boxes[0]] = shut[parts]
-        _take_nearest(kept, holes)
-    return torch.from_numpy(kept).to(index.device)
+        components, _ = ndimage.label(labels[boxes[0]] == 0)
+        faces = []
+        for axis in range(3):
+            faces += [components.take(0, axis=axis).ravel(), components.take(-1, axis=axis).ravel()]
+        is_hole = ~np.isin(np.arange(components.max() + 1), np.concatenate(faces))
+        is_hole[0] = False  # the structures
+        holes = np.zeros(labels.shape, dtype=np.uint8)
+        holes[boxes[0]] = is_hole[components]
+        _take_nearest_label(labels, holes)
+    return torch.from_numpy(labels).to(index.device)
 
 
-def _take_nearest(labels: Array, lost: Array) -> None:
-    """Gives the voxels that are `lost` the label of the nearest that are not, in place."""
-    for box in ndimage.find_objects(ndimage.label(lost)[0]) if lost.any() else []:
+def _take_nearest_label(labels: Array, replaced: Array) -> None:
+    """Give the voxels that are `replaced` the label of the nearest voxel that is not, in place."""
+    if not replaced.any():
+        return
+    # one component at a time: a distance transform of its box is much cheaper than of the volume
+    components, _ = ndimage.label(replaced)
+    for box in ndimage.find_objects(components):
         wide = widen_box(box, labels.shape)
         nearest = ndimage.distance_transform_edt(
-            lost[wide], return_distances=False, return_indices=True
+            replaced[wide], return_distances=False, return_indices=True
         )
         labels[wide] = labels[wide][tuple(nearest)]
-
-
-def widen_box(box: tuple[slice, ...], shape: Sequence[int]) -> tuple[slice, ...]:
-    """A box with one voxel more at each end, where there is one."""
-    return tuple(
-        slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(box, shape, strict=True)
-    )
 
 
 def outside_grid(
     shape: Sequence[int], affine: Affine, target_affine: Affine, target_shape: Sequence[int]
 ) -> torch.Tensor:
-    """Which voxels (X', Y', Z') of a target grid lie beyond the voxels of another: where a part was cut out, background."""
+    """Return which voxels of a target grid lie outside another grid, (X', Y', Z') bool.
+
+    Args:
+        shape: of the other grid, voxels.
+        affine: voxel → world of the other grid, mm.
+        target_affine: voxel → world of the target grid, mm.
+        target_shape: (X', Y', Z') of the target grid, voxels.
+    """
     matrix = np.linalg.inv(affine) @ target_affine
-    beyond = torch.zeros(tuple(target_shape), dtype=torch.bool)
+    outside = torch.zeros(tuple(target_shape), dtype=torch.bool)
     for axis, size in enumerate(shape):
-        terms = [
+        # the position along this axis is a sum of one term per target axis, so that only one
+        # array as large as the volume is made
+        x, y, z = (
             torch.from_numpy(matrix[axis, dim] * np.arange(n)).float()
             for dim, n in enumerate(target_shape)
-        ]
-        place = (terms[0][:, None, None] + terms[1][None, :, None] + terms[2]) + float(
-            matrix[axis, 3]
         )
-        beyond |= (place < -0.5 - OFF_GRID) | (place > size - 0.5 + OFF_GRID)
-    return beyond
+        position = (x[:, None, None] + y[None, :, None] + z) + float(matrix[axis, 3])
+        outside |= position < -0.5 - OUTSIDE_TOLERANCE
+        outside |= position > size - 0.5 + OUTSIDE_TOLERANCE
+    return outside

@@ -1,4 +1,4 @@
-"""Where a scan holds something: air around a head needs no network."""
+"""The foreground of a scan: air around a head needs no network."""
 
 from __future__ import annotations
 
@@ -8,78 +8,95 @@ import torch
 from monai.transforms.utils import generate_spatial_bounding_box
 from torch.nn import functional
 
-Box = tuple[slice, ...]
-CELL = 4  # voxels along each axis that are averaged: noise is no tissue
-BRIGHT = 0.995  # quantile of the values that counts as the brightest
-SAMPLES = 10**6  # voxels that it is taken of
+from pipeline.inference.boxes import crop_box
+from pipeline.types import Box
 
-
-def crop_box(image: torch.Tensor, box: Sequence[slice]) -> torch.Tensor:
-    """A box of an image (C, *spatial)."""
-    at = (slice(None), *box)
-    return image[at]
+# voxels per side of a cell, whose mean is compared with the level: noise averages out, and
+# structures that matter are larger
+CELL = 4
+# quantile of the values that counts as the brightest: a few voxels of vessels or artefacts do not
+BRIGHTEST_QUANTILE = 0.995
+# voxels that this quantile is taken of, about; torch.quantile refuses more than 16 million values
+MAX_SAMPLES = 10**6
 
 
 def foreground_level(image: torch.Tensor, fraction: float) -> float:
-    """The value that lies so far from the lowest of an image (C, *spatial) to its brightest, which are a quantile."""
-    values = image.flatten()
-    bright = float(torch.quantile(values[:: max(1, len(values) // SAMPLES)].float(), BRIGHT))
-    low = float(values.min())
-    return low + fraction * (bright - low)
-
-
-def foreground_cells(image: torch.Tensor, above: float) -> torch.Tensor:
-    """Which cells of `CELL` voxels a side hold tissue: the mean of some channel is above a level there.
-
-    Args:
-        image: (C, *spatial), 2D or 3D.
-        above: the level, in the image's values.
-
-    Returns:
-        (*cells) bool; the last cells may be cut off by the volume's edge.
-    """
-    pool = functional.avg_pool3d if image.ndim == 4 else functional.avg_pool2d
-    means: torch.Tensor = pool(
-        image[None], [min(CELL, n) for n in image.shape[1:]], CELL, ceil_mode=True
-    )
-    return (means[0] > above).any(dim=0)
-
-
-def foreground_box(image: torch.Tensor, above: float, least: Sequence[int]) -> Box:
-    """The box around all voxels above a level in occupied cells or beside them; all of a volume where nothing is.
+    """Return the value that separates background and foreground of an image.
 
     Args:
         image: (C, *spatial).
-        above: the level, in the image's values.
-        least: voxels that the box has at least along each axis, where the volume has as many.
+        fraction: of the way from the lowest value to the brightest.
+    """
+    values = image.flatten()
+    samples = values[:: max(1, len(values) // MAX_SAMPLES)].float()
+    brightest = float(torch.quantile(samples, BRIGHTEST_QUANTILE))
+    lowest = float(values.min())
+    return lowest + fraction * (brightest - lowest)
+
+
+def foreground_cells(image: torch.Tensor, level: float) -> torch.Tensor:
+    """Return which cells of `CELL` voxels per side belong to the foreground.
+
+    In a cell of the foreground the mean of at least one channel is above the level.
+
+    Args:
+        image: (C, *spatial), 2D or 3D.
+        level: in the image's values.
+
+    Returns:
+        (*cells) bool; the last cell along an axis may be cut off by the image's edge.
+    """
+    pool = functional.avg_pool3d if image.ndim == 4 else functional.avg_pool2d
+    size = [min(CELL, n) for n in image.shape[1:]]
+    means: torch.Tensor = pool(image[None], size, CELL, ceil_mode=True)
+    return (means[0] > level).any(dim=0)
+
+
+def foreground_box(image: torch.Tensor, level: float, min_size: Sequence[int]) -> Box:
+    """Return the box around the foreground, or the box of the whole image where there is none.
+
+    The box is exact to the voxel: it contains all voxels above the level that lie in cells of the
+    foreground or next to them.
+
+    Args:
+        image: (C, *spatial).
+        level: in the image's values.
+        min_size: of the box along each axis, voxels, where the image is as large.
     """
     shape = image.shape[1:]
-    places = foreground_cells(image, above).nonzero()
-    if not len(places):
+    cells = foreground_cells(image, level).nonzero()
+    if not len(cells):
         return tuple(slice(0, n) for n in shape)
-    near = tuple(
-        slice(max(0, (low - 1) * CELL), (high + 2) * CELL)
-        for low, high in zip(places.amin(0).tolist(), places.amax(0).tolist(), strict=True)
-    )
+    search = []  # the cells of the foreground and one more at each end
+    for low, high in zip(cells.amin(0).tolist(), cells.amax(0).tolist(), strict=True):
+        search.append(slice(max(0, (low - 1) * CELL), (high + 2) * CELL))
     starts, stops = generate_spatial_bounding_box(
-        crop_box(image, near), select_fn=lambda values: values > above, allow_smaller=True
+        crop_box(image, search), select_fn=lambda values: values > level, allow_smaller=True
     )
-    return tuple(
-        _at_least(here.start + start, here.start + stop, size, wanted)
-        for here, start, stop, size, wanted in zip(near, starts, stops, shape, least, strict=True)
-    )
+    box = []
+    for axis, part in enumerate(search):
+        start, stop = part.start + starts[axis], part.start + stops[axis]
+        box.append(_lengthen(start, stop, shape[axis], min_size[axis]))
+    return tuple(box)
 
 
-def _at_least(start: int, stop: int, size: int, wanted: int) -> slice:
-    """A slice, made longer on both sides where it is shorter than wanted, within a size."""
-    lack = max(0, min(wanted, size) - (stop - start))
-    start = max(0, min(start - lack // 2, size - (stop - start) - lack))
-    return slice(start, max(stop, start + min(wanted, size)))
+def _lengthen(start: int, stop: int, size: int, min_length: int) -> slice:
+    """Return a slice of at least `min_length`, lengthened at both ends, within 0 to `size`."""
+    length = stop - start
+    missing = max(0, min(min_length, size) - length)
+    start = max(0, min(start - missing // 2, size - length - missing))
+    return slice(start, max(stop, start + min(min_length, size)))
 
 
 def touches_foreground(cells: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether a window's box of voxels touches an occupied cell."""
-    part = tuple(
-        slice(i // CELL, (i + n + CELL - 1) // CELL) for i, n in zip(start, size, strict=True)
-    )
-    return bool(cells[part].any())
+    """Return whether a window touches a cell of the foreground.
+
+    Args:
+        cells: (*cells) as from `foreground_cells`.
+        start: the window's first voxel.
+        size: of the window, voxels.
+    """
+    touched = []
+    for i, n in zip(start, size, strict=True):
+        touched.append(slice(i // CELL, (i + n + CELL - 1) // CELL))
+    return bool(cells[tuple(touched)].any())

@@ -1,128 +1,171 @@
-"""One window over all the structures of a scan: where it goes is found by looking.
+"""One window over all structures of a scan: a search for the region of interest.
 
-A head is larger than its brain, and windows that are spread over all of it hold parts of the brain. Where one window holds it
-whole, that window is enough; where it is longer than a window along an axis, those along that axis are.
+A head is larger than its brain. Windows that are spread over the whole head each contain a part of
+the brain; if one window can contain all of it, that window alone is enough. The search predicts one
+window near the top of the head, moves it towards structures that its faces cut, and repeats. Along
+an axis where the structures are longer than a window, the region is as long as they are, and
+windows are spread along that axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pipeline.config import Spec
-from pipeline.inference.foreground import Box, crop_box, foreground_box, foreground_cells
+from pipeline.inference.boxes import crop_box
+from pipeline.inference.foreground import foreground_box, foreground_cells
+from pipeline.types import Box
 
-Top = tuple[
-    int, int
-]  # an axis, and 1 where a head's top is at its end, -1 where it is at its start
+# windows that the search predicts at most. More would cost as much as windows over the whole
+# foreground, which are used where the search fails.
+MAX_SEARCH_WINDOWS = 4
+# voxels from a window's face within which a structure counts as cut by it; a network is least
+# certain in its outermost voxels
+CUT_MARGIN = 2
+# voxels that stay between a face and the structures when a window is moved away from them
+KEPT_MARGIN = 6
+# fraction of a cell (`foreground.CELL`) that must be structures, so that a speck does not count
+STRUCTURE_FRACTION = 0.5
+# The first window begins 1/16 of its height below the top of the head: scalp and skull are there.
+# Rounded down to whole voxels, hence the divisor.
+TOP_GAP_DIVISOR = 16
 
-LOOKS = 4  # at most, before windows are spread over all
-EDGE = 2  # voxels from a window's face within which structures count as cut by it
-ROOM = 6  # voxels that a window keeps before what it holds when it is moved
-HALF = 0.5  # of a cell
-BELOW = 16  # the first window begins a 16th of its height below the top of the head
+
+@dataclass(frozen=True, slots=True)
+class HeadTop:
+    """The direction of the top of a head on a grid.
+
+    Attributes:
+        axis: the spatial axis from inferior to superior or back.
+        at_end: whether the top lies at the end of that axis, not at its start.
+    """
+
+    axis: int
+    at_end: bool
 
 
-def head_top(spec: Spec) -> Top:
-    """Where the top of a head is on a spec's grid."""
+def head_top(spec: Spec) -> HeadTop:
+    """Return where the top of a head lies on a spec's grid."""
     axis = next(i for i, code in enumerate(spec.orientation) if code in "SI")
-    return axis, 1 if spec.orientation[axis] == "S" else -1
+    return HeadTop(axis, at_end=spec.orientation[axis] == "S")
 
 
 def localise(
     image: torch.Tensor,
-    inside: Box,
-    roi: Sequence[int],
-    top: Top,
-    above: float,
-    look: Callable[[Box], torch.Tensor],
+    foreground: Box,
+    roi_size: Sequence[int],
+    top: HeadTop,
+    level: float,
+    score_box: Callable[[Box], torch.Tensor],
 ) -> Box:
-    """The box that windows have to be spread over: of one window, centred on all structures, where they fit in.
+    """Return the box that windows have to be spread over to contain all structures.
 
-    Along an axis where they are longer than a window the box is as long as they are; it is `inside` where none are found, or
-    not all of them after a few looks.
+    Along an axis where the structures fit in a window, the box is as long as a window and centred
+    on them. Elsewhere it is as long as they are. The box is the whole foreground where no structure
+    is found, or not all of them within `MAX_SEARCH_WINDOWS` windows.
 
     Args:
         image: (C, *spatial).
-        inside: the box of what is no air.
-        roi: a window's size, voxels.
-        top: where a head's top is.
-        above: the level above which there is no air.
-        look: a box → the network's scores there, (classes, *box), background first.
+        foreground: the box of the foreground.
+        roi_size: of a window, voxels.
+        top: where the top of the head lies.
+        level: the value above which a voxel belongs to the foreground.
+        score_box: a box of the image → the network's scores there, (classes, *box), background
+            first.
     """
-    at = _first(image, inside, roi, top, above)
-    for _ in range(LOOKS):
-        scores = look(at)
-        found = (scores[1:].amax(dim=0) > scores[0]).float()[None]
-        if not foreground_cells(found, HALF).any():
-            return inside
-        extent = foreground_box(found, HALF, [1] * len(roi))
-        axes = list(zip(extent, at, inside, strict=True))
-        cut = [_cut(*axis) for axis in axes]
-        if not any(before or after for before, after in cut):
-            return tuple(
-                _over(part, here, whole, size)
-                for (part, here, whole), size in zip(axes, roi, strict=True)
-            )
-        at = tuple(_moved(*axis, *sides) for axis, sides in zip(axes, cut, strict=True))
-    return inside
+    window = _first_window(image, foreground, roi_size, top, level)
+    for _ in range(MAX_SEARCH_WINDOWS):
+        scores = score_box(window)
+        is_structure = (scores[1:].amax(dim=0) > scores[0]).float()[None]
+        if not foreground_cells(is_structure, STRUCTURE_FRACTION).any():
+            return foreground
+        found = foreground_box(is_structure, STRUCTURE_FRACTION, [1] * len(roi_size))
+        axes = list(zip(found, window, foreground, strict=True))
+        cuts = [_cut_faces(*axis) for axis in axes]
+        if not any(first or last for first, last in cuts):
+            region = []
+            for axis, size in zip(axes, roi_size, strict=True):
+                region.append(_centre_on_structures(*axis, size))
+            return tuple(region)
+        window = tuple(_move_to_cut(*axis, *cut) for axis, cut in zip(axes, cuts, strict=True))
+    return foreground
 
 
-def _first(image: torch.Tensor, inside: Box, roi: Sequence[int], top: Top, above: float) -> Box:
-    """The window to begin with: near the top, in the middle of what is there: a face and a neck lie lower."""
-    axis, way = top
-    size, whole = roi[axis], inside[axis]
-    end = whole.stop if way > 0 else whole.start
-    high = _around(end - way * (size // BELOW + size / 2), size, whole)
-    half = (
-        slice((high.start + end) // 2, end) if way > 0 else slice(end, (end + high.stop + 1) // 2)
-    )
-    upper = [half if i == axis else part for i, part in enumerate(inside)]
-    head = foreground_box(crop_box(image, upper), above, [1] * len(roi))
-    middles = [
-        part.start + (found.start + found.stop) / 2 for part, found in zip(upper, head, strict=True)
-    ]
-    at = [_around(middle, n, part) for middle, n, part in zip(middles, roi, inside, strict=True)]
-    at[axis] = high
-    return tuple(at)
+def _first_window(
+    image: torch.Tensor, foreground: Box, roi_size: Sequence[int], top: HeadTop, level: float
+) -> Box:
+    """Return the window that the search begins with.
+
+    It lies just below the top of the head. Along the other axes it is centred on the upper part of
+    the foreground, because face and neck lie lower and off the brain's centre.
+    """
+    height, whole = roi_size[top.axis], foreground[top.axis]
+    gap = height // TOP_GAP_DIVISOR
+    if top.at_end:
+        vertical = _centred_slice(whole.stop - (gap + height / 2), height, whole)
+        upper = slice((vertical.start + whole.stop) // 2, whole.stop)
+    else:
+        vertical = _centred_slice(whole.start + (gap + height / 2), height, whole)
+        upper = slice(whole.start, (whole.start + vertical.stop + 1) // 2)
+    search = list(foreground)
+    search[top.axis] = upper
+    head = foreground_box(crop_box(image, search), level, [1] * len(roi_size))
+    window = []
+    for axis, size in enumerate(roi_size):
+        middle = search[axis].start + (head[axis].start + head[axis].stop) / 2
+        window.append(_centred_slice(middle, size, foreground[axis]))
+    window[top.axis] = vertical
+    return tuple(window)
 
 
-def _around(middle: float, size: int, whole: slice) -> slice:
-    """A slice of a size around a middle, within a whole; all of it where it is no larger."""
+def _centred_slice(middle: float, size: int, whole: slice) -> slice:
+    """Return a slice of a size around a middle, shifted into `whole`, and no longer than that."""
     size = min(size, whole.stop - whole.start)
     start = min(max(round(middle - size / 2), whole.start), whole.stop - size)
     return slice(start, start + size)
 
 
-def _cut(part: slice, at: slice, whole: slice) -> tuple[bool, bool]:
-    """Whether what was found in a window reaches its first and its last voxels, beyond which there is more to see.
+def _cut_faces(found: slice, window: slice, foreground: slice) -> tuple[bool, bool]:
+    """Return whether a window's first and its last face along one axis cut structures.
 
-    Both are, where the window has no room to be moved away from one.
+    A face at the end of the foreground cuts nothing. Where one face cuts structures and the window
+    cannot be moved away from the other, both count as cut.
+
+    Args:
+        found: the extent of the structures, in the window's voxels.
+        window: in the image's voxels.
+        foreground: in the image's voxels.
     """
-    size = at.stop - at.start
-    before, after = (
-        part.start < EDGE and at.start > whole.start,
-        part.stop > size - EDGE and at.stop < whole.stop,
-    )
-    tight = (before and size - part.stop < ROOM) or (after and part.start < ROOM)
-    return before or tight, after or tight
+    size = window.stop - window.start
+    first = found.start < CUT_MARGIN and window.start > foreground.start
+    last = found.stop > size - CUT_MARGIN and window.stop < foreground.stop
+    no_room = (first and size - found.stop < KEPT_MARGIN) or (last and found.start < KEPT_MARGIN)
+    return first or no_room, last or no_room
 
 
-def _moved(part: slice, at: slice, whole: slice, before: bool, after: bool) -> slice:
-    """A window moved towards where it cuts something, keeping what else it holds; all there is, where it cuts both."""
-    size, way = at.stop - at.start, 0
-    if before and after:
-        return whole
-    if before:
-        way = -max(EDGE, size - part.stop - ROOM)
-    elif after:
-        way = max(EDGE, part.start - ROOM)
-    return _around(at.start + size / 2 + way, size, whole)
+def _move_to_cut(
+    found: slice, window: slice, foreground: slice, first_cut: bool, last_cut: bool
+) -> slice:
+    """Return a window moved towards the face that cuts structures; all of them stay inside.
+
+    Where both faces cut structures, the window becomes the whole foreground along this axis.
+    """
+    if first_cut and last_cut:
+        return foreground
+    size, shift = window.stop - window.start, 0
+    if first_cut:
+        shift = -max(CUT_MARGIN, size - found.stop - KEPT_MARGIN)
+    elif last_cut:
+        shift = max(CUT_MARGIN, found.start - KEPT_MARGIN)
+    return _centred_slice(window.start + size / 2 + shift, size, foreground)
 
 
-def _over(part: slice, at: slice, whole: slice, size: int) -> slice:
-    """A window's slice around what was found in `at`, or a longer one where that does not fit in."""
-    found = part.stop - part.start
-    longer = size if found <= size - EDGE else found + 2 * EDGE
-    return _around(at.start + (part.start + part.stop) / 2, longer, whole)
+def _centre_on_structures(found: slice, window: slice, foreground: slice, size: int) -> slice:
+    """Return a slice of a window's size around the structures, or longer where they do not fit."""
+    length = found.stop - found.start
+    if length > size - CUT_MARGIN:
+        size = length + 2 * CUT_MARGIN
+    return _centred_slice(window.start + (found.start + found.stop) / 2, size, foreground)

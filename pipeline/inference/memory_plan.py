@@ -1,41 +1,42 @@
-"""How much memory a case will take, told before it starts, and the plan that keeps a limit."""
+"""How much memory a case needs, estimated before it starts, and the plan that keeps a limit."""
 
 from __future__ import annotations
 
 import re
-import resource
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError, VolumeError
-from pipeline.inference.aggregator import FLOAT32, buffer_bytes
-from pipeline.inference.invert import PIECE_VALUES
-from pipeline.inference.predictor import Model, Prediction, predict_case
-from pipeline.inference.sliding_window import WindowInferer
-from pipeline.io import Header, isotropic_grid, read_header
+from pipeline.inference.aggregator import buffer_bytes
+from pipeline.inference.label_resampling import PIECE_VALUES
+from pipeline.inference.model import Model
+from pipeline.inference.process_memory import resident_bytes
+from pipeline.inference.sliding_window import SLICES_PER_BATCH, WindowInferer
+from pipeline.io import Grid, Header
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# Bytes that a step holds a voxel at its highest, the volume itself included, as measured on volumes of 4e7 voxels
+SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+# Bytes per voxel that each step holds at its highest, the volume itself included, as measured on
+# volumes of 4e7 voxels
 READ, CHECK, RESAMPLE, NORMALISE = 8, 13, 17, 13
-REFINE = 6  # bytes a voxel of the label map, as measured on a head
-PIECES = 3.5  # copies of one piece that inversion holds
+FLOAT32 = 4  # bytes
+REFINE = 6  # bytes per voxel of the label map, as measured on a head
+PIECE_COPIES = 3.5  # copies of one piece of scores that inversion holds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """The memory that a case will take, bytes.
+    """The memory that a case needs, bytes.
 
     Attributes:
-        base: of the process before it, with the network ready to run.
-        prepare: reading, checking, resampling and normalising hold so much above that at their highest.
-        network: likewise the network, its windows and the inversion.
+        base: of the process before the case, with the network ready to run.
+        prepare: what reading, checking, resampling and normalising hold at their highest.
+        network: what the network, its windows and the inversion hold at their highest.
     """
 
     base: int
@@ -44,12 +45,12 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """Of the process, at its highest."""
+        """The process's memory at its highest."""
         return self.base + max(self.prepare, self.network)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `4G`, `1500M` or `2.5GB` (powers of 1024).
+    """Return the bytes of a size such as `4G`, `1500M` or `2.5GB` (powers of 1024).
 
     Raises:
         ConfigError: anything else.
@@ -57,106 +58,94 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, flags=re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise ConfigError(f"--max-memory {text}: expected a size such as 4G or 1500M")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
 
 
-def predict_within(model: Model, image: Any, limit: int | None) -> Prediction:
-    """`predict_case` in windows' cells so small that the process stays below a limit; the labels do not depend on it.
+def plan_memory(model: Model, headers: Sequence[Header]) -> float | None:
+    """Return the bytes of windows' sums that a case may hold under the model's memory limit.
 
     Args:
-        model: an opened bundle.
-        image: a path, an image in memory, or a list of them, one a channel.
-        limit: bytes of resident memory, the process's own included; None for no limit.
+        model: an opened bundle with `max_memory`.
+        headers: of the case's files, one per channel.
+
+    Returns:
+        the argument `buffer_bytes` of the prediction; None for inferers without one.
 
     Raises:
-        VolumeError: the case needs more; the message says how much.
-        PipelineError: the case cannot be read or segmented.
+        VolumeError: the case needs more than the limit; the message says how much.
     """
-    inferer = model.evaluator.inferer
+    limit = model.max_memory
     if limit is None:
-        return predict_case(model, image)
-    headers = [
-        read_header(source) for source in (image if isinstance(image, list | tuple) else [image])
-    ]
-    found, held = plan_memory(model, headers, limit)
-    if found.peak > limit:
+        return None
+    base = ready_bytes(model)
+    allowed = None
+    if isinstance(model.inferer, WindowInferer):
+        allowed = limit - base - _bytes_besides_sums(model, headers)
+        allowed = max(1.0, allowed)  # the smallest groups of windows, and the estimate decides
+    needed = estimate_memory(model, headers, base, allowed).peak
+    if needed > limit:
         raise VolumeError(
-            f"needs about {_gb(found.peak)} of memory, --max-memory allows {_gb(limit)}; "
+            f"needs about {_gib(needed)} of memory, --max-memory allows {_gib(limit)}; "
             "give more, crop the volume, or resample it to larger voxels"
         )
-    if not isinstance(inferer, WindowInferer):
-        return predict_case(model, image)
-    before, inferer.held_bytes = inferer.held_bytes, held
-    try:
-        return predict_case(model, image)
-    finally:
-        inferer.held_bytes = before
+    return allowed
 
 
-def plan_memory(model: Model, headers: list[Header], limit: float) -> tuple[MemoryEstimate, float]:
-    """What a case will take under a limit, and the bytes of windows' sums that are then left to be held."""
-    base = ready_bytes(model)
-    held = float("inf")
-    if isinstance(model.evaluator.inferer, WindowInferer):
-        held = limit - base - _around(model, headers)
-    return estimate_memory(model, headers, base, held), held
-
-
-def estimate_memory(model: Model, headers: list[Header], base: int, held: float) -> MemoryEstimate:
-    """The memory that a case will take.
+def estimate_memory(
+    model: Model, headers: Sequence[Header], base: int, allowed: float | None = None
+) -> MemoryEstimate:
+    """Return the memory that a case needs.
 
     Args:
         model: an opened bundle.
-        headers: of the case's files, one a channel.
-        base: bytes that the process has, from `ready_bytes`.
-        held: bytes of windows' sums that may be held, where the inferer can keep to that.
+        headers: of the case's files, one per channel.
+        base: bytes that the process holds before, from `ready_bytes`.
+        allowed: bytes of windows' sums that may be held; the inferer's own by default.
     """
     file_voxels = sum(prod(header.shape) for header in headers)
-    grid = grid_shape(model.spec, headers[0])
+    grid = network_grid_shape(model.spec, headers[0])
     channels, voxels = len(model.spec.labels), prod(grid) * len(headers)
     raw = max(prod(header.shape) * header.bytes_per_voxel for header in headers)
     prepare = [READ * file_voxels + raw, CHECK * file_voxels, NORMALISE * voxels]
     if grid != tuple(headers[0].shape):
         prepare.append(RESAMPLE * max(file_voxels, voxels))
-    inferer = model.evaluator.inferer
-    if isinstance(inferer, WindowInferer):
-        limited = WindowInferer(
-            inferer.roi_size,
-            inferer.overlap,
-            slice_dim=inferer.slice_dim,
-            placement=inferer.placement,
-            held_bytes=held,
-        )
-        sums = buffer_bytes(limited.windows(grid, channels), channels)
+    if isinstance(model.inferer, WindowInferer):
+        sums = buffer_bytes(model.inferer.windows(grid, channels, allowed), channels)
     else:
         sums = 2 * FLOAT32 * channels * prod(grid)  # whole logits, and their softmax
-    return MemoryEstimate(
-        base=base, prepare=int(max(prepare)), network=int(sums + _around(model, headers))
-    )
+    network = sums + _bytes_besides_sums(model, headers)
+    return MemoryEstimate(base=base, prepare=int(max(prepare)), network=int(network))
 
 
-def _around(model: Model, headers: list[Header]) -> int:
-    """Bytes that the network's stage holds beside the sums: image, window, labels, and the piece that is inverted."""
-    spec, shape = model.spec, headers[0].shape
-    spacing = getattr(model.preprocessing.transforms[0], "labels_spacing", None)
+def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
+    """Return what inference holds besides sums: image, window, labels, the piece being inverted."""
+    spec, label_shape = model.spec, headers[0].shape
+    spacing = model.preprocessing.reader.labels_spacing
     if spacing is not None:
-        _, shape = isotropic_grid(headers[0].affine, shape, spacing)
-    grid = prod(grid_shape(spec, headers[0]))
+        file_grid = Grid(affine=headers[0].affine, shape=headers[0].shape)
+        label_shape = file_grid.with_spacing(spacing).shape
+    grid = prod(network_grid_shape(spec, headers[0]))
     channels = len(spec.labels)
-    window = FLOAT32 * channels * prod(spec.roi_size) * 2 * (16 if spec.spatial_dims == 2 else 1)
+    windows = 2 * (SLICES_PER_BATCH if spec.spatial_dims == 2 else 1)  # input and output
+    window = FLOAT32 * channels * prod(spec.roi_size) * windows
     piece = FLOAT32 * min(PIECE_VALUES, channels * grid)
-    labels = 2 * prod(shape) * (1 if channels <= 256 else 4)
-    refined = 0.0
-    if spec.refine:  # the scan as read, probabilities in float16, and the voxels that are contested
+    labels = 2 * prod(label_shape) * (1 if channels <= 256 else 4)
+    refine = 0
+    if spec.refine:  # the scan as read, probabilities in float16, and the contested voxels
         scan = sum(prod(header.shape) for header in headers)
-        refined = FLOAT32 * scan + 2 * len(spec.contested) * grid + REFINE * prod(shape)
-    return int(FLOAT32 * grid * len(headers) + window + PIECES * piece + labels + refined)
+        refine = FLOAT32 * scan + 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
+    image = FLOAT32 * grid * len(headers)
+    return int(image + window + PIECE_COPIES * piece + labels + refine)
 
 
-def grid_shape(spec: Spec, header: Header) -> tuple[int, ...]:
-    """The size of a file on the network's grid, voxels: its axes turned to the spec's orientation, at the spec's spacing."""
+def network_grid_shape(spec: Spec, header: Header) -> tuple[int, ...]:
+    """Return the size of a file on the network's grid, voxels.
+
+    The file's axes are turned to the spec's orientation and resampled to its spacing.
+    """
     spacing = np.linalg.norm(header.affine[:3, :3], axis=0)
-    world = np.abs(header.affine[:3, :3] / np.where(spacing, spacing, 1)).argmax(axis=0).tolist()
+    directions = header.affine[:3, :3] / np.where(spacing, spacing, 1)
+    world = np.abs(directions).argmax(axis=0).tolist()  # the world axis of each file axis
     sizes = []
     for code, mm in zip(spec.orientation, spec.spacing, strict=True):
         axis = world.index(AXES[code]) if AXES[code] in world else AXES[code]
@@ -167,41 +156,12 @@ def grid_shape(spec: Spec, header: Header) -> tuple[int, ...]:
 
 @torch.no_grad()
 def ready_bytes(model: Model) -> int:
-    """The process's resident memory, bytes, when the network has run once."""
+    """Return the process's resident memory, bytes, after the network has run once."""
     spec = model.spec
-    network = model.evaluator.network
-    network.eval()
-    network(torch.zeros(1, len(spec.channels), *spec.roi_size, device=model.evaluator.state.device))
+    model.network.eval()
+    model.network(torch.zeros(1, len(spec.channels), *spec.roi_size, device=model.device))
     return resident_bytes()
 
 
-def resident_bytes() -> int:
-    """The process's resident memory, bytes."""
-    return _status("VmRSS") or peak_bytes()
-
-
-def peak_bytes() -> int:
-    """The process's largest resident memory, bytes, since `reset_peak` (since its start where the kernel cannot say)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak() -> None:
-    """Starts the peak anew, where the kernel lets it (Linux)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _status(key: str) -> int:
-    """A size in the kernel's account of this process, bytes; 0 where there is none."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), 0)
-
-
-def _gb(size: float) -> str:
+def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GB"

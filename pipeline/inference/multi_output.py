@@ -1,4 +1,4 @@
-"""Networks that give several tensors, as a sequence or a mapping."""
+"""Networks that return several tensors, as a sequence or a mapping."""
 
 from __future__ import annotations
 
@@ -9,49 +9,74 @@ from typing import Any
 import torch
 
 from pipeline.inference.aggregator import WindowGrid
-
-ScoreFunction = Callable[[Sequence[tuple[int, ...]]], Sequence[Any]]
+from pipeline.inference.boxes import box_at, crop_box
 
 
 def aggregate_outputs(
-    windows: WindowGrid,
-    look: ScoreFunction,
-    first: Any,
-    weight_map: Callable[[tuple[int, ...]], torch.Tensor],
+    grid: WindowGrid,
+    score_windows: Callable[[Sequence[tuple[int, ...]]], Sequence[Any]],
+    example: Any,
+    importance_map: Callable[[tuple[int, ...]], torch.Tensor],
 ) -> Any:
-    """Whole scores of a network of several outputs, each at its own resolution, in the structure that the network gives."""
-    totals: list[torch.Tensor] = []
-    for start in product(*windows.starts):
-        (scores,) = look([start])
-        for number, one in enumerate(leaves(scores)):
-            size = one.shape[1:]
-            if number == len(totals):
-                shape = [
-                    n * s // r
-                    for n, s, r in zip(windows.shape, size, windows.roi_size, strict=True)
-                ]
-                totals.append(one.new_zeros((len(one) + 1, *shape), dtype=torch.float32))
-            at = tuple(
-                slice(i * s // r, i * s // r + s)
-                for i, s, r in zip(start, size, windows.roi_size, strict=True)
-            )
-            weights = weight_map(tuple(size)).to(one.device)
-            scored = (slice(0, -1), *at)
-            totals[number][scored] += one * weights
-            totals[number][-1][at] += weights
-    results = iter([total[:-1] / total[-1].clamp(min=torch.finfo().tiny) for total in totals])
-    return map_tensors(lambda _: next(results), first)
+    """Return whole scores of a network of several outputs, in the structure that it returns.
+
+    Unlike `aggregate`, this holds the sums of the whole volume.
+
+    Args:
+        grid: where windows lie.
+        score_windows: the first voxels of windows → the outputs of each, tensors (C, *size).
+        example: the outputs of any window, for their structure.
+        importance_map: size of a window, voxels → the weights of its voxels.
+
+    Returns:
+        Each output at its own resolution: one of half as many voxels per window as `roi_size` has
+        half as many as the volume.
+    """
+    sums: list[torch.Tensor] = []  # per output (C + 1, *spatial), the last channel of the weights
+    for start in product(*grid.starts):
+        (outputs,) = score_windows([start])
+        for number, scores in enumerate(leaves(outputs)):
+            size = tuple(scores.shape[1:])
+            if number == len(sums):
+                whole = _at_resolution(grid.shape, size, grid.roi_size)
+                sums.append(scores.new_zeros((len(scores) + 1, *whole), dtype=torch.float32))
+            weights = importance_map(size).to(scores.device)
+            place = box_at(_at_resolution(start, size, grid.roi_size), size)
+            window_sums = crop_box(sums[number], place)
+            window_sums[:-1] += scores * weights
+            window_sums[-1] += weights
+    smallest = torch.finfo().tiny
+    means = iter([total[:-1] / total[-1].clamp(min=smallest) for total in sums])
+    return map_tensors(lambda _: next(means), example)
+
+
+def _at_resolution(
+    voxels: Sequence[int], size: Sequence[int], roi_size: Sequence[int]
+) -> list[int]:
+    """Return a position or size of the volume on the grid of an output.
+
+    Args:
+        voxels: per axis, in voxels of the volume.
+        size: of the output in one window.
+        roi_size: of the window itself.
+    """
+    return [n * s // r for n, s, r in zip(voxels, size, roi_size, strict=True)]
 
 
 def leaves(structure: Any) -> list[torch.Tensor]:
-    """The tensors of a structure, in its order."""
+    """Return the tensors of a structure, in its order."""
     found: list[torch.Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor), structure)
+    map_tensors(found.append, structure)
     return found
 
 
 def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
-    """A function of tensors, taken over tensors, sequences or mappings of them alike."""
+    """Return a structure of the results of a function for each tensor.
+
+    Args:
+        function: takes one tensor of each structure.
+        structures: tensors, or sequences or mappings of structures, all with the same layout.
+    """
     first = structures[0]
     if isinstance(first, Mapping):
         return {key: map_tensors(function, *(s[key] for s in structures)) for key in first}
@@ -61,7 +86,12 @@ def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
 
 
 def split_batch(output: Any, slice_dim: int | None) -> list[Any]:
-    """A batch's output as one result an item, with the slices' axis put back."""
+    """Return the output of a batch as one result per item.
+
+    Args:
+        output: tensors (B, C, *spatial), in any structure.
+        slice_dim: the spatial axis of length 1 to insert, for a 2D network; None for none.
+    """
     if slice_dim is not None:
         output = map_tensors(lambda tensor: tensor.unsqueeze(slice_dim + 2), output)
     count = len(leaves(output)[0])

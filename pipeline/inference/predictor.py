@@ -1,181 +1,245 @@
-"""What drives the network: the parts of MONAI's trainer, and one case through MONAI's evaluator."""
+"""One case through the whole path: from files to labels on their own grid.
+
+The command line, the Python API and the bundle's Ignite engine all call `predict_case` or its two
+halves, so they give the same voxels. Nothing here is kept between cases.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from monai.data import MetaTensor, list_data_collate
+from ignite.engine import Engine
+from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.engines.utils import IterationEvents
-from monai.transforms import Compose
 
 from pipeline.config import Spec
-from pipeline.errors import VolumeError, unwrap
-from pipeline.inference.invert import PRED, SOFT_MM3, UNCERTAINTY
+from pipeline.errors import VolumeError, unwrapped_errors
+from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.invert import PRED, InvertedLabels
+from pipeline.inference.memory_plan import plan_memory
+from pipeline.inference.model import Model, Prediction, PreparedCase
 from pipeline.inference.quality_checks import quality_warnings
-from pipeline.inference.sliding_window import NETWORK_SECONDS
+from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
 from pipeline.inference.volumes import volumes_mm3, with_sums
-from pipeline.transforms import IMAGE
-from pipeline.types import Affine, Array, LabelMap, PathOrStr
+from pipeline.io import read_header, warnings_of
+from pipeline.transforms import IMAGE, SCAN
 
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A bundle opened for inference: all that one case needs, loaded once.
-
-    Attributes:
-        root: the bundle's folder.
-        spec: what its weights see and say.
-        preprocessing: the way in; its first step reads.
-        evaluator: MONAI's evaluator over the network, its inferer and the inversion.
-        max_memory: bytes that the process may come to hold; None for no limit.
-        uncertainty: whether each voxel's uncertainty is wanted.
-    """
-
-    root: PathOrStr
-    spec: Spec
-    preprocessing: Compose
-    evaluator: SupervisedEvaluator
-    max_memory: int | None = None
-    uncertainty: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What one case gave.
-
-    Attributes:
-        labels: (X, Y, Z) output values on the file's own grid.
-        affine: the file's, voxel → RAS+ world, mm.
-        header: the file's NIfTI header, empty for other formats.
-        warnings: what is doubtful about the case.
-        seconds: wall time of each step.
-        volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
-        uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, where it was asked for.
-    """
-
-    labels: LabelMap
-    affine: Affine
-    header: bytes
-    warnings: tuple[str, ...]
-    seconds: dict[str, float]
-    volumes_mm3: dict[str, float]
-    uncertainty: Array | None = None
-
-
-@dataclass(kw_only=True)
-class PreparedCase:
-    """A case that was read and brought to the network's grid.
-
-    Attributes:
-        batch: what MONAI's evaluator takes, of one case; None once the network has taken it.
-        seconds: wall time of each step.
-    """
-
-    batch: dict[Hashable, Any] | None
-    seconds: dict[str, float]
+INVERTED = "inverted_labels"  # key of the evaluator's output: labels before user postprocessing
+NETWORK_SECONDS = "network_seconds"  # likewise
 
 
 def predict_case(model: Model, image: Any) -> Prediction:
-    """One case through the whole path, file to labels; the command line, the bundle and the Python API all come here.
+    """Return the labels of one case.
 
     Args:
         model: an opened bundle.
-        image: a path, a nibabel or SimpleITK image, or a list of them, one a channel.
+        image: a path, a nibabel or SimpleITK image, or a list of them, one per channel.
 
     Raises:
+        VolumeError: the case needs more memory than `model.max_memory` allows, or cannot be
+            segmented as it is.
         PipelineError: the case cannot be read or segmented; the message says why.
     """
-    return predict_prepared(model, prepare(model, image))
+    buffer_bytes = None
+    if model.max_memory is not None:
+        sources = image if isinstance(image, list | tuple) else [image]
+        buffer_bytes = plan_memory(model, [read_header(source) for source in sources])
+    return predict_prepared(model, prepare(model, image), buffer_bytes=buffer_bytes)
 
 
 def prepare(model: Model, image: Any) -> PreparedCase:
-    """The first half of `predict_case`: reading and preprocessing, which may go on beside another case's second half.
+    """Return a case read and preprocessed; may run while the network computes another one.
 
     Raises:
         PipelineError: the case cannot be read; the message says why.
     """
     started = time.perf_counter()
-    with _mendable():
-        case = model.preprocessing({IMAGE: image}, end=1)
-        read = time.perf_counter()
+    with unwrapped_errors():
+        case = model.preprocessing.load({IMAGE: image})
+        loaded = time.perf_counter()
         _check_channels(case[IMAGE], model.spec)
-        batch = list_data_collate([model.preprocessing(case, start=1)])
-    return PreparedCase(
-        batch=batch, seconds={"read": read - started, "preprocess": time.perf_counter() - read}
-    )
+        case = model.preprocessing.to_network_grid(case)
+    seconds = {"read": loaded - started, "preprocess": time.perf_counter() - loaded}
+    return PreparedCase(case=case, seconds=seconds)
 
 
-def predict_prepared(model: Model, prepared: PreparedCase) -> Prediction:
-    """The second half of `predict_case`: the network and the inversion.
+def predict_prepared(
+    model: Model, prepared: PreparedCase, *, buffer_bytes: float | None = None
+) -> Prediction:
+    """Return the labels of a prepared case: network, inversion, volumes and quality checks.
+
+    Args:
+        model: an opened bundle.
+        prepared: from `prepare`.
+        buffer_bytes: sums of windows that may be held at a time; the inferer's own by default.
 
     Raises:
         PipelineError: the case cannot be segmented; the message says why.
     """
-    batch, prepared.batch = prepared.batch, None
-    assert batch is not None
-    marks = [time.perf_counter()]
-    with _mendable():
-        pred = _evaluate(model.evaluator, batch, lambda: marks.append(time.perf_counter()))
-    started, network, ended = *marks, time.perf_counter()
-    if NETWORK_SECONDS in pred.meta:  # blocks were inverted as they came
-        network = started + float(pred.meta[NETWORK_SECONDS])
-    labels, affine = pred[0].numpy(), np.asarray(pred.affine, dtype=np.float64)
-    volumes = with_sums(
-        volumes_mm3(labels, affine, model.spec.labels, pred.meta.get(SOFT_MM3)), model.spec.sums
-    )
+    started = time.perf_counter()
+    image = prepared.case[IMAGE]
+    with unwrapped_errors():
+        inverted, network = segment_volume(
+            model, image, prepared.case.get(SCAN), buffer_bytes=buffer_bytes
+        )
+    seconds = {"network": network, "invert": time.perf_counter() - started - network}
+    return _prediction(model, inverted, image, prepared.seconds | seconds)
+
+
+def segment_volume(
+    model: Model,
+    image: MetaTensor,
+    scan: MetaTensor | None = None,
+    *,
+    buffer_bytes: float | None = None,
+) -> tuple[InvertedLabels, float]:
+    """Return the labels of a volume on the network's grid, and the seconds that the network took.
+
+    Logits are inverted while they are computed, block by block, where the inferer yields blocks.
+
+    Args:
+        model: an opened bundle.
+        image: (C, X, Y, Z) on the network's grid.
+        scan: (C, I, J, K) intensities as read, where borders are refined.
+        buffer_bytes: sums of windows that may be held at a time; the inferer's own by default.
+    """
+    model.network.eval()
+    on_device = image.to(model.device)
+    timer = _Timer()
+
+    def attempt(device: torch.device) -> InvertedLabels:
+        if isinstance(model.inferer, WindowInferer):
+            blocks = model.inferer.blocks(
+                on_device, model.network, device=device, buffer_bytes=buffer_bytes
+            )
+        else:
+            blocks = _one_block(model, on_device)
+        return model.inversion.from_blocks(timer.time(blocks), image, scan)
+
+    with torch.no_grad():
+        inverted = with_host_fallback(attempt, on_device)
+    return inverted, timer.seconds
+
+
+def _one_block(model: Model, image: MetaTensor) -> Iterator[ScoreBlock]:
+    """Yield the whole logits that any other inferer gives as one block."""
+    logits = model.inferer(image[None], model.network)[0]
+    plain = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
+    yield ScoreBlock(start=(0, 0, 0), scores=plain.float(), shape=tuple(plain.shape[1:]))
+
+
+class _Timer:
+    """Adds up the time that passes inside an iterator."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def time(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
+        while True:
+            started = time.perf_counter()
+            block = next(blocks, None)
+            self.seconds += time.perf_counter() - started
+            if block is None:
+                return
+            yield block
+            del block  # or it would be held while the next one is computed
+
+
+def _prediction(
+    model: Model, inverted: InvertedLabels, image: MetaTensor, seconds: dict[str, float]
+) -> Prediction:
+    """Return the result of a case with its volumes and warnings."""
+    spec, labels, affine = model.spec, inverted.labels, inverted.grid.affine
+    volumes = volumes_mm3(labels, affine, spec.labels, inverted.soft_mm3)
+    volumes = with_sums(volumes, spec.sums)
     return Prediction(
         labels=labels,
         affine=affine,
-        header=bytes(np.asarray(pred.meta["header"], dtype=np.uint8)),
-        warnings=(
-            *(line for line in str(pred.meta["warnings"]).splitlines() if line),
-            *quality_warnings(labels, affine, volumes, model.spec),
-        ),
-        seconds=prepared.seconds | {"network": network - started, "invert": ended - network},
+        header=inverted.grid.header,
+        warnings=(*warnings_of(image.meta), *quality_warnings(labels, affine, volumes, spec)),
+        seconds=seconds,
         volumes_mm3=volumes,
-        uncertainty=np.asarray(pred.meta[UNCERTAINTY]) if UNCERTAINTY in pred.meta else None,
+        uncertainty=inverted.uncertainty,
     )
-
-
-@contextmanager
-def _mendable() -> Iterator[None]:
-    """Raises the PipelineError behind what MONAI's transforms and engines raise, where there is one."""
-    try:
-        yield
-    except Exception as error:
-        known = unwrap(error)
-        if known is None:
-            raise
-        raise known from error
 
 
 def _check_channels(image: torch.Tensor, spec: Spec) -> None:
     if len(image) != len(spec.channels):
         raise VolumeError(
-            f"got {len(image)} image, expected {len(spec.channels)}, one a channel: {', '.join(spec.channels)}"
+            f"got {len(image)} image, expected {len(spec.channels)}, one per channel: "
+            f"{', '.join(spec.channels)}"
         )
 
 
-def _evaluate(
-    evaluator: SupervisedEvaluator, batch: Mapping[Hashable, Any], forward_done: Callable[[], None]
-) -> MetaTensor:
-    """`pred` of one preprocessed case; the evaluator keeps nothing of it."""
-    evaluator.data_loader = [batch]
+def streaming_iteration(model: Model) -> Callable[[Engine, Mapping[str, Any]], list[Any]]:
+    """Return the iteration of a MONAI evaluator that inverts logits while they are computed.
+
+    The evaluator's own iteration holds whole logits, classes × volume. This one fires the same
+    events, so that handlers and postprocessing run as ever. Use it with `decollate=False`.
+
+    Args:
+        model: an opened bundle.
+    """
+
+    def iteration(engine: Engine, batch: Mapping[str, Any]) -> list[Any]:
+        cases = decollate_batch(dict(batch))
+        outputs = []
+        for case in cases:
+            inverted, seconds = segment_volume(model, case[IMAGE], case.get(SCAN))
+            outputs.append(
+                {
+                    IMAGE: case[IMAGE],
+                    PRED: inverted,
+                    INVERTED: inverted,
+                    NETWORK_SECONDS: seconds,
+                }
+            )
+        engine.state.batch, engine.state.output = cases, outputs
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        output: list[Any] = engine.state.output
+        return output
+
+    return iteration
+
+
+def evaluate_prepared(
+    evaluator: SupervisedEvaluator, model: Model, prepared: PreparedCase
+) -> Prediction:
+    """Return the labels of a prepared case by the bundle's evaluator, its handlers included.
+
+    Args:
+        evaluator: with `streaming_iteration`, as the wiring builds it.
+        model: the same bundle.
+        prepared: from `prepare`.
+
+    Raises:
+        PipelineError: the case cannot be segmented; the message says why.
+    """
+    started = time.perf_counter()
+    evaluator.data_loader = [list_data_collate([prepared.case])]
     evaluator.state.epoch_length = 1
     try:
-        with evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, forward_done):
+        with unwrapped_errors():
             evaluator.run()
-        pred: MetaTensor = evaluator.state.output[0][PRED]
-        return pred
+        output = _only(evaluator.state.output)
+        pred, inverted = output[PRED], output[INVERTED]
+        network = output[NETWORK_SECONDS]
+        seconds = {"network": network, "invert": time.perf_counter() - started - network}
+        # postprocessing of the user's own may have changed the labels
+        changed = replace(inverted, labels=pred[0].numpy())
+        return _prediction(model, changed, output[IMAGE], prepared.seconds | seconds)
     finally:
         evaluator.data_loader, evaluator.state.output, evaluator.state.batch = [], None, None
-        evaluator._internal_run_generator = (
-            None  # Ignite keeps that of a run that failed: the next case would not run
-        )
+        # Ignite keeps the generator of a run that failed: the next case would not run
+        evaluator._internal_run_generator = None
+
+
+def _only(outputs: Sequence[Any]) -> Any:
+    (output,) = outputs
+    return output

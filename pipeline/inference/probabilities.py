@@ -1,4 +1,4 @@
-"""What soft scores say beside the label that wins: how much of each structure there is, and how sure they are."""
+"""What probabilities hold besides the winning label: soft volumes, per-class maps and entropy."""
 
 from __future__ import annotations
 
@@ -10,42 +10,59 @@ import torch
 from pipeline.inference.aggregator import HALO, ScoreBlock
 
 
-def collect_probabilities(
-    blocks: Iterator[ScoreBlock],
-    numbers: Sequence[int],
-    totals: list[torch.Tensor],
-    store: list[torch.Tensor],
-) -> Iterator[ScoreBlock]:
-    """The same blocks, and what their probabilities say.
+class ProbabilityCollector:
+    """Sums the probabilities of blocks of logits, and keeps those of some classes, while blocks pass.
 
     Args:
-        blocks: of logits (C, x, y, z).
-        numbers: of the classes whose probabilities are kept.
-        totals: gets each block's sum of probabilities, (C,) float64, voxels, without what blocks repeat.
-        store: gets the probabilities kept, (len(numbers), X, Y, Z) float16 on the CPU, with the first block.
+        kept_classes: the classes whose probability maps are kept.
+
+    Attributes:
+        sums: (C,) float64 per block, the sum of each class's probabilities, in voxels.
+        maps: (len(kept_classes), X, Y, Z) float16 on the CPU; None without kept classes.
     """
-    for block in blocks:
+
+    def __init__(self, kept_classes: Sequence[int] = ()) -> None:
+        self.kept_classes = list(kept_classes)
+        self.sums: list[torch.Tensor] = []
+        self.maps: torch.Tensor | None = None
+
+    def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
+        """Yield the same blocks of logits, after adding up their probabilities."""
+        for block in blocks:
+            self._add(block)
+            yield block
+            del block  # or it would be held while the next one is computed
+
+    @property
+    def voxels(self) -> torch.Tensor:
+        """(C,) float64: the sum of each class's probabilities over the volume, in voxels."""
+        return torch.stack(self.sums).sum(dim=0)
+
+    def _add(self, block: ScoreBlock) -> None:
         probabilities = torch.softmax(block.scores, dim=0)
+        # a block repeats the last voxels of the one before it, which must not be counted twice
         new = (slice(None), *(slice(HALO if start else 0, None) for start in block.start))
-        totals.append(probabilities[new].sum((1, 2, 3), dtype=torch.float64).cpu())
-        if numbers:
-            if not store:
-                store.append(torch.zeros((len(numbers), *block.shape), dtype=torch.float16))
-            x, y, z = (
-                slice(s, s + n) for s, n in zip(block.start, block.scores.shape[1:], strict=True)
-            )
-            store[0][:, x, y, z] = probabilities[list(numbers)].half().cpu()
-        del probabilities
-        yield block
-        del block
+        self.sums.append(probabilities[new].sum((1, 2, 3), dtype=torch.float64).cpu())
+        if not self.kept_classes:
+            return
+        if self.maps is None:
+            self.maps = torch.zeros((len(self.kept_classes), *block.shape), dtype=torch.float16)
+        sizes = block.scores.shape[1:]
+        x, y, z = (slice(s, s + n) for s, n in zip(block.start, sizes, strict=True))
+        self.maps[:, x, y, z] = probabilities[self.kept_classes].half().cpu()
 
 
 def entropy(scores: torch.Tensor) -> torch.Tensor:
-    """How unsure scores (C, x, y, z) are, (x, y, z) from 0 (one class only) to 1 (all alike).
+    """Return the entropy of the softmax of scores as a fraction of its largest value.
+
+    Args:
+        scores: (C, x, y, z) logits.
+
+    Returns:
+        (x, y, z) from 0 (one class only) to 1 (all classes alike).
 
     References:
-        Shannon: A mathematical theory of communication. Bell System Technical Journal 27 (1948): the entropy of the softmax,
-        here as a fraction of log C.
+        Shannon: A mathematical theory of communication. Bell System Technical Journal 27 (1948).
     """
     logs = torch.log_softmax(scores, dim=0)
     return -(logs.exp() * logs).sum(dim=0) / log(max(2, len(scores)))

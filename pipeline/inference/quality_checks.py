@@ -1,4 +1,4 @@
-"""What makes a finished segmentation doubtful: structures cut off by the scan's edge, volumes that nobody has."""
+"""What makes a finished segmentation doubtful: structures cut by the scan's edge, odd volumes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import nibabel as nib
 from pipeline.config import Spec
 from pipeline.types import Affine, LabelMap
 
-FACES = {
+FACE_NAMES = {
     "R": "right",
     "L": "left",
     "A": "anterior",
@@ -17,49 +17,57 @@ FACES = {
     "S": "superior",
     "I": "inferior",
 }
-OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
-ML = 1000.0  # mm³
-NAMED = 4  # volumes out of their range that are told one by one; more than that are summed up
+OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+MM3_PER_ML = 1000.0
+# implausible volumes that get a warning each; more are one warning, which can still be read in a
+# table
+MAX_SEPARATE_WARNINGS = 4
 
 
 def quality_warnings(
     labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], spec: Spec
 ) -> list[str]:
-    """One line a reason to look at a case, as its spec names them.
+    """Return one line per reason to look at a case, of the reasons that its spec asks for.
 
     Args:
         labels: (X, Y, Z) output values on the file's grid.
         affine: voxel → RAS+ world, mm.
         volumes_mm3: name → volume of each structure and sum.
-        spec: `whole` and `plausible_ml`.
+        spec: gives `warn_at_edge` and `plausible_ml`.
     """
-    lines = []
+    warnings = []
     faces = touched_faces(labels, affine) if spec.warn_at_edge else []
     if faces:
-        lines.append(
+        warnings.append(
             f"structures reach the scan's edge ({', '.join(faces)}): part of them may be missing"
         )
-    sizes = {name: (volumes_mm3[name] / ML, *ends) for name, ends in spec.plausible_ml.items()}
-    odd = {
-        name: (ml, low, high) for name, (ml, low, high) in sizes.items() if not low <= ml <= high
-    }
-    told = [
-        f"{name}: {ml:.3g} mL, expected {low:g} to {high:g}"
-        for name, (ml, low, high) in odd.items()
-    ]
-    if len(told) > NAMED:
-        return [
-            *lines,
-            f"{len(told)} of {len(sizes)} volumes are out of range ({', '.join(told[:NAMED])}, …): look at it",
-        ]
-    return [*lines, *(f"{line}: look at it" for line in told)]
+    implausible = []
+    for name, (low, high) in spec.plausible_ml.items():
+        volume_ml = volumes_mm3[name] / MM3_PER_ML
+        if not low <= volume_ml <= high:
+            implausible.append(f"{name}: {volume_ml:.3g} mL, expected {low:g} to {high:g}")
+    if len(implausible) > MAX_SEPARATE_WARNINGS:
+        listed = ", ".join(implausible[:MAX_SEPARATE_WARNINGS])
+        warnings.append(
+            f"{len(implausible)} of {len(spec.plausible_ml)} volumes are out of range "
+            f"({listed}, …): look at it"
+        )
+    else:
+        warnings += [f"{line}: look at it" for line in implausible]
+    return warnings
 
 
 def touched_faces(labels: LabelMap, affine: Affine) -> list[str]:
-    """The sides of the body on which a label lies in a volume's outermost voxels."""
+    """Return the sides of the body on which labels lie in the outermost voxels of a volume.
+
+    Args:
+        labels: (X, Y, Z), 0 for background.
+        affine: voxel → RAS+ world, mm.
+    """
     faces = []
     for axis, code in enumerate(nib.aff2axcodes(affine)):
-        for end, side in ((0, OPPOSITE[code]), (-1, code)):
-            if labels.take(end, axis=axis).any():
-                faces.append(FACES[side])
+        if labels.take(0, axis=axis).any():
+            faces.append(FACE_NAMES[OPPOSITE[code]])
+        if labels.take(-1, axis=axis).any():
+            faces.append(FACE_NAMES[code])
     return sorted(faces)

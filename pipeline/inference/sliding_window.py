@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from monai.data import MetaTensor, decollate_batch
@@ -23,99 +23,129 @@ from pipeline.inference.aggregator import (
     group_windows,
     window_grid,
 )
+from pipeline.inference.boxes import crop_box
 from pipeline.inference.foreground import (
-    Box,
-    crop_box,
     foreground_box,
     foreground_cells,
     foreground_level,
 )
-from pipeline.inference.localisation import Top, head_top, localise
+from pipeline.inference.localisation import HeadTop, head_top, localise
 from pipeline.inference.multi_output import aggregate_outputs, map_tensors
-from pipeline.inference.overlap_tile import BackgroundInferer, build_tile_inferer
-from pipeline.inference.rotation import average_rotations
-from pipeline.inference.test_time_augmentation import Mirroring, average_mirrored, mirroring_of
+from pipeline.inference.overlap_tile import BackgroundInferer, build_tile_inferer, with_background
+from pipeline.inference.test_time_augmentation import (
+    Mirroring,
+    average_mirrored,
+    average_rotations,
+    mirroring_of,
+)
 from pipeline.inference.windows import WindowScores, crop_padding, pad_to_window
+from pipeline.io import add_warnings
+from pipeline.types import Box, NetworkFunction
 
-Finish = Callable[[Iterator[ScoreBlock], MetaTensor], torch.Tensor]
-SLICES = 16  # of a volume that a 2D network sees at once
-HELD_BYTES = 2**30  # of sums that are held without a memory limit; more gains no time
-NETWORK_SECONDS = "network_seconds"  # key of `meta`: how much of the inferer's time went to windows
+T = TypeVar("T")
+
+# slices that a 2D network computes together: one alone leaves cores idle
+SLICES_PER_BATCH = 16
+# sums of windows that are held without a memory limit; more was measured to gain no time
+BUFFER_BYTES = 2**30
+# of a window's size: MONAI's default, whose weights ours equal
+GAUSSIAN_SIGMA = 0.125
 
 
 def build_inferer(
-    spec: Spec,
-    overlap: float | None = None,
-    sw_batch_size: int | None = None,
-    *,
-    finish: Finish | None = None,
+    spec: Spec, overlap: float | None = None, sw_batch_size: int | None = None
 ) -> Inferer:
-    """The inferer of a spec: volumes by 3D windows, or slice by slice where roi_size has two numbers.
+    """Return the inferer of a spec: volumes by 3D windows, or slice by slice for a 2D network.
 
-    A network without padding gets mirror-extended tiles whose outputs abut; one with a sigmoid output gets a background before
-    its structures; rotated versions are averaged where asked for.
+    A network without padding gets mirror-extended tiles whose outputs abut; one with a sigmoid
+    output gets a background channel; rotated versions are averaged where the spec asks for them.
 
     Args:
         spec: gives roi_size, overlap and the axis of slices.
-        overlap: of neighbouring windows, a fraction of roi_size, instead of the spec's.
-        sw_batch_size: windows that go through the network together; 1 in 3D and 16 in 2D by default.
-        finish: what is made of each image's blocks while they come; whole logits by default.
+        overlap: of neighbouring windows, a fraction of roi_size; the spec's own by default.
+        sw_batch_size: windows that go through the network together; by default 1 in 3D, 16 in 2D.
 
-    Shapes: (B, C, X, Y, Z) of any size, (padded where smaller than the window) → logits (B, labels, X, Y, Z).
+    Shapes:
+        (B, C, X, Y, Z) of any size → logits (B, labels, X, Y, Z).
 
     Raises:
         ConfigError: an overlap that is not 0 ≤ overlap < 1.
     """
     overlap = spec.overlap if overlap is None else overlap
-    if spec.tta_rotations > 1:  # averages whole volumes
-        finish = None
-    plain = _windows_or_tiles(spec, overlap, sw_batch_size, finish)
-    return average_rotations(spec, BackgroundInferer(plain) if spec.output == "sigmoid" else plain)
+    return average_rotations(spec, _window_or_tile_inferer(spec, overlap, sw_batch_size))
 
 
-def _windows_or_tiles(
-    spec: Spec, overlap: float, sw_batch_size: int | None, finish: Finish | None
-) -> Inferer:
+def _window_or_tile_inferer(spec: Spec, overlap: float, sw_batch_size: int | None) -> Inferer:
     if not spec.network.padding:
         if overlap:
             raise ConfigError(
-                f"overlap: expected 0 for a network without padding, whose tiles abut, got {overlap}"
+                "overlap: expected 0 for a network without padding, whose tiles abut, "
+                f"got {overlap}"
             )
-        return build_tile_inferer(spec, sw_batch_size)
+        tiles = build_tile_inferer(spec, sw_batch_size)
+        return BackgroundInferer(tiles) if spec.output == "sigmoid" else tiles
     return WindowInferer(
         spec.roi_size,
         overlap,
         slice_dim=spec.slice_dim,
-        sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES),
+        sw_batch_size=sw_batch_size or (1 if spec.slice_dim is None else SLICES_PER_BATCH),
         mirroring=mirroring_of(spec),
         foreground_threshold=spec.foreground_threshold,
         head_top=head_top(spec) if spec.localise else None,
-        finish=finish,
+        add_background=spec.output == "sigmoid",
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _WindowPass:
+    """One image prepared for its windows.
+
+    Attributes:
+        scores: the network's scores in windows of the (padded) region.
+        size: of that region, voxels.
+        margins: voxels that the region was padded by along each axis.
+        region: the part of the image that windows are spread over.
+        shape: of the whole image, voxels.
+        device: where sums are held.
+    """
+
+    scores: WindowScores
+    size: tuple[int, ...]
+    margins: Sequence[int]
+    region: Box
+    shape: tuple[int, ...]
+    device: torch.device
+
+
 class WindowInferer(Inferer):
-    """A MONAI inferer that holds only what later windows still touch.
+    """A sliding-window inferer that holds only what later windows still overlap.
+
+    Called like any MONAI inferer it returns whole logits; `blocks` yields finished parts of them.
 
     Args:
-        roi_size: of a window, voxels; the network's input.
+        roi_size: size of a window, voxels; the network's input.
         overlap: of neighbouring windows, a fraction of roi_size.
-        slice_dim: the spatial axis that 2D windows are stacked along in a volume; None where the network has the image's rank.
+        slice_dim: the spatial axis that 2D windows are stacked along in a volume; None where the
+            network has as many spatial axes as the image.
         sw_batch_size: windows that go through the network together.
-        placement: `even` spaces windows evenly, `monai` shifts the last one back; both take equally many.
-        mode: `gaussian` or `constant`, the weight of a window's voxels.
-        mirroring: the mirror images of a window that are averaged in; None for none.
-        foreground_threshold: fraction of the way from an image's lowest value to its brightest below which it is air (`pipeline.air`): windows
-            are spread over the box of what is above, those that hold nothing of it are not looked at, and all else is
-            background; None looks at all.
-        head_top: where a head's top is, for images whose structures one window holds: it is placed over them, and only where they
-            do not fit in are windows spread (`pipeline.focus`); needs `air`. None always spreads.
-        held_bytes: of sums that may be held at a time; the result does not depend on it.
-        finish: what is made of each image's blocks while they come; whole logits by default.
+        placement: `even` spaces windows evenly, `monai` shifts the last one back; both need
+            equally many windows.
+        mode: weight of a window's voxels, `gaussian` or `constant`.
+        mirroring: mirror images of each window that are averaged in; None for none.
+        foreground_threshold: fraction of the way from an image's lowest value to its brightest
+            below which it is background. Windows are spread over the box of the foreground, those
+            without any are skipped, and all else is background. None computes every window.
+        head_top: where a head's top is, for images whose structures fit in one window: that window
+            is placed over them, and windows are spread only where they do not fit. Needs
+            `foreground_threshold`. None always spreads windows.
+        add_background: whether a logit of 0, the background, is put before the network's: for
+            networks with a sigmoid output.
+        buffer_bytes: sums of windows that may be held at a time; no result depends on it.
 
-    Shapes: (B, C, *spatial) of any size, padded by 0 where smaller than the window → (B, classes, *spatial) float32, or what
-        `finish` gives. A network of several outputs (a sequence or a mapping) gives the same structure of whole logits, those
-        of a lower resolution at theirs.
+    Shapes:
+        (B, C, *spatial) of any size, padded by 0 where smaller than the window →
+        (B, classes, *spatial) float32. A network of several outputs (a sequence or a mapping) gives
+        the same structure of whole logits, those of a lower resolution at theirs.
     """
 
     def __init__(
@@ -129,9 +159,9 @@ class WindowInferer(Inferer):
         mode: str = "gaussian",
         mirroring: Mirroring | None = None,
         foreground_threshold: float | None = None,
-        head_top: Top | None = None,
-        held_bytes: float = HELD_BYTES,
-        finish: Finish | None = None,
+        head_top: HeadTop | None = None,
+        add_background: bool = False,
+        buffer_bytes: float = BUFFER_BYTES,
     ) -> None:
         if not 0 <= overlap < 1:
             raise ConfigError(f"overlap: expected a fraction, 0 ≤ overlap < 1, got {overlap}")
@@ -139,178 +169,207 @@ class WindowInferer(Inferer):
             raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
         self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
         self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
-        self.mirroring, self.foreground_threshold, self.head_top = (
-            mirroring,
-            foreground_threshold,
-            head_top,
-        )
-        self.held_bytes, self.finish = held_bytes, finish
-        self.roi = (
-            self.roi_size
-            if slice_dim is None
-            else (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
-        )
+        self.mirroring = mirroring
+        self.foreground_threshold, self.head_top = foreground_threshold, head_top
+        self.add_background, self.buffer_bytes = add_background, buffer_bytes
+        self.window = self.roi_size  # along the image's axes: a slice has a thickness of 1
+        if slice_dim is not None:
+            self.window = (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """See the class.
+        """Return whole logits of a batch of images.
 
         Raises:
-            ShapeError: an input whose rank does not fit roi_size.
+            ShapeError: the inputs' number of axes does not fit roi_size.
             VolumeError: scores that are NaN or infinite.
         """
-        if inputs.ndim != len(self.roi) + 2:
+        if inputs.ndim != len(self.window) + 2:
             raise ShapeError(
-                f"input has shape {tuple(inputs.shape)}, expected (B, C, *spatial) with {len(self.roi)} spatial axes"
+                f"input has shape {tuple(inputs.shape)}, expected (B, C, *spatial) with "
+                f"{len(self.window)} spatial axes"
             )
-        items = (
-            decollate_batch(inputs, detach=False)
-            if isinstance(inputs, MetaTensor)
-            else list(inputs)
-        )
-        return _collated(
-            [self._one(item, lambda patch: network(patch, *args, **kwargs)) for item in items]
-        )
+        is_meta = isinstance(inputs, MetaTensor)
+        images = decollate_batch(inputs, detach=False) if is_meta else list(inputs)
 
-    def windows(self, shape: Sequence[int], channels: int) -> WindowGrid:
-        """Where windows lie over a volume of (*spatial) voxels, and how they are grouped for so many classes."""
-        least = [max(n, r) for n, r in zip(shape, self.roi, strict=True)]
-        return group_windows(
-            window_grid(least, self.roi, self.overlap, self.placement), channels, self.held_bytes
-        )
+        def bound(patch: torch.Tensor) -> Any:
+            return network(patch, *args, **kwargs)
 
-    def _one(
-        self,
-        item: torch.Tensor,
-        network: Callable[[torch.Tensor], Any],
-        device: torch.device | None = None,
-    ) -> Any:
-        """One image; where a GPU's memory does not do, once more with image and sums on the host."""
-        try:
-            return self._attempt(item, network, device or item.device)
-        except torch.OutOfMemoryError:
-            if device is not None or item.device.type == "cpu":
-                raise
-        _warn(
-            item,
-            "the GPU's memory did not do for the whole image: windows were put together on the host",
-        )
-        return self._attempt(item, network, torch.device("cpu"))
-
-    def _attempt(
-        self, item: torch.Tensor, network: Callable[[torch.Tensor], Any], device: torch.device
-    ) -> Any:
-        image = _finite(_plain(item).to(device, torch.float32))
-        shape = tuple(image.shape[1:])
-        above = (
-            None
-            if self.foreground_threshold is None
-            else foreground_level(image, self.foreground_threshold)
-        )
-        started = time.perf_counter()
-        inside = self._inside(image, above, network, item.device)
-        placing = time.perf_counter() - started
-        image, margins = pad_to_window(crop_box(image, inside), self.roi)
-        cells = None if above is None else foreground_cells(image, above)
-        look = WindowScores(
-            image,
-            average_mirrored(network, self.mirroring),
-            self.roi,
-            slice_dim=self.slice_dim,
-            batch=self.sw_batch_size,
-            device=item.device,
-            cells=cells,
-        )
-        look.seconds.append(placing)
-        if self.foreground_threshold is None and not isinstance(look.first, torch.Tensor):
-            return aggregate_outputs(
-                self.windows(image.shape[1:], 1),
-                look,
-                look.first,
-                lambda roi: importance_map(roi, self.mode),
+        results = []
+        for image in images:
+            results.append(
+                with_host_fallback(
+                    lambda device, image=image: self._whole(image, bound, device), image
+                )
             )
-        channels = len(_one_output(look.first))
-        windows = self.windows(image.shape[1:], channels)
-        weights = importance_map(self.roi, self.mode).to(device)
-        found = aggregate(windows, look, weights, channels, batch=self.sw_batch_size)
-        result = (self.finish or assemble)(_each(found, margins, inside, shape, look.seconds), item)
-        if isinstance(result, MetaTensor):
-            result.meta[NETWORK_SECONDS] = sum(look.seconds)
-        return result
+        return _collated(results)
 
-    def _inside(
+    def blocks(
         self,
         image: torch.Tensor,
-        above: float | None,
-        network: Callable[[torch.Tensor], Any],
+        network: NetworkFunction,
+        *,
+        device: torch.device | None = None,
+        buffer_bytes: float | None = None,
+    ) -> Iterator[ScoreBlock]:
+        """Yield the logits of one image as finished blocks, each computed when it is asked for.
+
+        Args:
+            image: (C, *spatial), on the device of the network.
+            network: (B, C, *roi_size) → logits.
+            device: where sums are held; that of the image by default.
+            buffer_bytes: sums that may be held at a time, instead of the inferer's own.
+
+        Raises:
+            VolumeError: scores that are NaN or infinite.
+        """
+        started = self._start(image, network, device or image.device)
+        return self._placed_blocks(started, buffer_bytes)
+
+    def windows(
+        self, shape: Sequence[int], channels: int, buffer_bytes: float | None = None
+    ) -> WindowGrid:
+        """Return where windows lie over a volume, and how they are grouped for so many classes.
+
+        Args:
+            shape: (*spatial) of the volume, voxels.
+            channels: of the network's output.
+            buffer_bytes: sums that may be held at a time, instead of the inferer's own.
+        """
+        least = [max(n, r) for n, r in zip(shape, self.window, strict=True)]
+        grid = window_grid(least, self.window, self.overlap, self.placement)
+        limit = self.buffer_bytes if buffer_bytes is None else buffer_bytes
+        return group_windows(grid, channels, limit)
+
+    def _start(
+        self, image: torch.Tensor, network: NetworkFunction, device: torch.device
+    ) -> _WindowPass:
+        plain = _replace_nonfinite(_plain(image).to(device, torch.float32))
+        shape = tuple(plain.shape[1:])
+        threshold = self.foreground_threshold
+        level = None if threshold is None else foreground_level(plain, threshold)
+        region = self._region(plain, level, self._complete(network), image.device)
+        padded, margins = pad_to_window(crop_box(plain, region), self.window)
+        scores = WindowScores(
+            padded,
+            self._complete(average_mirrored(network, self.mirroring)),
+            self.window,
+            slice_dim=self.slice_dim,
+            batch=self.sw_batch_size,
+            device=image.device,
+            cells=None if level is None else foreground_cells(padded, level),
+        )
+        return _WindowPass(
+            scores=scores,
+            size=tuple(padded.shape[1:]),
+            margins=margins,
+            region=region,
+            shape=shape,
+            device=device,
+        )
+
+    def _complete(self, network: NetworkFunction) -> NetworkFunction:
+        """Return the network with a channel for the background, where it has none of its own."""
+        if not self.add_background:
+            return network
+        return lambda patch: with_background(network(patch))
+
+    def _whole(self, image: torch.Tensor, network: NetworkFunction, device: torch.device) -> Any:
+        started = self._start(image, network, device)
+        first = started.scores.first
+        if self.foreground_threshold is None and not isinstance(first, torch.Tensor):
+            grid = self.windows(started.size, 1)
+            return aggregate_outputs(
+                grid, started.scores, first, lambda size: importance_map(size, self.mode)
+            )
+        return assemble(self._placed_blocks(started, None), image)
+
+    def _placed_blocks(
+        self, started: _WindowPass, buffer_bytes: float | None
+    ) -> Iterator[ScoreBlock]:
+        """Yield blocks in the whole volume; each is released before the next is computed."""
+        channels = len(_single_output(started.scores.first))
+        grid = self.windows(started.size, channels, buffer_bytes)
+        weights = importance_map(self.window, self.mode).to(started.device)
+        found = aggregate(grid, started.scores, weights, channels, batch=self.sw_batch_size)
+        for block in found:
+            start = tuple(s.start + i for s, i in zip(started.region, block.start, strict=True))
+            # along a padded axis there is one window, so its padding is cut off whole
+            scores = crop_padding(block.scores, started.margins)
+            yield ScoreBlock(start=start, scores=scores, shape=started.shape)
+            del block, scores
+
+    def _region(
+        self,
+        image: torch.Tensor,
+        level: float | None,
+        network: NetworkFunction,
         device: torch.device,
     ) -> Box:
-        """The part of an image that windows are spread over."""
-        if above is None:
+        """Return the part of an image that windows are spread over."""
+        if level is None:
             return tuple(slice(0, n) for n in image.shape[1:])
-        inside = foreground_box(image, above, self.roi)
+        inside = foreground_box(image, level, self.window)
         if self.head_top is None:
             return inside
-
         plain = WindowInferer(self.roi_size, self.overlap, sw_batch_size=self.sw_batch_size)
 
-        def scores(at: Box) -> torch.Tensor:
-            found = plain(crop_box(image, at)[None].to(device), network)
-            return _one_output(found)[0]
+        def scores_in(box: Box) -> torch.Tensor:
+            return _single_output(plain(crop_box(image, box)[None].to(device), network))[0]
 
-        return localise(image, inside, self.roi, self.head_top, above, scores)
+        return localise(image, inside, self.window, self.head_top, level, scores_in)
 
 
-def _one_output(found: Any) -> torch.Tensor:
-    if not isinstance(found, torch.Tensor):
-        raise ConfigError(
-            "air: expected None for a network of several outputs, which have no background in common"
+def with_host_fallback(compute: Callable[[torch.device], T], image: torch.Tensor) -> T:
+    """Return `compute(device)`; where a GPU's memory does not suffice, compute on the host's.
+
+    Args:
+        compute: takes the device on which the sums of windows are held.
+        image: gets a warning in its `meta` in the second case.
+    """
+    try:
+        return compute(image.device)
+    except torch.OutOfMemoryError:
+        if image.device.type == "cpu":
+            raise
+    if isinstance(image, MetaTensor):
+        add_warnings(
+            image.meta,
+            "the GPU's memory did not suffice for the whole image: windows were put together on "
+            "the host",
         )
-    return found
+    return compute(torch.device("cpu"))
+
+
+def _single_output(scores: Any) -> torch.Tensor:
+    if not isinstance(scores, torch.Tensor):
+        raise ConfigError(
+            "foreground_threshold: expected None for a network of several outputs, which have no "
+            "common background"
+        )
+    return scores
 
 
 @lru_cache(maxsize=4)
-def importance_map(roi_size: tuple[int, ...], mode: str) -> torch.Tensor:
-    """The weight of each voxel of a window, (*roi_size) float32, as MONAI has it; axes of 1 do not count."""
-    kept = tuple(n for n in roi_size if n > 1) or (1,)
-    weights: torch.Tensor = compute_importance_map(kept, mode=mode, sigma_scale=0.125, device="cpu")
-    return weights.reshape(roi_size)
+def importance_map(size: tuple[int, ...], mode: str) -> torch.Tensor:
+    """Return the weight of each voxel of a window, (*size) float32, as MONAI computes it.
+
+    Axes of length 1 do not count: a slice has the weights of a 2D window.
+    """
+    kept = tuple(n for n in size if n > 1) or (1,)
+    weights: torch.Tensor = compute_importance_map(
+        kept, mode=mode, sigma_scale=GAUSSIAN_SIGMA, device="cpu"
+    )
+    return weights.reshape(size)
 
 
-def _finite(image: torch.Tensor) -> torch.Tensor:
-    """NaN and infinities become the smallest finite value, or one such voxel would spoil its windows."""
+def _replace_nonfinite(image: torch.Tensor) -> torch.Tensor:
+    """Replace NaN and infinities by the smallest finite value: one would spoil its windows."""
     if torch.isfinite(image.sum()):
         return image
-    good = torch.isfinite(image)
-    return torch.where(good, image, image[good].min() if good.any() else torch.zeros(()))
-
-
-def _placed(
-    block: ScoreBlock, margins: Sequence[int], inside: Sequence[slice], shape: tuple[int, ...]
-) -> ScoreBlock:
-    """A block in the whole volume, without the padding of a small image; along a padded axis there is one window."""
-    start = tuple(s.start + i for s, i in zip(inside, block.start, strict=True))
-    return ScoreBlock(start=start, scores=crop_padding(block.scores, margins), shape=shape)
-
-
-def _each(
-    pieces: Iterator[ScoreBlock],
-    margins: Sequence[int],
-    inside: Sequence[slice],
-    shape: tuple[int, ...],
-    seconds: list[float],
-) -> Iterator[ScoreBlock]:
-    """Blocks in their place, each let go before the next is made; notes how long that took."""
-    while True:
-        started = time.perf_counter()
-        block = next(pieces, None)
-        seconds.append(time.perf_counter() - started)
-        if block is None:
-            return
-        block = _placed(block, margins, inside, shape)
-        yield block
-        del block
+    finite = torch.isfinite(image)
+    return torch.where(finite, image, image[finite].min() if finite.any() else torch.zeros(()))
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -318,20 +377,15 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return plain
 
 
-def _warn(item: torch.Tensor, line: str) -> None:
-    if isinstance(item, MetaTensor):
-        item.meta["warnings"] = "\n".join(filter(None, [str(item.meta.get("warnings", "")), line]))
-
-
 def _collated(results: list[Any]) -> Any:
-    """One result an image as a batch."""
+    """Return one result per image as a batch."""
     if not isinstance(results[0], torch.Tensor):
         return map_tensors(lambda *parts: torch.stack(parts), *results)
     if len({tuple(result.shape) for result in results}) > 1:
         raise ShapeError(
             "the images of one batch come from grids of different sizes: use a batch size of 1"
         )
-    batch: torch.Tensor = (
-        collate_meta_tensor(results) if isinstance(results[0], MetaTensor) else torch.stack(results)
-    )
-    return batch
+    if isinstance(results[0], MetaTensor):
+        batch: torch.Tensor = collate_meta_tensor(results)
+        return batch
+    return torch.stack(results)

@@ -1,20 +1,32 @@
-"""Mirror images of what the network sees, segmented and averaged: sides change places in a mirror."""
+"""Test-time augmentation: averages over mirrored windows and over rotated volumes.
+
+References:
+    Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28: the average
+    over seven rotated versions of the input gave the result on the electron microscopy stacks.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from math import ceil, cos, hypot, pi, sin
 from typing import Any
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch.nn import functional
 
 from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError
 from pipeline.inference.multi_output import map_tensors
+from pipeline.transforms import mirror_padded_box
+from pipeline.types import NetworkFunction
 
-OTHER = {
+OTHER_SIDE = {
     "left": "right",
     "Left": "Right",
     "LEFT": "RIGHT",
@@ -22,18 +34,21 @@ OTHER = {
     "Right": "Left",
     "RIGHT": "LEFT",
 }
-SIDE = re.compile(rf"(?<![A-Za-z])({'|'.join(OTHER)})(?![A-Za-z])")
-NetworkFunction = Callable[[torch.Tensor], Any]
+# a whole word: `ctx_left_a` has a side, `cleft` has none
+SIDE_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(OTHER_SIDE)})(?![A-Za-z])")
+# probabilities are raised to this before their logarithm is taken, so that it is finite
+MIN_PROBABILITY = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mirroring:
-    """Which mirror images of a window are averaged in.
+    """Which mirror images of a window are averaged.
 
     Attributes:
         axes: spatial axes of the window; each combination of them is flipped.
-        sides: which of them goes from left to right; None where it is not among them.
-        order: the channel that says of a mirror image along `sides` what each channel says of the original.
+        sides: which of these runs between left and right; None where none does.
+        order: output channels with left and right exchanged: channel `order[i]` of a window that
+            is flipped along `sides` is channel i of the window itself.
     """
 
     axes: tuple[int, ...]
@@ -42,53 +57,180 @@ class Mirroring:
 
 
 def mirroring_of(spec: Spec) -> Mirroring | None:
-    """The mirror images that a spec asks for; None without any.
+    """Return the mirror images that a spec asks for, or None.
 
     Raises:
         ConfigError: a label with a side whose counterpart is missing.
     """
     if not spec.tta_mirror:
         return None
-    window = [AXES[code] for i, code in enumerate(spec.orientation) if i != spec.slice_dim]
-    axes = tuple(window.index(AXES[direction]) for direction in spec.tta_mirror)
+    window_axes = [AXES[code] for i, code in enumerate(spec.orientation) if i != spec.slice_dim]
+    axes = tuple(window_axes.index(AXES[direction]) for direction in spec.tta_mirror)
     if "R" not in spec.tta_mirror:
         return Mirroring(axes=axes)
-    return Mirroring(axes=axes, sides=window.index(AXES["R"]), order=counterparts(spec.outputs))
+    sides = window_axes.index(AXES["R"])
+    return Mirroring(axes=axes, sides=sides, order=counterparts(spec.outputs))
 
 
 def counterparts(names: Sequence[str]) -> tuple[int, ...]:
-    """For each name the number of the one that a mirror makes of it: `left x` and `right x` change places, others stay.
+    """Return for each name the number of its counterpart on the other side of the body.
+
+    `left x` and `right x` are counterparts; a name without a side is its own.
 
     Raises:
         ConfigError: a name whose counterpart is missing.
     """
-    others = [SIDE.sub(lambda found: OTHER[found[0]], name) for name in names]
-    alone = [name for name, other in zip(names, others, strict=True) if other not in names]
-    if alone:
+    mirrored = [SIDE_WORD.sub(lambda match: OTHER_SIDE[match[0]], name) for name in names]
+    lonely = [name for name, other in zip(names, mirrored, strict=True) if other not in names]
+    if lonely:
         raise ConfigError(
-            f"spec.tta_mirror: expected each side's labels on the other side too, got only {', '.join(alone)}"
+            "spec.tta_mirror: expected each side's labels on the other side too, got only "
+            f"{', '.join(lonely)}"
         )
-    return tuple(names.index(other) for other in others)
+    return tuple(names.index(other) for other in mirrored)
 
 
-def average_mirrored(network: NetworkFunction, mirror: Mirroring | None) -> NetworkFunction:
-    """A network whose output, (B, C, *spatial) or several, is the mean over its input and the mirror images of that."""
-    if mirror is None:
+def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> NetworkFunction:
+    """Return a network whose output is the mean over its input and the mirror images of it.
+
+    Args:
+        network: (B, C, *spatial) → (B, classes, *spatial), one tensor or several.
+        mirroring: None leaves the network as it is.
+    """
+    if mirroring is None:
         return network
+    combinations = []
+    for flips in product((False, True), repeat=len(mirroring.axes)):
+        combinations.append(
+            [axis for axis, flip in zip(mirroring.axes, flips, strict=True) if flip]
+        )
 
-    def mean(patch: torch.Tensor) -> Any:
-        total, count = None, 2 ** len(mirror.axes)
-        for flips in product((False, True), repeat=len(mirror.axes)):
-            flipped = [axis for axis, flip in zip(mirror.axes, flips, strict=True) if flip]
-            found = network(patch.flip([axis + 2 for axis in flipped]))
-            one = map_tensors(lambda x, flipped=flipped: _back(x, flipped, mirror) / count, found)
-            total = one if total is None else map_tensors(torch.add, total, one)
+    def averaged(patch: torch.Tensor) -> Any:
+        total = None
+        for axes in combinations:
+            output = network(patch.flip([axis + 2 for axis in axes]))
+            # divided before they are summed, so that half precision does not overflow
+            part = map_tensors(
+                lambda scores, axes=axes: _unmirror(scores, axes, mirroring) / len(combinations),
+                output,
+            )
+            total = part if total is None else map_tensors(torch.add, total, part)
         return total
 
-    return mean
+    return averaged
 
 
-def _back(scores: torch.Tensor, flipped: Sequence[int], mirror: Mirroring) -> torch.Tensor:
-    """Scores of a mirror image as those of the original."""
-    scores = scores.flip([axis + 2 for axis in flipped])
-    return scores[:, list(mirror.order)] if mirror.sides in flipped else scores
+def _unmirror(scores: torch.Tensor, axes: Sequence[int], mirroring: Mirroring) -> torch.Tensor:
+    """Return the scores of a window, flipped along `axes`, as scores of the window itself."""
+    scores = scores.flip([axis + 2 for axis in axes])
+    return scores[:, list(mirroring.order)] if mirroring.sides in axes else scores
+
+
+class RotationInferer(Inferer):
+    """An inferer that averages probabilities over rotated versions of a volume.
+
+    The versions are rotated in one plane, 360°/rotations apart. The volume is mirror-extended
+    before, so that no corner is lost, and rotated in mm where its spacing is known.
+
+    Args:
+        inferer: computes each version.
+        rotations: number of versions, including the unrotated one.
+        axis: 0 to 2, the array axis to rotate about.
+
+    Shapes:
+        (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose probabilities are the averages.
+    """
+
+    def __init__(self, inferer: Inferer, rotations: int, axis: int) -> None:
+        self.inferer, self.rotations, self.axis = inferer, rotations, axis
+        self.overlap = getattr(inferer, "overlap", 0.0)
+
+    def __call__(
+        self, inputs: torch.Tensor, network: NetworkFunction, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        plane = [i + 2 for i in range(3) if i != self.axis]
+        spacing = _spacing(inputs)
+        plane_spacing = [spacing[i - 2] for i in plane]
+        x = torch.as_tensor(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs)
+        x = x.movedim(plane, (-2, -1))  # (B, C, slices, H, W)
+        height, width = x.shape[-2:]
+        top, left = _rotation_margins([height, width], plane_spacing)
+        extended = mirror_padded_box(x, [-top, -left], [height + 2 * top, width + 2 * left])
+
+        def probabilities(angle: float) -> torch.Tensor:
+            rotated = rotate_plane(extended, angle, plane_spacing).movedim((-2, -1), plane)
+            logits = self.inferer(rotated, network).movedim(plane, (-2, -1))
+            upright = rotate_plane(torch.softmax(logits.float(), dim=1), -angle, plane_spacing)
+            return upright[..., top : top + height, left : left + width]
+
+        total = probabilities(0.0)
+        for k in range(1, self.rotations):
+            total = total + probabilities(2 * pi * k / self.rotations)
+        mean = (total / self.rotations).clamp(min=MIN_PROBABILITY)
+        return torch.log(mean).movedim((-2, -1), plane)
+
+
+def rotate_plane(x: torch.Tensor, angle: float, spacing: Sequence[float]) -> torch.Tensor:
+    """Return images rotated about their centre by linear interpolation, mirrored at the border.
+
+    Args:
+        x: (…, H, W) float32.
+        angle: radians.
+        spacing: along H and W, mm.
+    """
+    if angle == 0:
+        return x
+    height, width = x.shape[-2:]
+    # affine_grid takes coordinates from -1 to 1, whatever an axis' length: half of it in mm is
+    # what turns a rotation in mm into one of these coordinates
+    half_height = max(1, height - 1) * spacing[0] / 2
+    half_width = max(1, width - 1) * spacing[1] / 2
+    c, s = cos(angle), sin(angle)
+    theta = torch.tensor(
+        [[c, -s * half_height / half_width, 0.0], [s * half_width / half_height, c, 0.0]],
+        dtype=x.dtype,
+        device=x.device,
+    )
+    flat = x.reshape(1, -1, height, width)
+    grid = functional.affine_grid(theta[None], list(flat.shape), align_corners=True)
+    rotated = functional.grid_sample(flat, grid, padding_mode="reflection", align_corners=True)
+    return rotated.reshape(x.shape)
+
+
+def average_rotations(spec: Spec, inferer: Inferer) -> Inferer:
+    """Return an inferer that averages over the rotations that a spec asks for.
+
+    Slices are rotated in their plane, volumes about the vertical axis.
+
+    Args:
+        spec: gives `tta_rotations`; 1 leaves the inferer as it is.
+        inferer: computes each rotated version.
+    """
+    if spec.tta_rotations == 1:
+        return inferer
+    vertical = next(i for i, code in enumerate(spec.orientation) if code in "SI")
+    axis = vertical if spec.slice_dim is None else spec.slice_dim
+    return RotationInferer(inferer, spec.tta_rotations, axis)
+
+
+def _spacing(inputs: torch.Tensor) -> list[float]:
+    """Return the spacing along the three spatial axes, mm; 1 where it is unknown."""
+    if not isinstance(inputs, MetaTensor):
+        return [1.0, 1.0, 1.0]
+    affine = np.asarray(inputs.affine, dtype=np.float64)
+    affine = affine[0] if affine.ndim == 3 else affine  # a batch has one affine per item
+    return [float(n) for n in np.linalg.norm(affine[:3, :3], axis=0)]
+
+
+def _rotation_margins(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
+    """Return the voxels to add at each end so that an image contains its own rotations.
+
+    Args:
+        size: (H, W), voxels.
+        spacing: along H and W, mm.
+    """
+    diagonal = hypot(*((n - 1) * mm for n, mm in zip(size, spacing, strict=True)))
+    margins = []
+    for n, mm in zip(size, spacing, strict=True):
+        margins.append(max(0, ceil((diagonal / mm - (n - 1)) / 2)))
+    return margins

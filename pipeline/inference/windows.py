@@ -1,79 +1,86 @@
-"""What the network says of the windows of one image."""
+"""The network's scores in windows of one image."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from pipeline.inference.foreground import crop_box, touches_foreground
+from pipeline.inference.boxes import box_at, crop_box
+from pipeline.inference.foreground import touches_foreground
 from pipeline.inference.multi_output import split_batch
+from pipeline.types import NetworkFunction
 
 
 class WindowScores:
-    """The network's scores in windows of one image, for `stitch.blocks`.
+    """Computes the network's scores in windows of one image, for `aggregate`.
+
+    The first window of the image is computed at once, because its scores give the number of
+    classes. They are used when that window is asked for.
 
     Args:
         image: (C, *spatial) float32, nowhere smaller than a window.
-        network: (B, C, *window) → scores.
-        roi: a window's size along the image's axes, voxels.
-        slice_dim: the axis along which a window is one slice that the network sees without that axis; None for volumes.
-        batch: windows that go through the network together; half as many where the GPU's memory does not do.
-        device: where the network is.
-        cells: which cells hold something (`air.occupied`): windows without any are not looked at; None looks at all.
+        network: (B, C, *roi_size) → scores.
+        roi_size: of a window along the image's axes, voxels.
+        slice_dim: the spatial axis along which a window is one slice; the network gets it without
+            that axis. None for a network with as many spatial axes as the image.
+        batch: windows that go through the network together. Halved when the GPU's memory does not
+            suffice.
+        device: of the network.
+        cells: the cells of the foreground (`foreground_cells`); windows without any are skipped.
+            None computes every window.
 
     Attributes:
-        first: the scores of the first window, until they are asked for.
-        seconds: how long looking took, in parts.
+        first: the scores of the first window until they are used, then None.
     """
 
     def __init__(
         self,
         image: torch.Tensor,
-        network: Callable[[torch.Tensor], Any],
-        roi: Sequence[int],
+        network: NetworkFunction,
+        roi_size: Sequence[int],
         *,
         slice_dim: int | None,
         batch: int,
         device: torch.device,
         cells: torch.Tensor | None,
     ) -> None:
-        self.image, self.network, self.roi, self.slice_dim = image, network, tuple(roi), slice_dim
+        self.image, self.network, self.roi_size = image, network, tuple(roi_size)
+        self.slice_dim = slice_dim
         self.batch, self.device, self.cells = batch, device, cells
-        started = time.perf_counter()
-        self.first: Any = self._scores([(0,) * (image.ndim - 1)])[
-            0
-        ]  # tells the number of classes, and is used again
-        self.seconds = [time.perf_counter() - started]
+        origin = (0,) * (image.ndim - 1)
+        self.first: Any = self._compute([origin])[0]
 
     def __call__(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
-        seen = [start for start in starts if any(start) and not self._is_air(start)]
-        found: dict[tuple[int, ...], Any] = dict(zip(seen, self._scores(seen), strict=True))
+        """Return the scores (classes, *roi_size) of each window, None for a skipped one.
+
+        Args:
+            starts: the first voxels of the windows. That of the whole grid can only be the first
+                of them, because windows are visited in the grid's order.
+        """
+        computed = [start for start in starts if any(start) and not self._is_background(start)]
+        scores: dict[tuple[int, ...], Any] = dict(
+            zip(computed, self._compute(computed), strict=True)
+        )
         if not any(starts[0]):
-            found[starts[0]], self.first = self.first, None
-        return [found.get(start) for start in starts]
+            scores[starts[0]], self.first = self.first, None
+        return [scores.get(start) for start in starts]
 
-    def _is_air(self, start: tuple[int, ...]) -> bool:
-        return self.cells is not None and not touches_foreground(self.cells, start, self.roi)
+    def _is_background(self, start: tuple[int, ...]) -> bool:
+        return self.cells is not None and not touches_foreground(self.cells, start, self.roi_size)
 
-    def _scores(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
-        """One result a window; half as many windows at once where the GPU's memory does not do."""
+    def _compute(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
         results: list[Any] = []
         while len(results) < len(starts):
-            some = starts[len(results) : len(results) + self.batch]
+            batch = starts[len(results) : len(results) + self.batch]
             try:
-                windows = [
-                    [slice(i, i + n) for i, n in zip(start, self.roi, strict=True)]
-                    for start in some
-                ]
-                patch = torch.stack([crop_box(self.image, window) for window in windows]).to(
-                    self.device
-                )
-                flat = patch if self.slice_dim is None else patch.squeeze(self.slice_dim + 2)
-                results += split_batch(self.network(flat), self.slice_dim)
+                crops = [crop_box(self.image, box_at(start, self.roi_size)) for start in batch]
+                windows = torch.stack(crops).to(self.device)
+                if self.slice_dim is not None:
+                    windows = windows.squeeze(self.slice_dim + 2)
+                results += split_batch(self.network(windows), self.slice_dim)
             except torch.OutOfMemoryError:
                 if self.batch == 1:
                     raise
@@ -81,19 +88,34 @@ class WindowScores:
         return results
 
 
-def pad_to_window(image: torch.Tensor, roi: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """An image (C, *spatial) with zeros around it where it is smaller than a window, and how many there are along each axis."""
-    margins = [max(0, r - n) for r, n in zip(roi, image.shape[1:], strict=True)]
+def pad_to_window(image: torch.Tensor, roi_size: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+    """Return an image padded by zeros to the size of a window, and the padding along each axis.
+
+    Args:
+        image: (C, *spatial).
+        roi_size: of a window, voxels.
+
+    Returns:
+        The image, and how many voxels were added along each spatial axis, both ends together.
+    """
+    margins = [max(0, r - n) for r, n in zip(roi_size, image.shape[1:], strict=True)]
     if any(margins):
-        image = functional.pad(
-            image, [side for m in reversed(margins) for side in (m // 2, m - m // 2)]
-        )
+        padding = []
+        for margin in reversed(margins):  # torch pads the last axis first
+            padding += [margin // 2, margin - margin // 2]
+        image = functional.pad(image, padding)
     return image, margins
 
 
 def crop_padding(scores: torch.Tensor, margins: Sequence[int]) -> torch.Tensor:
-    """Scores (classes, *spatial) without what `padded` added."""
-    return crop_box(
-        scores,
-        [slice(m // 2, n - (m - m // 2)) for m, n in zip(margins, scores.shape[1:], strict=True)],
-    )
+    """Return scores (classes, *spatial) without the padding that `pad_to_window` added.
+
+    Args:
+        scores: of the padded image, or a block of it that spans each padded axis.
+        margins: voxels that were added along each axis, both ends together.
+    """
+    box = []
+    for margin, size in zip(margins, scores.shape[1:], strict=True):
+        before = margin // 2
+        box.append(slice(before, size - (margin - before)))
+    return crop_box(scores, box)

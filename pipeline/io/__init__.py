@@ -1,5 +1,23 @@
-"""FIXME."""
+"""Reading and writing: images, label maps, tables, and the datasets that they come in.
 
+Images are read and written here only; all other packages take arrays and affines.
+
+- `formats`: suffixes of image files.
+- `image`: one channel in memory, and the checks that all readers share.
+- `reader`: files and images in memory → `Image`.
+- `itk`: SimpleITK images → `Image`, and label maps → SimpleITK images.
+- `header`: shape and affine of a volume without its voxels.
+- `grid`: the grid that a label map is written on.
+- `case_warnings`: the warnings about a case, in the `meta` of its tensor.
+- `writer`: label maps as NIfTI files; atomic writing.
+- `cases`: the cases to segment in files, folders and globs.
+- `layouts`: the layouts of labelled datasets.
+- `dataset`: labelled cases and their folds.
+- `label_table`: names, values and colours of labels.
+- `tables`: CSV and JSON files.
+"""
+
+from pipeline.io.case_warnings import add_warnings, warnings_of
 from pipeline.io.cases import case_name, find_cases, is_written_by_volseg
 from pipeline.io.dataset import (
     expand_variables,
@@ -9,14 +27,16 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
-from pipeline.io.grid import isotropic_grid
+from pipeline.io.grid import Grid
 from pipeline.io.header import Header, read_header
-from pipeline.io.layouts import Layout, find_pairs
-from pipeline.io.reader import SAME_GRID_MM, Image, ReadVolumed, corner_distance, read
+from pipeline.io.image import SAME_GRID_MM, Image, check_same_grid, corner_distance
+from pipeline.io.itk import as_sitk
+from pipeline.io.label_table import LabelColor, label_table
+from pipeline.io.layouts import Layout, Problem, find_pairs
+from pipeline.io.reader import read, source_list
 from pipeline.io.tables import read_csv, sha256, write_csv, write_json
 from pipeline.io.writer import (
     as_nibabel,
-    as_sitk,
     fractions_as_nibabel,
     write_atomically,
     write_labels,
@@ -24,13 +44,17 @@ from pipeline.io.writer import (
 
 __all__ = [
     "SAME_GRID_MM",
+    "Grid",
     "Header",
     "Image",
+    "LabelColor",
     "Layout",
-    "ReadVolumed",
+    "Problem",
+    "add_warnings",
     "as_nibabel",
     "as_sitk",
     "case_name",
+    "check_same_grid",
     "corner_distance",
     "expand_variables",
     "find_cases",
@@ -38,15 +62,17 @@ __all__ = [
     "fold_cases",
     "fractions_as_nibabel",
     "is_written_by_volseg",
-    "isotropic_grid",
     "label_maps",
+    "label_table",
     "read",
     "read_csv",
     "read_header",
     "read_splits",
     "sha256",
+    "source_list",
     "training_cases",
     "validation_cases",
+    "warnings_of",
     "write_atomically",
     "write_csv",
     "write_json",

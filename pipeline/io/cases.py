@@ -1,9 +1,8 @@
-"""What is to be segmented: the cases that files, folders and globs hold, and the names of their outputs."""
+"""Finding the cases to segment in files, folders and globs, and naming their outputs."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
@@ -12,135 +11,162 @@ import nibabel as nib
 
 from pipeline.config import Spec
 from pipeline.errors import ConfigError
-from pipeline.io.reader import image_stem, image_suffix
+from pipeline.io.formats import image_stem, image_suffix
+from pipeline.io.reader import source_list
 from pipeline.io.writer import DESCRIPTION
 from pipeline.types import Case, PathOrStr
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
+RESULT_ENDINGS = ("_seg.nii.gz", "_uncertainty.nii.gz")
 
 
 def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
-    """The cases that files, folders and globs hold, in order.
+    """Find the cases in files, folders and globs.
 
-    A folder is searched with all below it; label maps that volseg wrote there are passed over. A model of several channels
-    takes one file a channel, told apart by an ending before the suffix: the channel's name (`sub-01_FLAIR.nii.gz`) or its
-    number (`sub-01_0001.nii.gz`). Where the spec names a channel that stands in for others, that one's file (or a file that
-    names no channel) serves for those without one.
+    Folders are searched recursively; label maps that volseg wrote there are skipped. A model of
+    several channels takes one file per channel. The end of a file's name, before the suffix, states
+    its channel: by name (`sub-01_FLAIR.nii.gz`) or by number (`sub-01_0001.nii.gz`). Where the spec
+    has a fallback channel, a file without such an ending belongs to that channel, and its file is
+    used for channels without a file.
+
+    Args:
+        inputs: paths and glob patterns.
+        spec: the channels of the model.
 
     Returns:
-        dicts of `case` (the output's name, relative, without suffix) and `image` (a path, or one a channel).
+        cases with `case` (the output's relative path without suffix) and `image` (one path, or a
+        list with one path per channel), in the order of the inputs, folders sorted by path.
 
     Raises:
-        ConfigError: an input that is not there, nothing to do, a channel without a file, or two inputs with one output.
+        ConfigError: an input does not exist or holds no image, a channel has no file, or two inputs
+            have the same output.
     """
-    files = dict.fromkeys(pair for item in inputs for pair in _files(item))
-    cases = [{"case": name, "image": str(path)} for name, path in files]
+    named_files: dict[tuple[str, Path], None] = {}  # a dict keeps the order and drops repetitions
+    for item in inputs:
+        named_files.update(dict.fromkeys(_image_files(item)))
     if len(spec.channels) > 1:
-        cases = _grouped(cases, spec.channels, spec.fallback_channel)
-    _refuse_collisions(cases)
+        cases = _group_channels(list(named_files), spec.channels, spec.fallback_channel)
+    else:
+        cases = [{"case": name, "image": str(path)} for name, path in named_files]
+    _check_outputs_differ(cases)
     return cases
 
 
-def _files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
-    """Each image file of one input, with the name of its output."""
-    path = Path(item)
-    if path.is_file():
-        yield image_stem(path), _header_of(path)
-        return
-    if path.is_dir():
-        root, found = path, list(path.rglob("*"))
-    elif has_magic(str(item)):
-        parts = path.parts
-        root = Path(*parts[: next(i for i, part in enumerate(parts) if has_magic(part))])
-        found = [Path(match) for match in glob(str(item), recursive=True)]
-    else:
-        raise ConfigError(f"{path}: no such file or folder")
-    images = sorted(p for p in found if p.is_file() and _is_image(p))
-    if not images:
-        raise ConfigError(f"{path}: no image files there; expected names such as scan.nii.gz")
-    yield from ((p.relative_to(root).with_name(image_stem(p)).as_posix(), p) for p in images)
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file found in a folder is an input: the .img of a pair is read with its .hdr, and our results are none."""
-    kind = image_suffix(path)
-    if kind is None or path.name.startswith(".") or kind in (".img", ".img.gz"):
-        return False
-    return not (
-        path.name.endswith(("_seg.nii.gz", "_uncertainty.nii.gz")) and is_written_by_volseg(path)
-    )
-
-
-def _header_of(path: Path) -> Path:
-    """The .hdr of a pair that is named by its .img, so that both are one input."""
-    kind = image_suffix(path) or ""
-    header = path.with_name(path.name[: len(path.name) - len(kind)] + kind.replace("img", "hdr"))
-    return header if header.is_file() else path
-
-
 def is_written_by_volseg(path: Path) -> bool:
-    """Whether volseg wrote a file."""
+    """Return whether volseg wrote a NIfTI file, by the description in its header."""
     try:
         return bool(nib.load(path).header.get("descrip") == DESCRIPTION)
-    except Exception:  # a damaged file, of which nibabel says so in many ways
+    except Exception:  # nibabel raises errors of many types for damaged files
         return False
 
 
 def case_name(case: Case) -> str:
-    """The name of a case that has none of its own: that of its file, without the suffix."""
-    image = case["image"]
-    return image_stem(Path(image if isinstance(image, str | Path) else image[0]))
+    """Return the name for a case without one: its first file's name without the suffix."""
+    return image_stem(Path(source_list(case["image"])[0]))
 
 
-def _grouped(cases: Sequence[Case], channels: Sequence[str], stand_in: str | None) -> list[Case]:
-    """One case for the files that differ in their channel only; the stand-in's file serves channels that have none."""
-    groups: dict[str, dict[str, str]] = {}
-    for case in cases:
-        name, channel = _channel_of(case["case"], channels, stand_in)
-        files = groups.setdefault(name, {})
+def _image_files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
+    """Yield each image file of one input, with the name of its output."""
+    path = Path(item)
+    if path.is_file():
+        yield image_stem(path), _header_file(path)
+        return
+    if path.is_dir():
+        root, found = path, list(path.rglob("*"))
+    elif has_magic(str(item)):
+        root = _constant_folder(path)
+        found = [Path(match) for match in glob(str(item), recursive=True)]
+    else:
+        raise ConfigError(f"{path}: no such file or folder")
+    images = sorted(candidate for candidate in found if _is_input(candidate))
+    if not images:
+        raise ConfigError(f"{path}: no image files there; expected names such as scan.nii.gz")
+    for image in images:
+        yield image.relative_to(root).with_name(image_stem(image)).as_posix(), image
+
+
+def _constant_folder(pattern: Path) -> Path:
+    """Return the leading part of a glob pattern that has no wildcards."""
+    parts = pattern.parts
+    first_wildcard = next(i for i, part in enumerate(parts) if has_magic(part))
+    return Path(*parts[:first_wildcard])
+
+
+def _is_input(path: Path) -> bool:
+    """Return whether a file found in a folder is an image to segment."""
+    suffix = image_suffix(path)
+    # the .img of a pair is read together with its .hdr
+    if suffix in (None, ".img", ".img.gz") or path.name.startswith(".") or not path.is_file():
+        return False
+    # the name is compared first, because opening every file of a large folder is slow
+    return not (path.name.endswith(RESULT_ENDINGS) and is_written_by_volseg(path))
+
+
+def _header_file(path: Path) -> Path:
+    """Return the .hdr of a pair that was named by its .img, so that the pair is one input."""
+    suffix = image_suffix(path) or ""
+    stem = path.name[: len(path.name) - len(suffix)]
+    header = path.with_name(stem + suffix.replace("img", "hdr"))
+    return header if header.is_file() else path
+
+
+def _group_channels(
+    named_files: Sequence[tuple[str, Path]], channels: Sequence[str], fallback: str | None
+) -> list[Case]:
+    """Return one case for all files whose names differ in the channel only."""
+    files_of: dict[str, dict[str, str]] = {}
+    for file_name, path in named_files:
+        name, channel = _split_channel(file_name, channels, fallback)
+        files = files_of.setdefault(name, {})
         if channel in files:
             raise ConfigError(
-                f"{name}: two files for channel {channel}, {files[channel]} and {case['image']}; keep one"
+                f"{name}: two files for channel {channel}, {files[channel]} and {path}; keep one"
             )
-        files[channel] = case["image"]
-    for name, files in groups.items():
-        if stand_in in files:
-            groups[name] = files = {
-                channel: files.get(channel, files[stand_in]) for channel in channels
-            }
-        missing = [channel for channel in channels if channel not in files]
-        if missing:
-            raise ConfigError(
-                f"{name}: no file for channel {', '.join(missing)}; found {', '.join(files.values())}"
-            )
+        files[channel] = str(path)
     return [
-        {"case": name, "image": [files[channel] for channel in channels]}
-        for name, files in groups.items()
+        {"case": name, "image": _files_in_order(name, files, channels, fallback)}
+        for name, files in files_of.items()
     ]
 
 
-def _channel_of(name: str, channels: Sequence[str], stand_in: str | None) -> tuple[str, str]:
+def _files_in_order(
+    name: str, files: dict[str, str], channels: Sequence[str], fallback: str | None
+) -> list[str]:
+    """Return one file per channel; the fallback channel's file where a channel has none."""
+    missing = [channel for channel in channels if channel not in files]
+    if not missing:
+        return [files[channel] for channel in channels]
+    if fallback is None or fallback not in files:
+        raise ConfigError(
+            f"{name}: no file for channel {', '.join(missing)}; found {', '.join(files.values())}"
+        )
+    return [files.get(channel, files[fallback]) for channel in channels]
+
+
+def _split_channel(name: str, channels: Sequence[str], fallback: str | None) -> tuple[str, str]:
+    """Split a file's name into the name of the case and the channel."""
     for channel in channels:
         if name.endswith(f"_{channel}"):
-            return name[: -len(channel) - 1], channel
+            return name.removesuffix(f"_{channel}"), channel
     number = CHANNEL_NUMBER.search(name)
     if number and int(number[1]) < len(channels):
         return name[: number.start()], channels[int(number[1])]
-    if stand_in is not None:
-        return name, stand_in
+    if fallback is not None:
+        return name, fallback
     raise ConfigError(
-        f"{name}: which channel is it? Expected a name that ends in one of _{', _'.join(channels)}, or _0000, _0001, …"
+        f"{name}: which channel is it? Expected a name that ends in one of "
+        f"_{', _'.join(channels)}, or _0000, _0001, …"
     )
 
 
-def _refuse_collisions(cases: Sequence[Case]) -> None:
-    twice = {
-        name: count for name, count in Counter(case["case"] for case in cases).items() if count > 1
-    }
-    if twice:
-        name = next(iter(twice))
-        clashing = " and ".join(str(case["image"]) for case in cases if case["case"] == name)
+def _check_outputs_differ(cases: Sequence[Case]) -> None:
+    images_of: dict[str, list[str]] = {}
+    for case in cases:
+        images_of.setdefault(case["case"], []).append(str(case["image"]))
+    repeated = {name: images for name, images in images_of.items() if len(images) > 1}
+    if repeated:
+        name, images = next(iter(repeated.items()))
         raise ConfigError(
-            f"{len(twice)} outputs would be written more than once, {name}_seg.nii.gz for one, from {clashing}: "
-            "rename the files, or give the folder that holds them all"
+            f"{len(repeated)} outputs would be written more than once, {name}_seg.nii.gz for one, "
+            f"from {' and '.join(images)}: rename the files, or give the folder that holds them all"
         )

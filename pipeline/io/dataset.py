@@ -1,36 +1,42 @@
-"""Labelled volumes as a list of cases, and their folds."""
+"""Labelled cases for training and evaluation: whole datasets, folds, and label maps alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pipeline.config import Run
 from pipeline.errors import ConfigError
-from pipeline.io.layouts import MISSING, find_pairs
-from pipeline.io.reader import image_stem, image_suffix
+from pipeline.io.formats import image_stem, image_suffix
+from pipeline.io.layouts import find_pairs
 from pipeline.io.tables import read_json
 from pipeline.types import Case, PathOrStr
 
+MAX_NAMED = 5  # cases that an error message names
+
 
 def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """The pairs of image and label that a dataset holds, in any layout that `layouts.find_pairs` knows.
+    """Return the pairs of image and label in a dataset, in any layout that `find_pairs` knows.
 
     Args:
-        dataset: a folder, or one of images and one of labels; `$NAME` is taken from the environment.
+        dataset: a folder, or a folder of images and a folder of labels; `$NAME` is replaced by the
+            value of the environment variable.
 
     Returns:
-        one dict a case with `case` (a name), `image` (a path, or several, one a channel) and `label` (a path).
+        cases with `case`, `image` (a path, or a list with one path per channel) and `label`.
 
     Raises:
-        ConfigError: no such folder or layout, no pair, or files that a dataset.json lists are missing.
+        ConfigError: the folder or its layout is unknown, it holds no pair, or files that a
+            dataset.json lists are missing.
     """
     layout = find_pairs(dataset_folders(dataset))
-    missing = [what for _, what in layout.problems if what.startswith(MISSING)]
+    missing = [problem.message for problem in layout.problems if problem.kind == "missing_file"]
     if missing:
         raise ConfigError(
-            f"{dataset}/dataset.json: {len(missing)} cases are incomplete; {'; '.join(missing[:5])}"
+            f"{dataset}/dataset.json: {len(missing)} cases are incomplete; "
+            + "; ".join(missing[:MAX_NAMED])
         )
     if not layout.cases:
         raise ConfigError(f"{dataset}: found no pair of image and label in this {layout.kind}")
@@ -38,64 +44,79 @@ def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
 
 
 def fold_cases(
-    dataset: PathOrStr | Sequence[PathOrStr], splits: str | None, fold: int, part: str
+    dataset: PathOrStr | Sequence[PathOrStr],
+    splits: str | None,
+    fold: int,
+    part: Literal["train", "val"],
 ) -> list[Case]:
-    """The cases of one part, `train` or `val`, of one fold; all cases where there are no splits.
+    """Return the cases of one part of one fold, or all cases without splits.
+
+    Args:
+        dataset: see `labelled_cases`.
+        splits: the JSON file of the folds, see `read_splits`; None for all cases.
+        fold: number of the fold, from 0.
+        part: `train`, or `val` for the cases that are left out of training.
 
     Raises:
-        ConfigError: no such fold, or the splits name cases that the dataset does not have.
+        ConfigError: there is no such fold, or the dataset lacks cases that the splits name.
     """
     cases = labelled_cases(dataset)
     if splits is None:
         return cases
     folds = read_splits(dataset, splits)
     if not 0 <= fold < len(folds):
-        raise ConfigError(
-            f"fold {fold}: {splits} holds "
-            + (f"folds 0 to {len(folds) - 1}" if folds else "no folds")
-        )
-    by_name = {case["case"]: case for case in cases}
-    unknown = [name for name in folds[fold][part] if name not in by_name]
+        found = f"folds 0 to {len(folds) - 1}" if folds else "no folds"
+        raise ConfigError(f"fold {fold}: {splits} holds {found}")
+    names = folds[fold][part]
+    case_of = {case["case"]: case for case in cases}
+    unknown = [name for name in names if name not in case_of]
     if unknown:
         raise ConfigError(
-            f"{splits}, fold {fold}, {part}: cases that the dataset does not have: {', '.join(unknown[:5])}"
+            f"{splits}, fold {fold}, {part}: cases that the dataset does not have: "
+            + ", ".join(unknown[:MAX_NAMED])
         )
-    return [by_name[name] for name in folds[fold][part]]
+    return [case_of[name] for name in names]
 
 
 def read_splits(
     dataset: PathOrStr | Sequence[PathOrStr], splits: str
 ) -> list[dict[str, list[str]]]:
-    """The folds of a JSON file beside the data, or anywhere: a list of dicts with the case names of `train` and `val`.
+    """Return the folds of a JSON file, each with the names of the cases in `train` and `val`.
+
+    Args:
+        dataset: see `labelled_cases`.
+        splits: path of the file, relative to the dataset's first folder or to the working folder.
 
     Raises:
-        ConfigError: no such file, or other content.
+        ConfigError: the file does not exist, or does not hold folds.
     """
-    beside = dataset_folders(dataset)[0] / expand_variables(splits)
-    path = (
-        beside
-        if beside.is_file() or not Path(expand_variables(splits)).is_file()
-        else Path(expand_variables(splits))
-    )
+    given = Path(expand_variables(splits))
+    # the file inside the dataset wins: a run then means the same in every working folder
+    path = dataset_folders(dataset)[0] / given
+    if not path.is_file() and given.is_file():
+        path = given
     folds = read_json(path)
-    if not isinstance(folds, list) or not all(
-        isinstance(part, dict) and {"train", "val"} <= part.keys() for part in folds
-    ):
+    if not isinstance(folds, list) or not all(_is_fold(fold) for fold in folds):
         raise ConfigError(
             f"{splits}: expected a list of folds, each with the case names of `train` and `val`"
         )
     return folds
 
 
+def _is_fold(content: object) -> bool:
+    return isinstance(content, dict) and {"train", "val"} <= content.keys()
+
+
 def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
-    """The cases that a run trains on, as often as it repeats them.
+    """Return the cases of a run's epoch: those of its fold without `hold_out`, times `repeats`.
 
     Raises:
-        ConfigError: see `fold_cases` and `label_maps`; or `hold_out` names a case that there is not.
+        ConfigError: see `fold_cases` and `label_maps`, or `hold_out` names an unknown case.
     """
-    cases = (
-        label_maps(dataset) if run.synthesis else fold_cases(dataset, run.splits, run.fold, "train")
-    )
+    if run.synthesis:
+        cases = label_maps(dataset)
+    else:
+        cases = fold_cases(dataset, run.splits, run.fold, "train")
     unknown = set(run.hold_out) - {case["case"] for case in cases}
     if unknown:
         raise ConfigError(
@@ -105,30 +126,37 @@ def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[C
 
 
 def validation_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
-    """The cases that a run is validated on: those of its fold that training leaves out, where it validates at all."""
+    """Return the cases that a run is validated on, those that its fold leaves out of training.
+
+    Returns:
+        no cases for a run without validation, without splits, or of synthetic images.
+
+    Raises:
+        ConfigError: see `fold_cases`.
+    """
     if run.validate_every < 1 or run.splits is None or run.synthesis:
         return []
     return fold_cases(dataset, run.splits, run.fold, "val")
 
 
 def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """Every volume of a folder as a case with a `label` and no image.
+    """Return every volume of a folder as a case with a `label` and no image.
 
     Raises:
-        ConfigError: no such folder, or no volume in it.
+        ConfigError: the folder does not exist or holds no volume.
     """
     folder = dataset_folders(dataset)[0]
-    found = [path for path in sorted(folder.iterdir()) if image_suffix(path)]
-    if not found:
+    volumes = [path for path in sorted(folder.iterdir()) if image_suffix(path)]
+    if not volumes:
         raise ConfigError(f"{folder}: expected label maps, found no volume")
-    return [{"case": image_stem(path), "label": str(path)} for path in found]
+    return [{"case": image_stem(path), "label": str(path)} for path in volumes]
 
 
 def expand_variables(path: PathOrStr) -> str:
-    """A path with `$NAME` taken from the environment.
+    """Return a path with each `$NAME` replaced by the value of the environment variable.
 
     Raises:
-        ConfigError: a variable that is not set.
+        ConfigError: a variable is not set.
     """
     text = os.path.expandvars(os.fspath(path))
     if "$" in text:
@@ -137,14 +165,14 @@ def expand_variables(path: PathOrStr) -> str:
 
 
 def dataset_folders(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Path]:
-    """The dataset's folders, with `$NAME` taken from the environment.
+    """Return the folders of a dataset, with environment variables replaced.
 
     Raises:
-        ConfigError: a variable that is not set, or no such folder.
+        ConfigError: a variable is not set, or a folder does not exist.
     """
-    listed = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
-    found = [Path(expand_variables(item)) for item in listed]
-    for path in found:
-        if not path.is_dir():
-            raise ConfigError(f"{path}: no such folder; expected a dataset")
-    return found
+    paths = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
+    folders = [Path(expand_variables(path)) for path in paths]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; expected a dataset")
+    return folders

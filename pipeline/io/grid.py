@@ -1,9 +1,11 @@
-"""The grid that label maps are written on where they do not lie on their file's: the same field of view, other voxels."""
+"""The grid that a case's label map is written on, and how it travels in a MetaTensor's `meta`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import ceil, prod
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,53 +14,92 @@ from pipeline.errors import VolumeError
 from pipeline.io.writer import NIFTI1_BYTES, SCANNER_CODE
 from pipeline.types import Affine
 
-MOST = 2**30  # voxels of a label map
-SPARE = 0.01  # voxels by which the new field of view may fall short of the old one
+MAX_VOXELS = 2**30  # of a label map: 1 GiB as uint8
+# voxels by which a new field of view may be smaller than the old one: without this tolerance the
+# rounding of a float32 affine could add a whole layer of voxels
+SIZE_TOLERANCE = 0.01
+
+LABELS_AFFINE, LABELS_SHAPE, LABELS_HEADER = "labels_affine", "labels_shape", "header"
 
 
-def isotropic_grid(
-    affine: Affine, shape: Sequence[int], spacing: float
-) -> tuple[Affine, tuple[int, ...]]:
-    """A grid of cubic voxels, turned as another and centred on it, that holds as much; a last voxel may reach beyond.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """The grid that a label map is written on: the file's own, or one with another spacing.
 
-    Args:
-        affine: voxel → RAS+ world, mm.
-        shape: voxels along its axes.
-        spacing: of the new voxels, mm.
-
-    Returns:
-        affine and shape; as they were where the affine is none that a volume can have, which is for `check` to say.
-
-    Raises:
-        VolumeError: the grid would be too large to be held.
+    Attributes:
+        affine: voxel index → RAS+ world, mm.
+        shape: (X, Y, Z) voxels.
+        header: the bytes of a NIfTI header on this grid, empty for other formats.
     """
-    if not _is_sound(affine):
-        return affine, tuple(shape)
-    ratio = spacing / np.linalg.norm(affine[:3, :3], axis=0)
-    size = tuple(max(1, ceil(n / step - SPARE)) for n, step in zip(shape, ratio, strict=True))
-    if prod(size) > MOST:
-        raise VolumeError(
-            f"a label map of {spacing:g} mm has {' × '.join(map(str, size))} voxels; give a larger --labels-spacing"
+
+    affine: Affine
+    shape: tuple[int, ...]
+    header: bytes = b""
+
+    def with_spacing(self, mm: float) -> Grid:
+        """Return the grid of isotropic voxels with the same orientation, centre and field of view.
+
+        The field of view is rounded up to whole voxels. The header keeps its codes, and the affine
+        is then the header's own, in single precision.
+
+        Args:
+            mm: spacing of the new voxels.
+
+        Returns:
+            this grid where its affine is singular or not finite: `CheckVolumed` refuses the volume.
+
+        Raises:
+            VolumeError: the new grid would have too many voxels.
+        """
+        if not self._is_valid():
+            return self
+        ratio = mm / np.linalg.norm(self.affine[:3, :3], axis=0)
+        shape = tuple(
+            max(1, ceil(size / step - SIZE_TOLERANCE))
+            for size, step in zip(self.shape, ratio, strict=True)
         )
-    new = affine.copy()
-    new[:3, :3] *= ratio
-    new[:3, 3] += affine[:3, :3] @ ((np.array(shape) - 1) / 2) - new[:3, :3] @ (
-        (np.array(size) - 1) / 2
-    )
-    return new, size
+        if prod(shape) > MAX_VOXELS:
+            raise VolumeError(
+                f"a label map of {mm:g} mm has {' × '.join(map(str, shape))} voxels, "
+                f"expected at most {MAX_VOXELS}; give a larger --labels-spacing"
+            )
+        affine = self.affine.copy()
+        affine[:3, :3] *= ratio
+        old_centre = (np.array(self.shape) - 1) / 2
+        new_centre = (np.array(shape) - 1) / 2
+        affine[:3, 3] += self.affine[:3, :3] @ old_centre - affine[:3, :3] @ new_centre
+        if not self.header:
+            return Grid(affine=affine, shape=shape)
+        header = _header_with_affine(self.header, affine)
+        return Grid(affine=header.get_best_affine(), shape=shape, header=header.binaryblock)
+
+    def to_meta(self) -> dict[str, Any]:
+        """Return the entries of a MetaTensor's `meta` that hold this grid, fit for collation."""
+        return {
+            LABELS_AFFINE: self.affine.copy(),
+            LABELS_SHAPE: np.array(self.shape),
+            LABELS_HEADER: np.frombuffer(self.header, dtype=np.uint8).copy(),
+        }
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Grid:
+        """Return the grid in a `meta` that holds the entries of `to_meta`, collated or not."""
+        return cls(
+            affine=np.asarray(meta[LABELS_AFFINE], dtype=np.float64),
+            shape=tuple(int(size) for size in meta[LABELS_SHAPE]),
+            header=bytes(np.asarray(meta[LABELS_HEADER], dtype=np.uint8)),
+        )
+
+    def _is_valid(self) -> bool:
+        return bool(np.isfinite(self.affine).all() and np.linalg.det(self.affine[:3, :3]))
 
 
-def header_on_grid(header: bytes, affine: Affine) -> tuple[bytes, Affine]:
-    """A NIfTI header moved to another grid, with its codes, and that grid as the header can tell it (in single precision)."""
-    if not header or not _is_sound(affine):
-        return header, affine
-    kind = nib.Nifti1Header if len(header) == NIFTI1_BYTES else nib.Nifti2Header
-    own = kind(header, check=False)
-    codes = [int(own[name]) for name in ("sform_code", "qform_code")]
-    own.set_qform(affine, code=codes[1], strip_shears=True)
-    own.set_sform(affine, code=codes[0] if any(codes) else SCANNER_CODE)
-    return own.binaryblock, own.get_best_affine()
-
-
-def _is_sound(affine: Affine) -> bool:
-    return bool(np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]))
+def _header_with_affine(header: bytes, affine: Affine) -> nib.Nifti1Header:
+    """Return a NIfTI header with another affine and the same sform and qform codes."""
+    header_class = nib.Nifti1Header if len(header) == NIFTI1_BYTES else nib.Nifti2Header
+    moved = header_class(header, check=False)
+    sform, qform = int(moved["sform_code"]), int(moved["qform_code"])
+    moved.set_qform(affine, code=qform, strip_shears=True)
+    # a header without any code would leave the new affine unused
+    moved.set_sform(affine, code=sform if sform or qform else SCANNER_CODE)
+    return moved

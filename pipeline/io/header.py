@@ -1,4 +1,4 @@
-"""What a file says of its volume before its voxels are read."""
+"""Shape, affine and type of a volume, read without its voxels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 from pipeline.errors import ReadError
-from pipeline.io.reader import SITK_READERS, image_suffix
-from pipeline.types import Affine
+from pipeline.io.formats import SITK_READERS, image_suffix
+from pipeline.io.itk import sitk_affine
+from pipeline.types import Affine, ImageSource
+
+SITK_BYTES = 8  # of the largest pixel type; an upper bound, for an estimate of memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a file says of its volume before its voxels are read.
+    """What is known of a volume before its voxels are read.
 
     Attributes:
-        shape: voxels along three axes.
+        shape: (X, Y, Z) voxels, without further axes.
         affine: voxel index → RAS+ world, mm.
-        bytes_per_voxel: of the file's own type.
+        bytes_per_voxel: of the type that the file stores, an upper bound for NRRD and MetaImage.
     """
 
     shape: tuple[int, ...]
@@ -30,40 +33,44 @@ class Header:
     bytes_per_voxel: int
 
 
-def read_header(source: Any) -> Header:
-    """What a path or an image in memory says of its volume, without its voxels.
+def read_header(source: ImageSource) -> Header:
+    """Read the header of a path, a nibabel image or a SimpleITK image.
 
     Raises:
-        ReadError: there is no header to be read.
+        ReadError: the header is missing or damaged.
     """
     try:
-        if isinstance(source, str | Path) and image_suffix(Path(source)) in SITK_READERS:
-            import SimpleITK as sitk
-
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(source))
-            reader.ReadImageInformation()
-            return _sitk_header(reader, reader.GetNumberOfComponents())
-        image = nib.load(source) if isinstance(source, str | Path) else source
-        if isinstance(image, SpatialImage):
-            dtype = np.dtype(image.get_data_dtype())
-            return Header(
-                shape=tuple(image.shape[:3]),
-                affine=np.asarray(image.affine),
-                bytes_per_voxel=dtype.itemsize,
-            )
-        return _sitk_header(image, image.GetNumberOfComponentsPerPixel())
-    except Exception as error:
+        return _read_header(source)
+    except Exception as error:  # nibabel and SimpleITK raise errors of many types
         raise ReadError(f"{source}: its header cannot be read: {error}") from error
 
 
+def _read_header(source: ImageSource) -> Header:
+    if isinstance(source, str | Path):
+        if image_suffix(Path(source)) in SITK_READERS:
+            return _read_sitk_header(Path(source))
+        source = nib.load(source)
+    if isinstance(source, SpatialImage):
+        return Header(
+            shape=tuple(source.shape[:3]),
+            affine=np.asarray(source.affine),
+            bytes_per_voxel=np.dtype(source.get_data_dtype()).itemsize,
+        )
+    return _sitk_header(source, source.GetNumberOfComponentsPerPixel())
+
+
+def _read_sitk_header(path: Path) -> Header:
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    return _sitk_header(reader, reader.GetNumberOfComponents())
+
+
 def _sitk_header(image: Any, components: int) -> Header:
-    dims = image.GetDimension()
-    matrix = (
-        np.array(image.GetDirection()).reshape(dims, dims)[:3, :3]
-        * np.array(image.GetSpacing())[:3]
+    return Header(
+        shape=tuple(image.GetSize()[:3]),
+        affine=sitk_affine(image),
+        bytes_per_voxel=SITK_BYTES * components,
     )
-    affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = matrix, image.GetOrigin()[:3]
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS to RAS+
-    return Header(shape=tuple(image.GetSize()[:3]), affine=affine, bytes_per_voxel=8 * components)

@@ -1,242 +1,332 @@
-"""Folders of labelled volumes as people keep them: the Decathlon's, nnU-Net's, BIDS derivatives, or two folders."""
+"""Finding pairs of image and label in the folder layouts that labelled datasets come in.
+
+Four layouts are known: the Medical Segmentation Decathlon's dataset.json, nnU-Net's raw folder,
+BIDS derivatives, and a folder of images next to a folder of labels.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.errors import ConfigError
-from pipeline.io.reader import image_stem, image_suffix
+from pipeline.io.formats import image_stem, image_suffix
 from pipeline.io.tables import read_json
 from pipeline.types import Case
 
-CHANNEL = re.compile(r"(.+)_(\d{4})$")
-MISSING = "listed, and missing:"
+ProblemKind = Literal[
+    "missing_file",  # dataset.json lists a file that does not exist
+    "not_listed",  # a file that dataset.json does not list
+    "channel_name",  # a name without the number of a channel
+    "channels",  # not the channels that most cases have
+    "no_image",
+    "no_label",
+    "duplicate",  # a second label map, or the image of another case
+    "unusable",  # a file that cannot be read, or that cannot be trained on
+]
+
+CHANNEL_NAME = re.compile(r"(.+)_(\d{4})$")
 LABEL_ENDINGS = ("_dseg", "_seg", "_label", "_labels", "_mask")
-BIDS_LABELS = re.compile(r"^(sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9]+)*)_(?:dseg|mask)$")
-BIDS_PLACE = re.compile(r"^(sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?)")
-DERIVED = re.compile(
-    r"_(space|desc|res|den|label)-[A-Za-z0-9]+"
-)  # entities that a raw image does not have
+BIDS_LABEL_NAME = re.compile(r"^(sub-[A-Za-z0-9]+(?:_[a-z]+-[A-Za-z0-9]+)*)_(?:dseg|mask)$")
+BIDS_SESSION = re.compile(r"^(sub-[A-Za-z0-9]+(?:_ses-[A-Za-z0-9]+)?)")
+# entities that only derivatives have: without them a label's name is that of its raw image
+BIDS_DERIVED_ENTITIES = re.compile(r"_(space|desc|res|den|label)-[A-Za-z0-9]+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One reason why a case or a file of a dataset cannot be used.
+
+    Attributes:
+        case: name of the case, or of the file without its suffix.
+        message: what is wrong, with the path.
+        kind: which rule is broken.
+    """
+
+    case: str
+    message: str
+    kind: ProblemKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """What a folder of labelled volumes holds.
+    """The labelled cases in a dataset's folder.
 
     Attributes:
-        kind: how it is laid out, in words.
-        cases: with `case`, `image` (a path, or a list of them, one a channel) and `label`.
-        labels: name → value, where the folder says; background first.
-        channels: their names, where the folder says.
-        problems: (case or file, what is wrong) of all that is no pair.
-        licence: of the data, where the folder says.
+        kind: name of the layout, for messages.
+        cases: with `case`, `image` (a path, or a list with one path per channel) and `label`.
+        labels: name → value, background first; None where the folder does not define them.
+        channels: names of the channels; None where the folder does not define them.
+        problems: of all cases and files that are not part of a pair.
+        licence: of the data; empty where the folder does not state it.
     """
 
     kind: str
     cases: list[Case]
     labels: dict[str, int] | None = None
     channels: tuple[str, ...] | None = None
-    problems: list[tuple[str, str]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     licence: str = ""
 
 
-def find_pairs(places: Sequence[Path]) -> Layout:
-    """The pairs of image and label in one folder, or in a folder of images and one of labels.
+def find_pairs(folders: Sequence[Path]) -> Layout:
+    """Find the pairs of image and label of a dataset.
+
+    Args:
+        folders: one folder in a known layout, or a folder of images and a folder of labels.
 
     Raises:
-        ConfigError: no such folder, or none of the layouts that are known.
+        ConfigError: a folder does not exist, or its layout is unknown.
     """
-    for place in places:
-        if not place.is_dir():
-            raise ConfigError(f"{place}: no such folder")
-    if len(places) == 2:
-        return _two_folders(*places)
-    (root,) = places
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder")
+    if len(folders) == 2:
+        return _two_folders(*folders)
+    (root,) = folders
     content = read_json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
-    if isinstance(content, dict) and isinstance(content.get("training"), list):
+    if not isinstance(content, dict):
+        content = {}
+    if isinstance(content.get("training"), list):
         return _decathlon(root, content)
     if (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
-        return _nnunet(root, content if isinstance(content, dict) else {})
+        return _nnunet(root, content)
     if (root / "derivatives").is_dir():
         return _bids(root)
     for images, labels in (("images", "labels"), ("image", "label")):
         if (root / images).is_dir() and (root / labels).is_dir():
             return _two_folders(root / images, root / labels)
     raise ConfigError(
-        f"{root}: expected a Decathlon dataset.json, an nnU-Net folder (imagesTr, labelsTr), BIDS with derivatives, or folders "
-        "images and labels; or name a folder of images and a folder of labels"
+        f"{root}: expected a Decathlon dataset.json, an nnU-Net folder (imagesTr, labelsTr), "
+        "BIDS with derivatives, or folders images and labels; "
+        "or name a folder of images and a folder of labels"
     )
 
 
-def _volumes(folder: Path) -> list[Path]:
-    """The volumes right in a folder; hidden files and the .img of a pair are none."""
-    found = (p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith("."))
-    return [p for p in found if image_suffix(p) not in (None, ".img", ".img.gz")]
+def _volumes_in(folder: Path) -> list[Path]:
+    """Return the volumes directly in a folder, without hidden files and the .img of pairs."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and image_suffix(path) not in (None, ".img", ".img.gz")
+    ]
 
 
 def _decathlon(root: Path, content: dict[str, Any]) -> Layout:
-    """What a dataset.json lists; volumes it does not list are told."""
-    cases, problems, listed = [], [], set()
+    """Read the pairs that a Decathlon dataset.json lists."""
+    cases: list[Case] = []
+    problems: list[Problem] = []
+    listed: set[Path] = set()
     for item in content["training"]:
         try:
-            pair = {key: root / item[key] for key in ("image", "label")}
+            image, label = root / item["image"], root / item["label"]
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{root}/dataset.json: expected pairs of `image` and `label` in `training`"
             ) from error
-        name = image_stem(pair["image"])
-        missing = [str(path) for path in pair.values() if not path.is_file()]
-        listed |= {path.resolve() for path in pair.values()}
+        name = image_stem(image)
+        listed.update((image.resolve(), label.resolve()))
+        missing = [str(path) for path in (image, label) if not path.is_file()]
         if missing:
-            problems.append((name, f"{MISSING} {', '.join(missing)}"))
+            message = f"listed, and missing: {', '.join(missing)}"
+            problems.append(Problem(case=name, message=message, kind="missing_file"))
         else:
-            cases.append({"case": name, **{key: str(path) for key, path in pair.items()}})
-    folders = {path.parent for path in listed if path.parent.is_dir()}
-    extra = [p for folder in sorted(folders) for p in _volumes(folder) if p.resolve() not in listed]
-    problems += [(image_stem(path), f"{path} is not listed in dataset.json") for path in extra]
-    channels = tuple(_named(content.get("modality")).values()) or None
+            cases.append({"case": name, "image": str(image), "label": str(label)})
     return Layout(
         kind="Decathlon dataset.json",
         cases=cases,
-        labels=_labels({name: value for value, name in _named(content.get("labels")).items()}),
-        channels=channels,
-        problems=problems,
-        licence=str(content.get("licence") or content.get("license") or ""),
+        labels=_decathlon_labels(content.get("labels")),
+        channels=tuple(_numbered_names(content.get("modality")).values()) or None,
+        problems=problems + _unlisted(listed),
+        licence=_licence(content),
     )
+
+
+def _unlisted(listed: set[Path]) -> list[Problem]:
+    """Return a problem for each volume in the folders of listed files that is not listed itself."""
+    problems = []
+    for folder in sorted({path.parent for path in listed}):
+        if not folder.is_dir():
+            continue
+        for path in _volumes_in(folder):
+            if path.resolve() not in listed:
+                message = f"{path} is not listed in dataset.json"
+                problems.append(Problem(case=image_stem(path), message=message, kind="not_listed"))
+    return problems
 
 
 def _nnunet(root: Path, content: dict[str, Any]) -> Layout:
-    """imagesTr/CASE_0000.nii.gz, one a channel, and labelsTr/CASE.nii.gz."""
-    images: dict[str, dict[int, Path]] = {}
-    problems = []
-    for path in _volumes(root / "imagesTr"):
-        match = CHANNEL.match(image_stem(path))
-        if match is None:
-            problems.append(
-                (
-                    image_stem(path),
-                    f"{path}: expected a name ending in a channel's number, such as _0000",
-                )
-            )
+    """Pair imagesTr/CASE_0000.nii.gz, one file per channel, with labelsTr/CASE.nii.gz."""
+    channel_files, problems = _nnunet_images(root / "imagesTr")
+    counts = Counter(len(files) for files in channel_files.values())
+    # the dataset has as many channels as most of its cases
+    count = counts.most_common(1)[0][0] if counts else 1
+    images: dict[str, list[Path]] = {}
+    for name, files in channel_files.items():
+        if sorted(files) == list(range(count)):
+            images[name] = [files[number] for number in range(count)]
         else:
-            images.setdefault(match[1], {})[int(match[2])] = path
-    labels = {image_stem(path): path for path in _volumes(root / "labelsTr")}
-    count = Counter(len(found) for found in images.values()).most_common(1)[0][0] if images else 1
-    whole = {}
-    for name, found in images.items():
-        if sorted(found) == list(range(count)):
-            whole[name] = [found[i] for i in range(count)]
-        else:
-            problems.append(
-                (name, f"has the channels {sorted(found)}, most cases have 0 to {count - 1}")
-            )
-    names = _named(content.get("channel_names") or content.get("modality"))
-    cases, lone = _paired(whole, labels)
-    given = content.get("labels") or {}
+            message = f"has the channels {sorted(files)}, most cases have 0 to {count - 1}"
+            problems.append(Problem(case=name, message=message, kind="channels"))
+    labels = {image_stem(path): path for path in _volumes_in(root / "labelsTr")}
+    cases, unpaired = _pair_by_name(images, labels)
+    names = _numbered_names(content.get("channel_names") or content.get("modality"))
     return Layout(
         kind="nnU-Net raw folder",
         cases=cases,
-        labels=_labels({name: value for name, value in given.items() if isinstance(value, int)})
-        if given
-        else None,
-        channels=tuple(names.get(i, f"channel {i}") for i in range(count)),
-        problems=problems + lone,
-        licence=str(content.get("licence") or content.get("license") or ""),
+        labels=_nnunet_labels(content.get("labels")),
+        channels=tuple(names.get(number, f"channel {number}") for number in range(count)),
+        problems=problems + unpaired,
+        licence=_licence(content),
     )
 
 
-def _two_folders(images: Path, labels: Path) -> Layout:
-    """Files of one name; the label's may end in _seg, _dseg, _label or _mask."""
-    there = {}
-    for path in _volumes(labels):
+def _nnunet_images(folder: Path) -> tuple[dict[str, dict[int, Path]], list[Problem]]:
+    """Return the files of each case by the number of their channel, and the files without one."""
+    files_of: dict[str, dict[int, Path]] = {}
+    problems = []
+    for path in _volumes_in(folder):
         name = image_stem(path)
-        ending = next((e for e in LABEL_ENDINGS if name.endswith(e)), "")
-        there[name.removesuffix(ending)] = path
-    cases, problems = _paired({image_stem(path): [path] for path in _volumes(images)}, there)
+        match = CHANNEL_NAME.match(name)
+        if match:
+            files_of.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            message = f"{path}: expected a name ending in a channel's number, such as _0000"
+            problems.append(Problem(case=name, message=message, kind="channel_name"))
+    return files_of, problems
+
+
+def _two_folders(images: Path, labels: Path) -> Layout:
+    """Pair files of the same name; a label's name may end in _seg, _dseg, _label or _mask."""
+    label_of = {}
+    for path in _volumes_in(labels):
+        name = image_stem(path)
+        ending = next((ending for ending in LABEL_ENDINGS if name.endswith(ending)), "")
+        label_of[name.removesuffix(ending)] = path
+    images_of = {image_stem(path): [path] for path in _volumes_in(images)}
+    cases, problems = _pair_by_name(images_of, label_of)
     return Layout(kind="a folder of images and one of labels", cases=cases, problems=problems)
 
 
 def _bids(root: Path) -> Layout:
-    """Label maps (_dseg, _mask) anywhere in derivatives, each with the raw images of its subject and session.
+    """Pair each label map (_dseg, _mask) in derivatives with the raw images of its session.
 
-    Channels are the suffixes (T1w, FLAIR, …) that all labelled sessions have.
+    The channels are the suffixes (T1w, FLAIR, …) that all labelled sessions have.
     """
-    labels = [
-        (match[1], path)
-        for path in _below(root / "derivatives")
-        if (match := BIDS_LABELS.match(image_stem(path)))
-    ]
-    raw: dict[str, dict[str, Path]] = {}
-    for path in _below(root):
-        place = BIDS_PLACE.match(image_stem(path))
-        if place and (root / "derivatives") not in path.parents:
-            raw.setdefault(place[1], {})[image_stem(path).rpartition("_")[2]] = path
-    problems, found = [], {}
-    for entities, path in labels:
-        own = DERIVED.sub("", entities)
-        place = BIDS_PLACE.match(own)
-        images = raw.get(place[1], {}) if place else {}
-        if own in found:
-            problems.append((own, f"{path}: a second label map of this session"))
+    raw = _bids_raw_images(root)
+    label_of: dict[str, Path] = {}
+    images_of: dict[str, dict[str, Path]] = {}
+    problems = []
+    for path in _bids_files(root / "derivatives"):
+        match = BIDS_LABEL_NAME.match(image_stem(path))
+        if match is None:
+            continue
+        name = BIDS_DERIVED_ENTITIES.sub("", match[1])
+        images = raw.get(_bids_session(name), {})
+        if name in label_of:
+            message = f"{path}: a second label map of this session"
+            problems.append(Problem(case=name, message=message, kind="duplicate"))
         elif not images:
-            problems.append((own, f"{path}: no raw image of this session"))
+            message = f"{path}: no raw image of this session"
+            problems.append(Problem(case=name, message=message, kind="no_image"))
         else:
-            found[own] = (images, path)
-    shared = set.intersection(*(set(images) for images, _ in found.values())) if found else set()
-    if found and not shared:
-        raise ConfigError(f"{root}: no contrast (T1w, FLAIR, …) that every labelled session has")
-    channels = tuple(sorted(shared))
-    cases = [
-        {
-            "case": name,
-            "image": _one_or_list([str(images[c]) for c in channels]),
-            "label": str(path),
-        }
-        for name, (images, path) in found.items()
-    ]
+            label_of[name], images_of[name] = path, images
+    channels = _shared_channels(root, list(images_of.values()))
+    cases: list[Case] = []
+    for name, images in images_of.items():
+        paths = [images[channel] for channel in channels]
+        cases.append(_case(name, paths, label_of[name]))
     return Layout(kind="BIDS derivatives", cases=cases, channels=channels, problems=problems)
 
 
-def _below(folder: Path) -> list[Path]:
+def _bids_files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.rglob("sub-*")) if p.is_file() and image_suffix(p)]
 
 
-def _paired(
+def _bids_session(name: str) -> str:
+    """Return subject and session of a BIDS name, such as `sub-01_ses-1`; empty for other names."""
+    match = BIDS_SESSION.match(name)
+    return match[1] if match else ""
+
+
+def _bids_raw_images(root: Path) -> dict[str, dict[str, Path]]:
+    """Return the files outside derivatives: session → suffix (T1w, FLAIR, …) → path."""
+    raw: dict[str, dict[str, Path]] = {}
+    for path in _bids_files(root):
+        name = image_stem(path)
+        session = _bids_session(name)
+        if session and root / "derivatives" not in path.parents:
+            raw.setdefault(session, {})[name.rpartition("_")[2]] = path
+    return raw
+
+
+def _shared_channels(root: Path, sessions: Sequence[dict[str, Path]]) -> tuple[str, ...]:
+    """Return the suffixes that all sessions have, sorted."""
+    if not sessions:
+        return ()
+    shared = set(sessions[0]).intersection(*sessions[1:])
+    if not shared:
+        raise ConfigError(f"{root}: no contrast (T1w, FLAIR, …) that every labelled session has")
+    return tuple(sorted(shared))
+
+
+def _pair_by_name(
     images: dict[str, list[Path]], labels: dict[str, Path]
-) -> tuple[list[Case], list[tuple[str, str]]]:
-    """Cases of the names that both have, and what only one has."""
+) -> tuple[list[Case], list[Problem]]:
+    """Return the cases that have both images and a label, and a problem for each of the others."""
     cases = [
-        {"case": name, "image": _one_or_list([str(p) for p in paths]), "label": str(labels[name])}
-        for name, paths in sorted(images.items())
-        if name in labels
+        _case(name, images[name], labels[name]) for name in sorted(images.keys() & labels.keys())
     ]
-    problems = [
-        (name, f"{images[name][0]}: has no label") for name in sorted(set(images) - set(labels))
-    ]
-    return cases, problems + [
-        (name, f"{labels[name]}: has no image") for name in sorted(set(labels) - set(images))
-    ]
+    problems = []
+    for name in sorted(images.keys() - labels.keys()):
+        message = f"{images[name][0]}: has no label"
+        problems.append(Problem(case=name, message=message, kind="no_label"))
+    for name in sorted(labels.keys() - images.keys()):
+        message = f"{labels[name]}: has no image"
+        problems.append(Problem(case=name, message=message, kind="no_image"))
+    return cases, problems
 
 
-def _one_or_list(paths: list[str]) -> str | list[str]:
-    return paths[0] if len(paths) == 1 else paths
+def _case(name: str, images: Sequence[Path], label: Path) -> Case:
+    paths = [str(path) for path in images]
+    return {
+        "case": name,
+        "image": paths[0] if len(paths) == 1 else paths,
+        "label": str(label),
+    }
 
 
-def _named(content: Any) -> dict[int, str]:
-    """{"0": "MRI"} as JSON has it, by number."""
+def _licence(content: dict[str, Any]) -> str:
+    return str(content.get("licence") or content.get("license") or "")
+
+
+def _numbered_names(content: Any) -> dict[int, str]:
+    """Return {"0": "MRI"}, as in a dataset.json, by number; other keys are skipped."""
     if not isinstance(content, dict):
         return {}
     return {int(key): str(name) for key, name in content.items() if str(key).isdigit()}
 
 
-def _labels(found: dict[str, int]) -> dict[str, int] | None:
-    """Names and values in the order of the values, the background named so."""
-    if 0 not in found.values():
+def _decathlon_labels(content: Any) -> dict[str, int] | None:
+    """Return the labels of a Decathlon dataset.json, which has names by value."""
+    return _ordered_labels({name: value for value, name in _numbered_names(content).items()})
+
+
+def _nnunet_labels(content: Any) -> dict[str, int] | None:
+    """Return the labels of an nnU-Net dataset.json, without its regions (lists of values)."""
+    labels = content or {}
+    return _ordered_labels({name: v for name, v in labels.items() if isinstance(v, int)})
+
+
+def _ordered_labels(labels: dict[str, int]) -> dict[str, int] | None:
+    """Return the labels by increasing value, value 0 as `background`; None without a value 0."""
+    if 0 not in labels.values():
         return None
-    ordered: Iterable[tuple[str, int]] = sorted(found.items(), key=lambda pair: pair[1])
+    ordered = sorted(labels.items(), key=lambda item: item[1])
     return {("background" if value == 0 else name): value for name, value in ordered}

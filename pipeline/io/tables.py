@@ -1,4 +1,4 @@
-"""What is said about a case: its volumes, its row in a table."""
+"""Reading and writing CSV and JSON files, and the hash of a file."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ from pipeline.io.writer import write_atomically
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """A table, whole or not at all; the columns are those of the rows, in the order in which they come up."""
+    """Write a table atomically.
+
+    Args:
+        path: the CSV file.
+        rows: column → value. The columns are those of all rows, in the order in which they first
+            occur; a value that a row does not have is left empty.
+
+    Raises:
+        WriteError: the folder cannot be made or written to.
+    """
     rows = list(rows)
+    columns: dict[str, None] = {}
+    for row in rows:
+        columns.update(dict.fromkeys(row))
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(
-            text,
-            fieldnames=list(dict.fromkeys(key for row in rows for key in row)),
-            lineterminator="\n",
-        )
+        # "\n" on every system, so that the same table is the same bytes
+        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table; none where there is no file."""
+    """Return the rows of a table, column → text; no rows where there is no file."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -38,10 +47,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        ConfigError: it cannot be read, or is not JSON.
+        ConfigError: the file cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -52,10 +61,14 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON, whole or not at all."""
+    """Write a JSON file atomically.
+
+    Raises:
+        WriteError: the folder cannot be made or written to.
+    """
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's content, hexadecimal."""
+    """Return the SHA-256 hash of a file's content, hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,11 +1,10 @@
-"""A label map as a file on its input's grid, whole or not at all."""
+"""Writing label maps as NIfTI files on the input's grid, and any file atomically."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import nibabel as nib
 import numpy as np
@@ -14,23 +13,21 @@ from isal import igzip
 from pipeline.errors import WriteError
 from pipeline.types import Affine, Array, LabelMap
 
-if TYPE_CHECKING:
-    import SimpleITK as sitk
-
-COMPRESSION = 3  # of 0 to 3
+COMPRESSION = 3  # igzip's levels are 0 to 3; 3 makes the smallest files and is still fast
 NIFTI1_BYTES = 348
-DESCRIPTION = b"volseg label map"  # the header's mark of a file that we wrote and may replace
+DESCRIPTION = b"volseg label map"  # in the header of every label map that volseg writes
 BYTE = 255
 SCANNER_CODE = 1  # NIFTI_XFORM_SCANNER_ANAT, for inputs that are not NIfTI
 
 
 def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
-    """A NIfTI image of a label map.
+    """Return a label map as a NIfTI image.
 
     Args:
         labels: (X, Y, Z), of an unsigned type.
-        affine: voxel → RAS+ world, mm; with a header, that header's own.
-        header: the input's own NIfTI header: qform and sform with their codes and the units are kept to the bit.
+        affine: voxel index → RAS+ world, mm; the header's own where there is a header.
+        header: the bytes of the input's NIfTI header. Its qform and sform, their codes and its
+            units are kept to the last bit.
     """
     if not header:
         image = nib.Nifti1Image(labels, affine)
@@ -39,21 +36,27 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
         image.header.set_xyzt_units("mm")
         image.header["descrip"] = DESCRIPTION
         return image
-    kind = nib.Nifti1Image if len(header) == NIFTI1_BYTES else nib.Nifti2Image
-    own = kind.header_class(header, check=False)
-    zooms = own.get_zooms()[:3]
-    own.set_data_dtype(labels.dtype)
-    own.set_data_shape(labels.shape)
-    own.set_zooms(zooms)
-    own.set_slope_inter(1, 0)
-    own.set_intent("label", (), "", allow_unknown=True)
-    own["cal_min"] = own["cal_max"] = 0
-    own["descrip"] = DESCRIPTION
-    return kind(labels, affine, own)
+    image_class = nib.Nifti1Image if len(header) == NIFTI1_BYTES else nib.Nifti2Image
+    kept = image_class.header_class(header, check=False)
+    zooms = kept.get_zooms()[:3]
+    kept.set_data_dtype(labels.dtype)
+    kept.set_data_shape(labels.shape)
+    kept.set_zooms(zooms)
+    kept.set_slope_inter(1, 0)
+    kept.set_intent("label", (), "", allow_unknown=True)
+    kept["cal_min"] = kept["cal_max"] = 0  # the input's display window fits no labels
+    kept["descrip"] = DESCRIPTION
+    return image_class(labels, affine, kept)
 
 
 def fractions_as_nibabel(values: Array, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
-    """A NIfTI image of values from 0 to 1, in steps of 1/255: one byte a voxel and a slope. The rest as `as_nibabel`."""
+    """Return a map of fractions as a NIfTI image with one byte per voxel and a slope of 1/255.
+
+    Args:
+        values: (X, Y, Z), 0 to 1.
+        affine: see `as_nibabel`.
+        header: see `as_nibabel`.
+    """
     image = as_nibabel(np.rint(values.clip(0, 1) * BYTE).astype(np.uint8), affine, header)
     image.header.set_slope_inter(1 / BYTE, 0)
     image.header.set_intent("none")
@@ -61,16 +64,20 @@ def fractions_as_nibabel(values: Array, affine: Affine, header: bytes = b"") -> 
 
 
 def write_labels(path: Path, image: nib.Nifti1Image) -> None:
-    """Writes a label map as .nii.gz: under a temporary name in the same folder, then renamed.
+    """Write a label map as .nii.gz, atomically; the same labels give the same bytes.
 
     Raises:
         WriteError: the folder cannot be made or written to.
     """
+    # without a time in the gzip header, so that results can be compared by their hash
     write_atomically(path, igzip.compress(image.to_bytes(), COMPRESSION, mtime=0))
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and makes its folder.
+    """Write a file completely or not at all, and make its folder.
+
+    The content goes to a temporary file in the same folder, which is then renamed. Whatever stops
+    the writing, the final name holds the old file or none.
 
     Raises:
         WriteError: the folder cannot be made or written to.
@@ -81,6 +88,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
+            # before renaming, or a power cut could leave the final name on an empty file
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -91,27 +99,3 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise WriteError(
             f"{path}: cannot be written: {error.strerror or error}; is the disk full or read-only?"
         ) from error
-
-
-def as_sitk(labels: LabelMap, affine: Affine, like: sitk.Image) -> sitk.Image:
-    """A SimpleITK image of a label map: on the grid of another, to the bit, where its affine is that one's."""
-    import SimpleITK as sitk
-
-    image = sitk.GetImageFromArray(np.ascontiguousarray(labels.transpose()))
-    dims, all_dims = image.GetDimension(), like.GetDimension()
-    direction = np.array(like.GetDirection()).reshape(all_dims, all_dims)[:dims, :dims]
-    origin, spacing = np.array(like.GetOrigin()[:dims]), np.array(like.GetSpacing()[:dims])
-    if not np.allclose(_lps(affine), np.column_stack([direction * spacing, origin]), atol=1e-4):
-        grid = _lps(affine)
-        origin, spacing = grid[:, 3], np.linalg.norm(grid[:, :3], axis=0)
-        direction = grid[:, :3] / spacing
-    image.SetOrigin(origin.tolist())
-    image.SetSpacing(spacing.tolist())
-    image.SetDirection(direction.ravel().tolist())
-    return image
-
-
-def _lps(affine: Affine) -> Array:
-    """The first three rows of an affine, in ITK's directions of the axes."""
-    rows: Array = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
-    return rows

@@ -1,27 +1,47 @@
-"""FIXME."""
+"""Networks, their losses and their weights.
 
+unet        the U-Net in 2D and 3D
+ensemble    U-Nets whose probabilities are averaged
+factory     the network that a spec describes
+losses      the losses that a run can choose
+weights     reading and writing state dicts
+published   the names of published U-Nets' weights
+"""
+
+from pipeline.networks.ensemble import Ensemble, member_states
+from pipeline.networks.factory import build_network, build_unet, channels_last
 from pipeline.networks.losses import build_loss
 from pipeline.networks.published import (
-    Kind,
+    NetworkShape,
+    PublishedKind,
     from_published,
     published_network,
-    read_checkpoint,
     recognise,
 )
-from pipeline.networks.unet import UNet, build_network, build_unet, channels_last, member_states
-from pipeline.networks.weights import save_state, save_weights
+from pipeline.networks.unet import UNet
+from pipeline.networks.weights import (
+    load_weights,
+    read_checkpoint,
+    read_state,
+    save_state,
+    save_weights,
+)
 
 __all__ = [
-    "Kind",
+    "Ensemble",
+    "NetworkShape",
+    "PublishedKind",
     "UNet",
     "build_loss",
     "build_network",
     "build_unet",
     "channels_last",
     "from_published",
+    "load_weights",
     "member_states",
     "published_network",
     "read_checkpoint",
+    "read_state",
     "recognise",
     "save_state",
     "save_weights",

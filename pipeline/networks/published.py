@@ -1,140 +1,145 @@
-"""The published U-Nets that ours descends from: their weights under our names, and ours under theirs.
+"""State dicts of two published U-Nets, translated to the names of our `UNet` and back.
 
-`tutorial`: two convolutions with bias a block, as many tutorials have it (`encoder1.0.weight`, `output.weight`).
-`buda`: batch norm and convolutions without bias (`encoder1.enc1conv1.weight`, `conv.weight`), brain-segmentation-pytorch.
-The original of 2015 has no PyTorch weights; it is `padding: false` in a spec.
+`tutorial`: blocks of two convolutions with bias, as in many tutorials (`encoder1.0.weight`,
+`output.weight`). `buda`: brain-segmentation-pytorch, with batch norm and convolutions without bias
+(`encoder1.enc1conv1.weight`, `conv.weight`). The original U-Net of 2015 has no PyTorch weights; a
+spec describes it with `padding: false`.
 
 References:
-    Buda, Saha, Mazurowski: Association of genomic subtypes of lower-grade gliomas with shape features automatically extracted
-    by a deep learning algorithm. Computers in Biology and Medicine 109 (2019), doi:10.1016/j.compbiomed.2019.05.002.
+    Buda, Saha, Mazurowski: Association of genomic subtypes of lower-grade gliomas with shape
+    features automatically extracted by a deep learning algorithm. Computers in Biology and
+    Medicine 109 (2019), doi:10.1016/j.compbiomed.2019.05.002.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
 from pipeline.config import NetworkSpec
-from pipeline.errors import ConfigError, ReadError
-from pipeline.types import PathOrStr
+from pipeline.errors import ConfigError
 
-Kind = Literal["tutorial", "buda"]
-State = dict[str, torch.Tensor]
-MARKS: dict[Kind, str] = {"tutorial": "encoder1.0.weight", "buda": "encoder1.enc1conv1.weight"}
-NESTED = ("state_dict", "model_state_dict", "model")
-NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+PublishedKind: TypeAlias = Literal["tutorial", "buda"]
+"""Which published U-Net a state dict belongs to."""
+State: TypeAlias = dict[str, torch.Tensor]
+"""Name of a weight → the weight."""
 
-
-def read_checkpoint(path: PathOrStr) -> State:
-    """The state dict that a checkpoint file holds, alone or under one of the usual keys, without `module.` prefixes.
-
-    Raises:
-        ReadError: no such file, not written by torch, or more in it than tensors.
-    """
-    try:
-        content: Any = torch.load(Path(path), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ReadError(
-            f"{path}: cannot be read ({error.strerror or error}); expected a checkpoint that torch wrote"
-        ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ReadError(
-            f"{path}: is not a plain checkpoint of tensors; save one with torch.save(model.state_dict(), path)"
-        ) from error
-    for key in NESTED:
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in content.values()
-    ):
-        raise ReadError(
-            f"{path}: expected a state dict, name → tensor, or one under the key {', '.join(NESTED)}"
-        )
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+FIRST_WEIGHTS: dict[PublishedKind, str] = {
+    "tutorial": "encoder1.0.weight",
+    "buda": "encoder1.enc1conv1.weight",
+}
+CONV = ("weight", "bias")
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def recognise(state: Mapping[str, torch.Tensor]) -> Kind:
-    """Which published U-Net a state dict is of, by its keys.
+class NetworkShape(NamedTuple):
+    """What the shapes of a state dict reveal about its network."""
+
+    spatial_dims: int
+    in_channels: int
+    out_channels: int
+    network: NetworkSpec
+
+
+def recognise(state: Mapping[str, torch.Tensor]) -> PublishedKind:
+    """Return which published U-Net a state dict belongs to, by its names.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: it belongs to none.
     """
-    for kind, mark in MARKS.items():
-        if mark in state:
+    for kind, first in FIRST_WEIGHTS.items():
+        if first in state:
             return kind
-    known = ", ".join(f"{mark} ({kind})" for kind, mark in MARKS.items())
+    known = ", ".join(f"{first} ({kind})" for kind, first in FIRST_WEIGHTS.items())
     raise ConfigError(
         f"unknown weights: expected one of the keys {known}; found {', '.join(list(state)[:5])}, …"
     )
 
 
 def from_published(state: Mapping[str, torch.Tensor]) -> State:
-    """A published state dict under the names of `pipeline.network.UNet`, every entry used once.
+    """Return a published state dict under the names of `UNet`.
 
     Raises:
-        ConfigError: of neither kind, or keys missing or too many; the message names them.
+        ConfigError: the network is unknown, or its names are not exactly those expected.
     """
-    names = key_pairs(recognise(state), _levels(state, "upconv{}.weight", 1))
+    names = key_pairs(recognise(state), _count_levels(state, "upconv{}.weight", first=1))
     return _renamed(state, {theirs: ours for ours, theirs in names.items()})
 
 
-def to_published(state: Mapping[str, torch.Tensor], kind: Kind) -> State:
-    """Our state dict under the names of a published U-Net: what `load_state_dict` of that code takes, strictly.
+def to_published(state: Mapping[str, torch.Tensor], kind: PublishedKind) -> State:
+    """Return the state dict of a `UNet` under the names of a published U-Net, for its own code.
 
     Raises:
-        ConfigError: a network that this kind cannot express (another norm, residual blocks, deep supervision).
+        ConfigError: the published U-Net lacks parts of this network (another norm, residual
+            blocks, deep supervision).
     """
-    return _renamed(state, key_pairs(kind, _levels(state, "up.{}.weight", 0)))
+    return _renamed(state, key_pairs(kind, _count_levels(state, "up.{}.weight", first=0)))
 
 
-def published_network(state: Mapping[str, torch.Tensor]) -> tuple[int, int, int, NetworkSpec]:
-    """What the shapes of our state dict tell: spatial dimensions, channels in and out, and the U-Net's shape."""
-    levels = _levels(state, "up.{}.weight", 0)
+def published_network(state: Mapping[str, torch.Tensor]) -> NetworkShape:
+    """Return the shape of the network to which a state dict under the names of `UNet` belongs."""
+    levels = _count_levels(state, "up.{}.weight", first=0)
     first = state["encoder.0.body.0.weight"]
-    blocks = [f"encoder.{i}" for i in range(levels)] + ["bottleneck"]
+    blocks = [f"encoder.{level}" for level in range(levels)] + ["bottleneck"]
     features = tuple(int(state[f"{block}.body.0.weight"].shape[0]) for block in blocks)
     norm: Literal["batch"] | None = "batch" if "encoder.0.body.1.running_mean" in state else None
-    return (
-        first.ndim - 2,
-        int(first.shape[1]),
-        int(state["output.weight"].shape[0]),
-        NetworkSpec(features=features, norm=norm),
+    return NetworkShape(
+        spatial_dims=first.ndim - 2,
+        in_channels=int(first.shape[1]),
+        out_channels=int(state["output.weight"].shape[0]),
+        network=NetworkSpec(features=features, norm=norm),
     )
 
 
-def key_pairs(kind: Kind, levels: int) -> dict[str, str]:
-    """Our name → theirs of every entry of a U-Net with so many poolings: 46 of `tutorial` and 118 of `buda` with four."""
-    blocks = [
-        (f"{part}.{i}", f"{part}{i + 1}", f"{part[:3]}{i + 1}")
-        for part in ("encoder", "decoder")
-        for i in range(levels)
-    ]
-    blocks.append(("bottleneck", "bottleneck", "bottleneck"))
+def key_pairs(kind: PublishedKind, levels: int) -> dict[str, str]:
+    """Return our name → the published name for every entry of a U-Net.
+
+    With four levels these are 46 entries of `tutorial` and 118 of `buda`.
+
+    Args:
+        kind: which published U-Net.
+        levels: number of poolings.
+    """
+    block_pairs = _tutorial_block if kind == "tutorial" else _buda_block
     pairs: dict[str, str] = {}
-    for ours, theirs, short in blocks:
-        for place in (0, 1):
-            if kind == "tutorial":
-                pairs |= {
-                    f"{ours}.body.{2 * place}.{p}": f"{theirs}.{2 * place}.{p}"
-                    for p in ("weight", "bias")
-                }
-            else:
-                pairs[f"{ours}.body.{3 * place}.weight"] = f"{theirs}.{short}conv{place + 1}.weight"
-                pairs |= {
-                    f"{ours}.body.{3 * place + 1}.{p}": f"{theirs}.{short}norm{place + 1}.{p}"
-                    for p in NORM
-                }
-    output = "output" if kind == "tutorial" else "conv"
-    for p in ("weight", "bias"):
-        pairs |= {f"up.{i}.{p}": f"upconv{i + 1}.{p}" for i in range(levels)}
-        pairs[f"output.{p}"] = f"{output}.{p}"
-    return pairs
+    for level in range(levels):
+        for part in ("encoder", "decoder"):
+            pairs |= block_pairs(f"{part}.{level}", f"{part}{level + 1}", f"{part[:3]}{level + 1}")
+        pairs |= _entries(f"up.{level}", f"upconv{level + 1}", CONV)
+    pairs |= block_pairs("bottleneck", "bottleneck", "bottleneck")
+    return pairs | _entries("output", "output" if kind == "tutorial" else "conv", CONV)
 
 
-def _levels(state: Mapping[str, torch.Tensor], pattern: str, first: int) -> int:
+def _tutorial_block(ours: str, theirs: str, _short: str) -> dict[str, str]:
+    """Return the pairs of one block: convolution, activation, convolution, activation."""
+    return _entries(f"{ours}.body.0", f"{theirs}.0", CONV) | _entries(
+        f"{ours}.body.2", f"{theirs}.2", CONV
+    )
+
+
+def _buda_block(ours: str, theirs: str, short: str) -> dict[str, str]:
+    """Return the pairs of one block: twice convolution, norm, activation.
+
+    Args:
+        ours, theirs: the block's name.
+        short: how the published names of its layers begin, such as enc1.
+    """
+    return {
+        f"{ours}.body.0.weight": f"{theirs}.{short}conv1.weight",
+        **_entries(f"{ours}.body.1", f"{theirs}.{short}norm1", BATCH_NORM),
+        f"{ours}.body.3.weight": f"{theirs}.{short}conv2.weight",
+        **_entries(f"{ours}.body.4", f"{theirs}.{short}norm2", BATCH_NORM),
+    }
+
+
+def _entries(ours: str, theirs: str, names: tuple[str, ...]) -> dict[str, str]:
+    return {f"{ours}.{name}": f"{theirs}.{name}" for name in names}
+
+
+def _count_levels(state: Mapping[str, torch.Tensor], pattern: str, *, first: int) -> int:
+    """Return how many consecutive numbers, from first, give a name in the state dict."""
     count = 0
     while pattern.format(first + count) in state:
         count += 1
@@ -142,14 +147,16 @@ def _levels(state: Mapping[str, torch.Tensor], pattern: str, first: int) -> int:
 
 
 def _renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> State:
-    missing, extra = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
-    if missing or extra:
-        found = [
-            f"{word} {', '.join(keys[:5])}"
-            for word, keys in (("missing", missing), ("not expected", extra))
-            if keys
-        ]
+    missing = sorted(names.keys() - state.keys())
+    unexpected = sorted(state.keys() - names.keys())
+    found = []
+    if missing:
+        found.append(f"missing {', '.join(missing[:5])}")
+    if unexpected:
+        found.append(f"not expected {', '.join(unexpected[:5])}")
+    if found:
         raise ConfigError(
-            f"the weights do not fit: {'; '.join(found)}; expected {len(names)} entries, found {len(state)}"
+            f"the weights do not fit: {'; '.join(found)}; expected {len(names)} entries, found "
+            f"{len(state)}"
         )
     return {names[name]: tensor for name, tensor in state.items()}

@@ -1,29 +1,107 @@
-"""FIXME."""
+"""Reading and writing a network's weights.
+
+A file of weights is a plain state dict, name → tensor, saved by torch. It is always read with
+`weights_only=True`, so that opening a file from an unknown source runs no code.
+"""
 
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from pipeline.errors import ReadError
 from pipeline.io import write_atomically
 from pipeline.types import PathOrStr
 
+# Keys under which training frameworks keep the state dict in a checkpoint
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def read_state(path: PathOrStr) -> dict[str, torch.Tensor]:
+    """Return the state dict in a file of weights.
+
+    Raises:
+        ReadError: the file is missing, was not written by torch, or holds more than tensors.
+    """
+    return _checked_state(_load(path), path)
+
+
+def read_checkpoint(path: PathOrStr) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint of another framework.
+
+    It may stand under one of the usual keys, and its names may start with the `module.` that
+    torch's DataParallel adds; both are removed.
+
+    Raises:
+        ReadError: the file is missing, was not written by torch, or holds more than tensors.
+    """
+    content = _load(path)
+    for key in CHECKPOINT_KEYS:
+        if isinstance(content, dict):
+            content = content.get(key, content)
+    state = _checked_state(content, path)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_weights(network: nn.Module, path: PathOrStr) -> None:
+    """Load a file of weights into a network with exactly the same names and shapes.
+
+    Raises:
+        ReadError: the file cannot be read, or holds the weights of another network.
+    """
+    state = read_state(path)
+    try:
+        network.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())  # torch writes one line per entry that does not fit
+        raise ReadError(f"{path}: expected weights of this network: {reason}") from error
+
 
 def save_weights(network: nn.Module, path: PathOrStr) -> None:
-    """Writes a network's weights, see `save_state`."""
+    """Write a network's weights as `save_state` does."""
     save_state(network.state_dict(), path)
 
 
 def save_state(state: Mapping[str, torch.Tensor], path: PathOrStr) -> None:
-    """Writes a plain state dict, whole or not at all; kernels are kept in float16, all else as it is."""
-    plain = {
-        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous()
-        for name, tensor in state.items()
-    }
+    """Write a state dict atomically, its kernels in float16.
+
+    Vectors (biases, and the scales and statistics of norms) keep their type, as they are small.
+    """
+    stored = {}
+    for name, tensor in state.items():
+        kept = tensor.half() if tensor.ndim > 1 else tensor
+        stored[name] = kept.detach().cpu().contiguous()
     buffer = io.BytesIO()
-    torch.save(plain, buffer)
+    torch.save(stored, buffer)
     write_atomically(Path(path), buffer.getvalue())
+
+
+def _load(path: PathOrStr) -> Any:
+    """Return what torch saved in a file, on the CPU."""
+    try:
+        return torch.load(Path(path), map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ReadError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a checkpoint that torch "
+            "wrote"
+        ) from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ReadError(
+            f"{path}: is not a plain checkpoint of tensors; save one with "
+            "torch.save(model.state_dict(), path)"
+        ) from error
+
+
+def _checked_state(content: Any, path: PathOrStr) -> dict[str, torch.Tensor]:
+    if not isinstance(content, dict) or not all(map(torch.is_tensor, content.values())):
+        raise ReadError(
+            f"{path}: expected a state dict, name → tensor, or one under the key "
+            f"{', '.join(CHECKPOINT_KEYS)}"
+        )
+    return content

@@ -1,3 +1,10 @@
-"""Pages for readers: what a bundle or a batch of cases gave."""
+"""Pages that people read, as pure functions from results to text; their callers write the files.
 
-__all__: list[str] = []
+The HTML report of a batch belongs here too.
+
+- `bundle_page`: the Markdown page of a cross-validated bundle.
+"""
+
+from pipeline.report.bundle_page import bundle_page
+
+__all__ = ["bundle_page"]

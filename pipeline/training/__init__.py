@@ -1,12 +1,22 @@
-"""FIXME."""
+"""Training: runs of a bundle's weights, their checkpoints and validation, and cross-validation.
+
+- `trainer`: one run, from its YAML to a complete bundle.
+- `optimisation`: initialisation, optimizer, learning rate, time limit, average of the weights.
+- `precision`: float32 or bfloat16 arithmetic.
+- `checkpoint`: resuming an interrupted run.
+- `validation`: scores of whole cases during a run.
+- `history`: the table and the figure of a run.
+- `distributed`: one run in several processes.
+- `cross_validation`: every fold of a run, joined to an ensemble.
+- `planning/`: a spec and a run for a new dataset.
+"""
 
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.cross_validation import cross_validate
 from pipeline.training.distributed import data_parallel, is_first_process, training_loader
-from pipeline.training.history import History
+from pipeline.training.history import EpochRow, History
 from pipeline.training.optimisation import (
     Budget,
-    TrainingInferer,
     build_optimizer,
     build_schedule,
     compile_network,
@@ -15,12 +25,14 @@ from pipeline.training.optimisation import (
     start_from,
     weight_average,
 )
-from pipeline.training.trainer import read_run, train_bundle, training_parser
+from pipeline.training.precision import TrainingInferer, emulates_bfloat16
+from pipeline.training.trainer import read_run, train, train_bundle
 from pipeline.training.validation import Validation
 
 __all__ = [
     "Budget",
     "CheckpointHandler",
+    "EpochRow",
     "History",
     "TrainingInferer",
     "Validation",
@@ -29,13 +41,14 @@ __all__ = [
     "compile_network",
     "cross_validate",
     "data_parallel",
+    "emulates_bfloat16",
     "initialise",
     "is_first_process",
     "prepare_batch",
     "read_run",
     "start_from",
+    "train",
     "train_bundle",
     "training_loader",
-    "training_parser",
     "weight_average",
 ]

@@ -1,13 +1,14 @@
-"""A training run that can be killed at any moment and goes on as if nothing had happened.
+"""Checkpoints: a run that was killed at any moment continues as if it had not been interrupted.
 
-Every random number of an epoch follows from the run's seed and the epoch's number, so a checkpoint at the end of each epoch
-holds all there is to go on from: a resumed run repeats the epoch that was cut off and ends with the same weights.
+All random numbers of an epoch follow from the run's seed and the number of the epoch, so the state
+at the end of each epoch is enough. A resumed run repeats the epoch that was interrupted and ends
+with the same weights.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from pipeline.io import write_atomically
 from pipeline.training.distributed import is_first_process
 from pipeline.types import PathOrStr
 
-PLACES = ("bundle", "dataset")  # may be spelt otherwise, or have moved
+PATH_SETTINGS = ("bundle", "dataset")  # both may have moved, or be written relative to elsewhere
 
 
 class CheckpointHandler:
-    """A handler of the trainer: seeds each epoch, keeps its end, stops where the loss is no number.
+    """A handler of the trainer that seeds each epoch and saves the state at its end.
+
+    It also stops the run when the loss is not a finite number. A run that completes removes its
+    checkpoint.
 
     Args:
-        path: the checkpoint's file; written whole or not at all, removed when the run is complete.
-        parts: name → what has a state_dict (network, average, optimizer, schedule).
-        dataset: whose transforms draw random numbers.
+        path: the checkpoint's file, written atomically.
+        parts: name → object with a `state_dict` (network, average, optimizer, schedule, …).
+        dataset: its random transforms are seeded.
         seed: of the run.
-        settings: the run, as plain values: a checkpoint goes on with the settings that it was made with.
+        settings: of the run, as plain values; a checkpoint is only resumed with equal settings.
     """
 
     def __init__(
@@ -54,72 +58,77 @@ class CheckpointHandler:
         self.settings = dict(settings)
 
     def attach(self, engine: Engine) -> None:
-        """Ignite's way of adding a handler."""
+        """Add the handlers to a trainer; Ignite calls this."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_without_number)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.check_loss)
         if is_first_process():
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
             engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
 
     def seed_epoch(self, engine: Engine) -> None:
-        """Makes the epoch's random numbers follow from the run's seed, its own number, and that of the process."""
-        words = [self.seed, engine.state.epoch, *([rank] if (rank := idist.get_rank()) else [])]
-        seed = int(np.random.SeedSequence(words).generate_state(1)[0])
+        """Seed all random numbers by the run's seed, the epoch and the rank of the process."""
+        entropy = [self.seed, engine.state.epoch]
+        if rank := idist.get_rank():
+            entropy.append(rank)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         set_determinism(seed)
+        # MONAI's transforms draw from their own generators, which set_determinism does not reach
         set_rnd(self.dataset, seed)
 
-    def stop_without_number(self, engine: Engine) -> None:
-        """Stops the run where the loss is nan or infinite.
+    def check_loss(self, engine: Engine) -> None:
+        """Stop the run if the loss is nan or infinite.
 
         Raises:
             PipelineError: with the epoch, and where the last good weights are.
         """
-        value = float(engine.state.output[0]["loss"])
-        if isfinite(value):
+        loss = float(engine.state.output[0]["loss"])
+        if isfinite(loss):
             return
-        kept = (
-            f"the weights after epoch {engine.state.epoch - 1} are in {self.path}"
-            if self.path.is_file()
-            else "no epoch was done"
-        )
+        kept = "no epoch was completed"
+        if self.path.is_file():
+            kept = f"the weights after epoch {engine.state.epoch - 1} are in {self.path}"
         raise PipelineError(
-            f"the loss became {value} in epoch {engine.state.epoch}, expected a number: {kept}; lower learning_rate, look for "
-            "damaged cases with `volseg segment`, and start again"
+            f"the loss became {loss} in epoch {engine.state.epoch}, expected a number: {kept}; "
+            "lower learning_rate, look for damaged cases with `volseg segment`, and start again"
         )
 
     def save(self, engine: Engine) -> None:
-        """Writes the checkpoint of the epoch that ended."""
-        buffer = io.BytesIO()
+        """Write the checkpoint of the epoch that ended."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        torch.save({"epoch": engine.state.epoch, "settings": self.settings, "state": state}, buffer)
+        content = {"epoch": engine.state.epoch, "settings": self.settings, "state": state}
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
         write_atomically(self.path, buffer.getvalue())
 
     def load(self, engine: Engine) -> int:
-        """Puts everything back to the end of the last whole epoch, and returns its number.
+        """Restore the state at the end of the last complete epoch.
+
+        Returns:
+            The number of that epoch.
 
         Raises:
-            ConfigError: no checkpoint, or one that was made with other settings.
+            ConfigError: there is no checkpoint, or it was made with other settings.
         """
         if not self.path.is_file():
             raise ConfigError(f"{self.path}: no such file; there is no unfinished run to resume")
         content = torch.load(self.path, map_location="cpu", weights_only=True)
-        before = content["settings"]
-        changed = sorted(
-            key
-            for key, value in self.settings.items()
-            if key not in PLACES and before.get(key) != value
-        )
+        changed = self._changed_settings(content["settings"])
         if changed:
             raise ConfigError(
-                f"{self.path}: was made with other settings ({', '.join(changed)}); expected the same to go on"
+                f"{self.path}: was made with other settings ({', '.join(changed)}); "
+                "resume with the settings of before, or start again with --restart"
             )
         for name, part in self.parts.items():
             part.load_state_dict(content["state"][name])
         epoch = int(content["epoch"])
-        engine.state.epoch, engine.state.iteration = epoch, epoch * int(engine.state.epoch_length)
+        engine.state.epoch = epoch
+        engine.state.iteration = epoch * int(engine.state.epoch_length)
         return epoch
 
-
-def checkpoint_of(handlers: Sequence[Any]) -> CheckpointHandler:
-    """The checkpoint among a trainer's handlers."""
-    return next(handler for handler in handlers if isinstance(handler, CheckpointHandler))
+    def _changed_settings(self, before: Mapping[str, Any]) -> list[str]:
+        """Return the names of the settings that differ from those of a checkpoint."""
+        changed = []
+        for name, value in self.settings.items():
+            if name not in PATH_SETTINGS and before.get(name) != value:
+                changed.append(name)
+        return sorted(changed)

@@ -1,11 +1,11 @@
-"""Every fold of a run: trained, scored on the cases that it never saw, and joined to one bundle."""
+"""Cross-validation: train every fold, score its held-out cases, join the folds to an ensemble."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from math import nan
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,19 +14,57 @@ import numpy as np
 import torch
 import yaml
 
-from pipeline.batch import output_path, segment_cases
+from pipeline.batch import output_path
 from pipeline.bundle import open_bundle, refresh_bundle
-from pipeline.config import Run, Spec, load_spec, read_yaml
+from pipeline.config import BundlePaths, Card, Run, Spec, load_config, load_spec, read_yaml
 from pipeline.errors import ConfigError
-from pipeline.evaluation import dice, draw_dice, score_case, summarise_scores
+from pipeline.evaluation import (
+    ScoreRow,
+    SummaryRow,
+    dice,
+    draw_dice,
+    segment_and_score,
+    summarise_scores,
+)
 from pipeline.inference import largest_components
 from pipeline.io import fold_cases, read, read_splits, write_atomically, write_csv, write_json
-from pipeline.networks import member_states, save_state
-from pipeline.training.trainer import CHECKPOINT, EpochDone, train_bundle
-from pipeline.types import Case
+from pipeline.networks import member_states, read_state, save_state
+from pipeline.report import bundle_page
+from pipeline.training.trainer import EpochDone, train_bundle
+from pipeline.types import Array, Case
 
-SCORES = "crossval"  # in the bundle: out-of-fold predictions and what they score
-Row = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargestComponentGain:
+    """Effect of keeping only the largest connected component of each label, out of fold.
+
+    Attributes:
+        gain: label → change of its mean Dice; nan where the label is not scored.
+        kept: whether the joined bundle keeps the largest components only.
+    """
+
+    gain: Mapping[str, float]
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutOfFold:
+    """Scores of cases that were segmented by the fold that was not trained on them.
+
+    Attributes:
+        scores: number of each trained fold → the rows of its held-out cases.
+        summary: of all folds together.
+        by_fold: number of each trained fold → the summary of its held-out cases.
+    """
+
+    scores: Mapping[int, Sequence[ScoreRow]]
+    summary: Sequence[SummaryRow]
+    by_fold: Mapping[int, Sequence[SummaryRow]]
+
+    @property
+    def folds(self) -> list[int]:
+        """The trained folds."""
+        return list(self.scores)
 
 
 def cross_validate(
@@ -35,184 +73,240 @@ def cross_validate(
     *,
     only: Sequence[int] = (),
     epoch_done: Callable[[int], EpochDone] | None = None,
-) -> list[Row]:
-    """Trains each fold into `folds/K` of the run's bundle, and makes of those that there are one ensemble in the bundle itself.
+) -> Sequence[SummaryRow]:
+    """Train each fold into `folds/K` of the run's bundle and join the folds to one ensemble.
 
-    A fold that is trained already is not trained again, one that was cut off goes on. Predictions of the cases that a fold left
-    out stay in `crossval/fold_K`; `crossval/scores.csv`, `summary.json` and `dice.png` score all of them together.
+    A fold that is already trained is not trained again; one that was interrupted is resumed. The
+    held-out cases of each fold are segmented into `crossval/fold_K`; `crossval/scores.csv`,
+    `summary.json` and `dice.png` score those of all trained folds together.
 
     Args:
-        run: of which `fold` does not count.
-        content: the YAML that gives it.
-        only: the folds to train; all without.
-        epoch_done: a fold's number → what is called after each of its epochs.
+        run: settings of the training run; its `fold` is ignored.
+        content: the YAML that gives `run`.
+        only: the folds to train; all if empty.
+        epoch_done: number of a fold → the function to call after each of its epochs.
 
     Returns:
-        the summary, one row a label and one for their mean.
+        One row per label and, with several labels, one for their mean.
 
     Raises:
-        ConfigError: a run without splits, or no such fold.
+        ConfigError: the run has no splits, or no such fold.
     """
+    paths = BundlePaths(run.bundle)
+    count = _number_of_folds(run, only)
+    for fold in only or range(count):
+        _train_fold(paths, run, content, fold, epoch_done(fold) if epoch_done else None)
+    # With `only`, folds that an earlier call trained are scored and joined as well.
+    trained = [fold for fold in range(count) if _is_trained(paths.fold(fold))]
+    out_of_fold = _score_folds(paths, run, trained)
+    largest = _largest_component_gain(paths, run, trained)
+    _write_scores(paths, out_of_fold, largest)
+    _write_card_and_page(paths, out_of_fold)
+    _join_folds(paths, trained, keep_largest=largest.kept)
+    return out_of_fold.summary
+
+
+def _number_of_folds(run: Run, only: Sequence[int]) -> int:
+    """Return how many folds the run's splits have; refuse a run without splits or such folds."""
     if run.splits is None:
         raise ConfigError("run.splits: expected a file of folds; `volseg plan` writes one")
     count = len(read_splits(run.dataset, run.splits))
-    unknown = [fold for fold in only if not 0 <= fold < count]
-    if unknown:
-        raise ConfigError(f"fold {unknown[0]}: {run.splits} holds folds 0 to {count - 1}")
-    root = Path(run.bundle)
-    for fold in only or range(count):
-        _train(root, run, content, fold, epoch_done(fold) if epoch_done else None)
-    done = [
-        fold
-        for fold in range(count)
-        if _weights(root, fold).is_file() and not (root / "folds" / str(fold) / CHECKPOINT).exists()
-    ]
-    rows = [{"fold": fold, **row} for fold in done for row in _out_of_fold(root, run, fold)]
-    spec = load_spec(_one_spec(root))
-    summary = summarise_scores(rows)
-    write_csv(root / SCORES / "scores.csv", rows)
-    largest = _largest_component(root, run, done, spec)
-    by_fold = {
-        fold: summarise_scores([row for row in rows if row["fold"] == fold]) for fold in done
-    }
-    write_json(
-        root / SCORES / "summary.json",
-        {"folds": done, "labels": summary, "by_fold": by_fold, "largest_component": largest},
-    )
-    draw_dice(rows, root / SCORES / "dice.png", title=f"{root.name}, out of fold")
-    _tell(root, summary, by_fold)
-    _join(root, done, keep_largest=bool(largest["kept"]))
-    return summary
+    for fold in only:
+        if not 0 <= fold < count:
+            raise ConfigError(f"fold {fold}: {run.splits} holds folds 0 to {count - 1}")
+    return count
 
 
-def _weights(root: Path, fold: int) -> Path:
-    return root / "folds" / str(fold) / "models" / "model.pt"
+def _is_trained(fold: BundlePaths) -> bool:
+    return fold.weights.is_file() and not fold.checkpoint.exists()
 
 
-def _one_spec(root: Path) -> Path:
-    """The spec of a single fold: the bundle's own, kept under another name once the bundle is an ensemble."""
-    kept = root / "configs" / "single_fold.yaml"
-    return kept if kept.is_file() else root / "configs" / "spec.yaml"
+def _single_fold_spec(paths: BundlePaths) -> Path:
+    """Return the spec of one fold: the bundle's own, until the bundle has become an ensemble."""
+    return paths.single_fold_spec if paths.single_fold_spec.is_file() else paths.spec
 
 
-def _train(
-    root: Path, run: Run, content: dict[str, Any], fold: int, epoch_done: EpochDone | None
+def _predictions(paths: BundlePaths, fold: int) -> Path:
+    """Return the folder of the label maps of a fold's held-out cases."""
+    return paths.cross_validation / f"fold_{fold}"
+
+
+def _held_out_cases(run: Run, fold: int) -> list[Case]:
+    return fold_cases(run.dataset, run.splits, fold, "val")
+
+
+def _train_fold(
+    paths: BundlePaths,
+    run: Run,
+    content: dict[str, Any],
+    fold: int,
+    epoch_done: EpochDone | None,
 ) -> None:
-    """One fold, unless it is trained already."""
-    own = root / "folds" / str(fold)
-    unfinished = (own / CHECKPOINT).is_file()
-    if _weights(root, fold).is_file() and not unfinished:
+    """Train one fold in a bundle of its own, or resume it; do nothing if it is already trained."""
+    own = paths.fold(fold)
+    if _is_trained(own):
         return
-    (own / "configs").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(_one_spec(root), own / "configs" / "spec.yaml")
-    shutil.copyfile(root / "configs" / "card.yaml", own / "configs" / "card.yaml")
-    settings = {"bundle": str(own), "fold": fold}
+    own.configs.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_single_fold_spec(paths), own.spec)
+    shutil.copyfile(paths.card, own.card)
+    changes = {"bundle": str(own.folder), "fold": fold}
     train_bundle(
-        replace(run, bundle=str(own), fold=fold), content | settings, epoch_done, resume=unfinished
+        replace(run, bundle=str(own.folder), fold=fold),
+        content | changes,
+        epoch_done,
+        resume=own.checkpoint.is_file(),
     )
 
 
-def _out_of_fold(root: Path, run: Run, fold: int) -> Iterator[Row]:
-    """The scores of the cases that a fold left out, segmented by it."""
-    out = root / SCORES / f"fold_{fold}"
-    model = open_bundle(root / "folds" / str(fold))
-    cases = fold_cases(run.dataset, run.splits, fold, "val")
-    segment_cases(model, cases, out)
-    for case in cases:
-        yield from score_case(case, output_path(out, case["case"]), model.spec.labels)
-
-
-def _largest_component(root: Path, run: Run, folds: Sequence[int], spec: Spec) -> Row:
-    """What Dice out of fold gains by keeping the largest part of each label only; done where no label loses and one gains."""
-    plain: dict[str, list[float]] = {name: [] for name, value in spec.labels.items() if value}
-    kept: dict[str, list[float]] = {name: [] for name in plain}
+def _score_folds(paths: BundlePaths, run: Run, folds: Sequence[int]) -> OutOfFold:
+    """Segment and score the held-out cases of each trained fold."""
+    scores: dict[int, Sequence[ScoreRow]] = {}
+    by_fold: dict[int, Sequence[SummaryRow]] = {}
+    all_rows: list[ScoreRow] = []
     for fold in folds:
-        for case in fold_cases(run.dataset, run.splits, fold, "val"):
-            path = output_path(root / SCORES / f"fold_{fold}", case["case"])
-            if path.is_file():
-                for name, (before, after) in _both(case, path, spec).items():
-                    plain[name].append(before)
-                    kept[name].append(after)
-    gains = {name: fmean(kept[name]) - fmean(plain[name]) if plain[name] else nan for name in plain}
-    better = all(gain >= 0 for gain in gains.values()) and any(gain > 0 for gain in gains.values())
-    return {"gain": gains, "kept": better and not spec.largest_component}
+        model = open_bundle(paths.fold(fold).folder)
+        cases = _held_out_cases(run, fold)
+        evaluation = segment_and_score(model, cases, _predictions(paths, fold))
+        scores[fold] = evaluation.scores
+        by_fold[fold] = evaluation.summary
+        all_rows += evaluation.scores
+    return OutOfFold(scores=scores, summary=summarise_scores(all_rows), by_fold=by_fold)
 
 
-def _both(case: Case, path: Path, spec: Spec) -> dict[str, tuple[float, float]]:
-    """Each label's Dice in one case, as it is and with its largest part only; labels that neither map has are left out."""
-    found, there = np.asarray(read(path).array), np.rint(read(case["label"]).array)
-    values = {name: value for name, value in spec.labels.items() if value}
-    numbers = sum((found == value) * (i + 1) for i, value in enumerate(values.values()))
-    largest = largest_components(torch.from_numpy(np.asarray(numbers, dtype=np.int32))).numpy()
-    pairs = {
-        name: (dice(found == value, there == value), dice(largest == i + 1, there == value))
-        for i, (name, value) in enumerate(values.items())
-    }
-    return {name: pair for name, pair in pairs.items() if pair[0] == pair[0]}
-
-
-def _tell(root: Path, summary: Sequence[Row], by_fold: dict[int, list[Row]]) -> None:
-    """The scores in the card, and a page with a row a fold."""
-    card = read_yaml(root / "configs" / "card.yaml", "card")
-    card["eval_metrics"] = {f"dice_{row['label']}": round(row["dice"], 4) for row in summary}
-    write_atomically(
-        root / "configs" / "card.yaml",
-        yaml.safe_dump(card, sort_keys=False, allow_unicode=True).encode(),
+def _write_scores(
+    paths: BundlePaths, out_of_fold: OutOfFold, largest: LargestComponentGain
+) -> None:
+    """Write scores.csv, summary.json and dice.png of all folds together."""
+    folder = paths.cross_validation
+    all_rows: list[ScoreRow] = []
+    table = []
+    for fold, rows in out_of_fold.scores.items():
+        all_rows += rows
+        table += [{"fold": fold, **row.columns()} for row in rows]
+    write_csv(folder / "scores.csv", table)
+    by_fold = {}
+    for fold, summary in out_of_fold.by_fold.items():
+        by_fold[fold] = [row.columns() for row in summary]
+    write_json(
+        folder / "summary.json",
+        {
+            "folds": out_of_fold.folds,
+            "labels": [row.columns() for row in out_of_fold.summary],
+            "by_fold": by_fold,
+            "largest_component": asdict(largest),
+        },
     )
-    names = [str(row["label"]) for row in summary]
-    lines = [
-        f"# {card['name']}",
-        "",
-        card["description"],
-        "",
-        f"**Intended use.** {card['intended_use']}",
-        "",
-        "## Scores",
-        "",
-    ]
-    lines += [
-        "Dice of each case segmented by the fold that did not see it; means with bootstrap 95 % intervals.",
-        "",
-    ]
-    lines += [f"| fold | cases | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for fold, rows in [*by_fold.items(), ("all", summary)]:
-        cells = [
-            f"{row['dice']:.4f} [{row['dice_low']:.4f}, {row['dice_high']:.4f}]" for row in rows
-        ]
-        lines.append(f"| {fold} | {rows[-1]['cases']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "How the training went stands in `configs/run.yaml`; it is repeated by",
-        "",
-        "```bash",
-    ]
-    lines += ["volseg crossval configs/run.yaml", "```", "", f"Data: {card['data_source']}.", ""]
-    write_atomically(root / "docs" / "README.md", "\n".join(lines).encode())
+    draw_dice(all_rows, folder / "dice.png", title=f"{paths.folder.name}, out of fold")
 
 
-def _join(root: Path, folds: Sequence[int], *, keep_largest: bool) -> None:
-    """The bundle itself: the folds' networks as one ensemble, whose spec says how many there are."""
-    content = read_yaml(_one_spec(root), "spec")
-    if _one_spec(root).name == "spec.yaml":
-        shutil.copyfile(root / "configs" / "spec.yaml", root / "configs" / "single_fold.yaml")
-    states = [
-        torch.load(_weights(root, fold), map_location="cpu", weights_only=True) for fold in folds
-    ]
-    networks = [network for state in states for network in member_states(state)]
-    joined = {
-        f"members.{i}.{name}": tensor
-        for i, state in enumerate(networks)
-        for name, tensor in state.items()
-    }
+def _largest_component_gain(
+    paths: BundlePaths, run: Run, folds: Sequence[int]
+) -> LargestComponentGain:
+    """Return what Dice gains, out of fold, by keeping only the largest component of each label.
+
+    As in nnU-Net (Isensee et al., Nature Methods 18, 203-211, 2021), the components are kept where
+    no label loses by it and at least one gains; and only if the spec does not keep some already.
+    """
+    spec = load_spec(_single_fold_spec(paths))
+    values = _structures(spec)
+    before: dict[str, list[float]] = {label: [] for label in values}
+    after: dict[str, list[float]] = {label: [] for label in values}
+    for fold in folds:
+        for case in _held_out_cases(run, fold):
+            prediction = output_path(_predictions(paths, fold), case["case"])
+            if not prediction.is_file():  # the case failed
+                continue
+            for label, (dice_before, dice_after) in _dice_pairs(case, prediction, values).items():
+                before[label].append(dice_before)
+                after[label].append(dice_after)
+    gain = {}
+    for label in values:
+        gain[label] = fmean(after[label]) - fmean(before[label]) if before[label] else nan
+    no_loss = all(change >= 0 for change in gain.values())
+    some_gain = any(change > 0 for change in gain.values())
+    return LargestComponentGain(
+        gain=gain, kept=no_loss and some_gain and not spec.largest_component
+    )
+
+
+def _dice_pairs(
+    case: Case, prediction: Path, values: Mapping[str, int]
+) -> dict[str, tuple[float, float]]:
+    """Return label → its Dice in one case, as predicted and with its largest component only.
+
+    Labels that neither map has are left out.
+    """
+    predicted = np.asarray(read(prediction).array)
+    true = np.rint(read(case["label"]).array)
+    largest = _largest_component_of_each(predicted, values)
+    pairs = {}
+    for label, value in values.items():
+        before = dice(predicted == value, true == value)
+        if not isnan(before):
+            pairs[label] = (before, dice(largest == value, true == value))
+    return pairs
+
+
+def _structures(spec: Spec) -> dict[str, int]:
+    """Return label → output value, without the background."""
+    return {label: value for label, value in spec.labels.items() if value != 0}
+
+
+def _largest_component_of_each(predicted: Array, values: Mapping[str, int]) -> Array:
+    """Return (X, Y, Z) output values with only the largest connected component of each label."""
+    # `largest_components` takes class numbers 1, 2, …, which output values need not be.
+    numbers = np.zeros(predicted.shape, dtype=np.int32)
+    for number, value in enumerate(values.values(), start=1):
+        numbers[predicted == value] = number
+    kept = largest_components(torch.from_numpy(numbers)).numpy()
+    value_of_number = np.array([0, *values.values()])
+    largest: Array = value_of_number[kept]
+    return largest
+
+
+def _write_card_and_page(paths: BundlePaths, out_of_fold: OutOfFold) -> None:
+    """Write the mean Dice into the bundle's card, and the bundle's page."""
+    content = read_yaml(paths.card, "card")
+    metrics = {}
+    for row in out_of_fold.summary:
+        metrics[f"dice_{row.label}"] = round(row.metrics["dice"].mean, 4)
+    content["eval_metrics"] = metrics
+    _write_yaml(paths.card, content)
+    card = load_config(Card, paths.card, "card")
+    page = bundle_page(card, out_of_fold.summary, out_of_fold.by_fold)
+    write_atomically(paths.readme, page.encode())
+
+
+def _join_folds(paths: BundlePaths, folds: Sequence[int], *, keep_largest: bool) -> None:
+    """Make the bundle an ensemble of the networks of its folds."""
+    content = read_yaml(_single_fold_spec(paths), "spec")
+    if not paths.single_fold_spec.is_file():
+        # The spec below is that of the ensemble; further folds need that of a single network.
+        shutil.copyfile(paths.spec, paths.single_fold_spec)
+    networks = []
+    for fold in folds:
+        state = read_state(paths.fold(fold).weights)
+        networks += member_states(state)  # several where a fold is itself an ensemble
     content["network"]["ensemble"] = len(networks)
     if keep_largest:
         content["largest_component"] = ["each"]
-    write_atomically(
-        root / "configs" / "spec.yaml",
-        yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode(),
-    )
-    shutil.copyfile(
-        root / "folds" / str(folds[0]) / "configs" / "run.yaml", root / "configs" / "run.yaml"
-    )
-    save_state(joined if len(networks) > 1 else states[0], root / "models" / "model.pt")
-    refresh_bundle(root)
+    _write_yaml(paths.spec, content)
+    shutil.copyfile(paths.fold(folds[0]).run, paths.run)
+    save_state(_ensemble_state(networks), paths.weights)
+    refresh_bundle(paths.folder)
+
+
+def _ensemble_state(networks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the state dict of the ensemble of some networks; that of the network if it is one."""
+    if len(networks) == 1:
+        return networks[0]
+    joined = {}
+    for i, state in enumerate(networks):
+        for name, tensor in state.items():
+            joined[f"members.{i}.{name}"] = tensor
+    return joined
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.encode())

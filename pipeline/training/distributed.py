@@ -1,6 +1,7 @@
-"""One run in several processes, as `torchrun` starts them: one a GPU, each with its share of the cases.
+"""One training run in several processes, as `torchrun` starts them: one per GPU.
 
-The first process writes and decides; the others follow it. In a single process all of this does nothing.
+Each process trains on its share of the cases. The first process writes all files and takes all
+decisions; the others follow it. In a single process these functions change nothing.
 """
 
 from __future__ import annotations
@@ -19,24 +20,28 @@ from pipeline.config import Run
 
 
 def is_first_process() -> bool:
-    """Whether this process writes and prints."""
-    return not _are_several() or int(os.environ["RANK"]) == 0
+    """Return whether this process writes files and reports progress."""
+    # job scripts may set RANK for a single process as well
+    return not _started_in_several_processes() or int(os.environ["RANK"]) == 0
 
 
-def _are_several() -> bool:
-    """Whether `torchrun` started more than this one."""
+def _started_in_several_processes() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_single_process() -> bool:
-    """Whether this is the only process."""
+    """Return whether no other process trains with this one."""
     return bool(idist.get_world_size() < 2)
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device | None]:
-    """Joins the processes that `torchrun` started; gives this one's device, or None where there is one process only."""
-    if not _are_several():
+    """Connect the processes that `torchrun` started.
+
+    Yields:
+        This process's device; None for a single process.
+    """
+    if not _started_in_several_processes():
         yield None
         return
     idist.initialize("nccl" if torch.cuda.is_available() else "gloo")
@@ -47,7 +52,7 @@ def process_group() -> Iterator[torch.device | None]:
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
-    """The network whose gradients are the mean over all processes; itself where there is one."""
+    """Return a network whose gradients are averaged over all processes; itself for a single one."""
     if is_single_process():
         return network
     on_gpu = idist.device().type == "cuda"
@@ -55,27 +60,30 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
 
 def training_loader(dataset: CacheDataset, run: Run) -> DataLoader:
-    """A run's training batches, each case once an epoch, in some process."""
-    share = (
-        DistributedSampler(dataset, even_divisible=True, shuffle=True)
-        if not is_single_process()
-        else None
-    )
+    """Return the training batches of this process; an epoch has each case in one process."""
+    sampler = None
+    if not is_single_process():
+        # processes with unequally many steps would wait for each other for ever
+        sampler = DistributedSampler(dataset, even_divisible=True, shuffle=True)
     return DataLoader(
-        dataset, batch_size=run.cases_per_step, shuffle=share is None, sampler=share, drop_last=True
+        dataset,
+        batch_size=run.cases_per_step,
+        shuffle=sampler is None,
+        sampler=sampler,
+        drop_last=True,
     )
 
 
 def from_first_process(value: float) -> float:
-    """The first process's value of a number, in every process; all have to ask."""
+    """Return the first process's value in every process; all of them have to call this."""
     return value if is_single_process() else float(idist.broadcast(value, src=0))
 
 
 def mean_over_processes(value: float) -> float:
-    """A number's mean over the processes; all have to ask."""
+    """Return the mean of a number over the processes; all of them have to call this."""
     return float(idist.all_reduce(value) / idist.get_world_size())
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called this."""
     idist.barrier()

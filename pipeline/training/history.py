@@ -1,8 +1,10 @@
-"""What a training run has been through, one row an epoch: a table, a picture, and TensorBoard where it is asked for."""
+"""The history of a run: a table with one row per epoch, a figure, and TensorBoard files."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,92 +19,140 @@ from pipeline.io import write_csv
 from pipeline.training.distributed import is_first_process, mean_over_processes
 from pipeline.types import PathOrStr
 
-DRAW_EVERY = 30.0  # seconds
+SECONDS_BETWEEN_FIGURES = 30.0  # drawing takes about as long as a short epoch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochRow:
+    """One epoch of a training run.
+
+    Attributes:
+        epoch: its number, from 1.
+        loss: mean over the steps of the epoch and over the processes.
+        learning_rate: at the end of the epoch.
+        seconds: wall time of the epoch, including its validation.
+        metrics: name → value of its validation, `dice` and `dice <label>`, 0 to 1; empty for an
+            epoch without validation.
+    """
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def columns(self) -> dict[str, Any]:
+        """Return the row as columns of history.csv."""
+        return {
+            "epoch": self.epoch,
+            "loss": self.loss,
+            "learning_rate": self.learning_rate,
+            "seconds": self.seconds,
+            **self.metrics,
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> EpochRow:
+        """Return the row that `columns` was made from."""
+        metrics = dict(columns)
+        return cls(
+            epoch=metrics.pop("epoch"),
+            loss=metrics.pop("loss"),
+            learning_rate=metrics.pop("learning_rate"),
+            seconds=metrics.pop("seconds"),
+            metrics=metrics,
+        )
 
 
 class History:
-    """A handler of the trainer that fills `history.csv` and `progress.png` in a folder.
-
-    A row has `epoch`, `loss` (mean over the epoch's steps), `learning_rate` (at its end), `seconds`, and what validation gave.
+    """A handler of the trainer that writes `history.csv` and `progress.png`.
 
     Args:
-        folder: where they go; made when there is something to write.
-        optimizer: whose learning rate is told.
-        run: whether TensorBoard's event files are written there too.
+        folder: of both files; made when the first is written.
+        optimizer: gives the learning rate.
+        run: gives `tensorboard`, whether event files are written to the folder as well.
 
     Raises:
-        ConfigError: TensorBoard is asked for and not installed.
+        ConfigError: the run asks for TensorBoard, which is not installed.
     """
 
     def __init__(self, folder: PathOrStr, optimizer: torch.optim.Optimizer, run: Run) -> None:
         self.folder, self.optimizer = Path(folder), optimizer
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[EpochRow] = []
         self.losses: list[float] = []
-        self.started = self.drawn = time.monotonic()
-        self.board = _board(self.folder) if run.tensorboard and is_first_process() else None
+        self.epoch_started = self.figure_drawn = time.monotonic()
+        writes_events = run.tensorboard and is_first_process()
+        self.tensorboard = _tensorboard_writer(self.folder) if writes_events else None
 
     def attach(self, engine: Engine) -> None:
-        """Ignite's way of adding a handler."""
-        engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end)
+        """Add the handlers to a trainer; Ignite calls this."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_loss)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._add_row)
         engine.add_event_handler(Events.COMPLETED, self._complete)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"rows": self.rows}
+        """Return plain values for the checkpoint."""
+        return {"rows": [row.columns() for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Puts back what `state_dict` kept."""
-        self.rows = list(state_dict["rows"])
+        """Restore what `state_dict` returned."""
+        self.rows = [EpochRow.from_columns(columns) for columns in state_dict["rows"]]
 
-    def _begin(self) -> None:
-        self.losses, self.started = [], time.monotonic()
+    def _start_epoch(self) -> None:
+        self.losses, self.epoch_started = [], time.monotonic()
 
-    def _step(self, engine: Engine) -> None:
+    def _add_loss(self, engine: Engine) -> None:
         self.losses.append(float(engine.state.output[0]["loss"]))
 
-    def _end(self, engine: Engine) -> None:
-        row = {
-            "epoch": engine.state.epoch,
-            "loss": mean_over_processes(fmean(self.losses)),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": time.monotonic() - self.started,
-            **engine.state.metrics,
-        }
+    def _add_row(self, engine: Engine) -> None:
+        row = EpochRow(
+            epoch=engine.state.epoch,
+            loss=mean_over_processes(fmean(self.losses)),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seconds=time.monotonic() - self.epoch_started,
+            metrics=engine.state.metrics,
+        )
+        # the trainer keeps its metrics: without this the next row would repeat them
         engine.state.metrics = {}
         self.losses = []
         self.rows.append(row)
         if not is_first_process():
             return
-        write_csv(self.folder / "history.csv", self.rows)
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, engine.state.epoch)
-        if time.monotonic() - self.drawn > DRAW_EVERY:
+        self._write_table()
+        if self.tensorboard is not None:
+            for name, value in row.columns().items():
+                self.tensorboard.add_scalar(name, value, row.epoch)
+        if time.monotonic() - self.figure_drawn > SECONDS_BETWEEN_FIGURES:
             self._draw()
 
     def _complete(self, engine: Engine) -> None:
-        if self.losses:  # the clock ended the last epoch
-            self._end(engine)
+        """Add what came after the last whole epoch, and draw the figure."""
+        if self.losses:  # the time limit ended the last epoch before its end
+            self._add_row(engine)
         elif self.rows and engine.state.metrics:
-            self.rows[-1] |= engine.state.metrics
-            write_csv(self.folder / "history.csv", self.rows)
+            metrics = {**self.rows[-1].metrics, **engine.state.metrics}
+            self.rows[-1] = replace(self.rows[-1], metrics=metrics)
+            self._write_table()
         if self.rows and is_first_process():
             self._draw()
-        if self.board is not None:
-            self.board.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _write_table(self) -> None:
+        write_csv(self.folder / "history.csv", [row.columns() for row in self.rows])
 
     def _draw(self) -> None:
-        draw_training_curves(self.rows, self.folder / "progress.png")
-        self.drawn = time.monotonic()
+        columns = [row.columns() for row in self.rows]
+        draw_training_curves(columns, self.folder / "progress.png")
+        self.figure_drawn = time.monotonic()
 
 
-def _board(folder: Path) -> Any:
+def _tensorboard_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError(
-            "run.tensorboard: is not installed; pip install 'volseg[tensorboard]'"
+            "run.tensorboard: TensorBoard is not installed; pip install 'volseg[tensorboard]'"
         ) from error
     return SummaryWriter(str(folder))

@@ -1,8 +1,7 @@
-"""One training run: from a run's YAML to a complete bundle, through MONAI's trainer and the bundle's own wiring."""
+"""One training run: from a run's YAML to a complete bundle, by MONAI's trainer and our wiring."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,38 +10,69 @@ import yaml
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 
-from pipeline.bundle import WIRING, refresh_bundle
-from pipeline.config import Run, parse_config, read_yaml
-from pipeline.errors import ConfigError, unwrap
+from pipeline.bundle import read_wiring, refresh_bundle
+from pipeline.config import BundlePaths, Run, parse_config, read_yaml
+from pipeline.errors import ConfigError, unwrapped_errors
 from pipeline.io import write_atomically
-from pipeline.training.checkpoint import checkpoint_of
+from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.distributed import barrier, is_first_process, process_group
-from pipeline.training.history import History
+from pipeline.training.history import EpochRow, History
 from pipeline.types import PathOrStr
 
-CHECKPOINT = Path("models") / "checkpoint.pt"
-EpochDone = Callable[[dict[str, Any]], None]  # a row of the history
+EpochDone = Callable[[EpochRow], None]
+
+
+def train(
+    config: PathOrStr,
+    changes: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    progress: EpochDone | None = None,
+) -> Path:
+    """Train the bundle that a run's YAML names.
+
+    Args:
+        config: the run's YAML file.
+        changes: settings to change, each as `key=value`; see `read_run`.
+        resume: continue an interrupted run after its last complete epoch.
+        restart: discard an interrupted run.
+        progress: called after each epoch with its row of the history.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ConfigError: see `read_run` and `train_bundle`.
+        PipelineError: a case cannot be read, or the loss is not a number any more.
+    """
+    run, content = read_run(config, changes)
+    train_bundle(run, content, progress, resume=resume, restart=restart)
+    return Path(run.bundle)
 
 
 def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
-    """A run's YAML with some settings changed: the run, and the content that gives it.
+    """Read a run's YAML and change some of its settings.
 
     Args:
         path: the YAML file.
-        changes: `key=value`, a dot for each level down (`augment.rotation=30`); values are read as YAML.
+        changes: `key=value`, with a dot per level (`augment.rotation=30`); values are YAML.
+
+    Returns:
+        The run, and the content of the YAML with the changes.
 
     Raises:
-        ConfigError: with the path to the key that is wrong.
+        ConfigError: a setting is unknown or has a wrong value; the message holds its path.
     """
     content = read_yaml(path, "run")
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected the settings of a run, got {content!r}")
     for change in changes:
-        _change(content, change)
+        _apply_change(content, change)
     return parse_config(Run, content, "run"), content
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _apply_change(content: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals:
         raise ConfigError(f"{change}: expected KEY=VALUE, such as epochs=5")
@@ -51,9 +81,8 @@ def _change(content: dict[str, Any], change: str) -> None:
     for i, parent in enumerate(parents):
         level = level.setdefault(parent, {})
         if not isinstance(level, dict):
-            raise ConfigError(
-                f"{change}: run.{'.'.join(parents[: i + 1])} holds no settings of its own"
-            )
+            path = ".".join(parents[: i + 1])
+            raise ConfigError(f"{change}: run.{path} holds no settings of its own")
     try:
         level[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -68,72 +97,61 @@ def train_bundle(
     resume: bool = False,
     restart: bool = False,
 ) -> None:
-    """Trains the weights of the bundle that a run names, and refreshes all that is generated in it.
+    """Train the weights of a run's bundle, and refresh the generated files in it.
 
-    The bundle's folder needs configs/spec.yaml and configs/card.yaml; the run is kept beside them as run.yaml. Started by
-    `torchrun` in several processes it is one run: a step then takes the run's batch in each of them.
+    The bundle needs configs/spec.yaml and configs/card.yaml; the run is written to
+    configs/run.yaml. In several processes, as `torchrun` starts them, this is one run whose step
+    takes the run's batch in each process.
 
     Args:
-        run: how it goes.
-        content: the YAML that gives it.
+        run: settings of the training run.
+        content: the YAML that gives `run`.
         epoch_done: called after each epoch with its row of the history.
-        resume: go on where a run that was cut off had ended its last whole epoch.
-        restart: throw such a run away.
+        resume: continue an interrupted run after its last complete epoch.
+        restart: discard an interrupted run.
 
     Raises:
-        ConfigError: no spec, a dataset that cannot be used, or an unfinished run and neither `resume` nor `restart`.
+        ConfigError: there is no spec, the dataset cannot be used, or there is an interrupted run
+            and neither `resume` nor `restart`.
+        PipelineError: a case cannot be read, or the loss is not a number any more.
     """
-    root = Path(run.bundle)
-    _check(root, unfinished=resume or restart)
+    paths = BundlePaths(run.bundle)
+    _check_bundle(paths, may_be_unfinished=resume or restart)
     with process_group() as device:
         if is_first_process():
-            write_atomically(
-                root / "configs" / "run.yaml", yaml.safe_dump(content, sort_keys=False).encode()
-            )
-            refresh_bundle(root)
+            write_atomically(paths.run, yaml.safe_dump(content, sort_keys=False).encode())
+            refresh_bundle(paths.folder)
         barrier()
-        parser = training_parser(root)
+        parser = read_wiring(paths.folder)
         if device is not None:
             parser["device"] = device
-        try:
-            _run(parser, epoch_done, resume=resume)
-        except Exception as error:
-            known = unwrap(error)
-            if known is None:
-                raise
-            raise known from error
+        with unwrapped_errors():
+            _run_wiring(parser, epoch_done, resume=resume)
 
 
-def _check(root: Path, *, unfinished: bool) -> None:
-    """Nothing, if a run can fill this bundle; `unfinished`: whether it may find one that was cut off."""
-    if not (root / "configs" / "spec.yaml").is_file():
+def _check_bundle(paths: BundlePaths, *, may_be_unfinished: bool) -> None:
+    if not paths.spec.is_file():
         raise ConfigError(
-            f"{root}/configs/spec.yaml: no such file; write down there what the weights are to see and to say"
+            f"{paths.spec}: no such file; write the spec of the weights there, "
+            "or let `volseg plan` do it"
         )
-    if not unfinished and (root / CHECKPOINT).is_file():
+    if paths.checkpoint.is_file() and not may_be_unfinished:
         raise ConfigError(
-            f"{root / CHECKPOINT}: an unfinished run is there; go on with --resume, or throw it away with --restart"
+            f"{paths.checkpoint}: is the checkpoint of an unfinished run; "
+            "continue it with --resume, or discard it with --restart"
         )
 
 
-def training_parser(root: Path) -> ConfigParser:
-    """The configuration of a bundle that holds all but the weights, read and not yet built."""
-    parser = ConfigParser()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
-        parser.read_config([root / "configs" / name for name in WIRING])
-    parser["bundle_root"] = str(root)
-    return parser
-
-
-def _run(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: bool) -> None:
+def _run_wiring(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: bool) -> None:
+    """Initialise, run and finalise the trainer of a wiring, as `monai.bundle run` does."""
     parser.get_parsed_content("initialize")
     trainer: Engine = parser.get_parsed_content("train::trainer")
-    handlers = parser.get_parsed_content("train::handlers")
     if epoch_done is not None and is_first_process():
-        history = next(handler for handler in handlers if isinstance(handler, History))
+        history: History = parser.get_parsed_content("train::history")
+        # added after the handlers of the wiring: the history has its row by then
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
     if resume:
-        checkpoint_of(handlers).load(trainer)
+        checkpoint: CheckpointHandler = parser.get_parsed_content("train::checkpoint")
+        checkpoint.load(trainer)
     parser.get_parsed_content("run")
     parser.get_parsed_content("finalize")

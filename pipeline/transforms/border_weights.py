@@ -1,4 +1,4 @@
-"""How much each voxel counts in training: class balance, and more between objects that nearly touch.
+"""Weights of voxels in the loss: class balance, and more weight between close objects.
 
 References:
     Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28, equation 2.
@@ -23,12 +23,14 @@ WEIGHT = "weight"
 
 
 class BorderWeightd(MapTransform):
-    """Adds `weight` (1, X, Y, Z) float32, on the grid of the label, with distances in the mm of its affine.
+    """Add `weight`, (1, X, Y, Z) float32 on the label's grid: class balance plus border term.
+
+    Distances are in the mm of the label's affine.
 
     Args:
-        keys: of the label, (1, X, Y, Z) channel numbers.
-        weight: of the border term.
-        sigma_mm: how far apart two objects may be to count as near.
+        keys: the label, (1, X, Y, Z) channel numbers.
+        weight: factor of the border term.
+        sigma_mm: scale on which the border term falls with the distance of two objects, mm.
     """
 
     def __init__(self, keys: KeysCollection, weight: float, sigma_mm: float) -> None:
@@ -50,36 +52,40 @@ class BorderWeightd(MapTransform):
 
 
 def class_weights(classes: Array) -> NDArray[np.float64]:
-    """A weight a voxel that gives all classes present the same sum; the mean over the voxels is 1.
+    """Return one weight per voxel, so that each class has the same sum of weights.
+
+    Only classes that are present count. The mean over all voxels is 1.
 
     Args:
-        classes: whole numbers, of any shape.
+        classes: class numbers, of any shape.
     """
     values, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    balanced: NDArray[np.float64] = (classes.size / (len(values) * counts))[inverse].reshape(
-        classes.shape
-    )
+    weights = classes.size / (len(values) * counts)
+    balanced: NDArray[np.float64] = weights[inverse].reshape(classes.shape)
     return balanced
 
 
 def border_weights(
     classes: Array, spacing: Sequence[float], weight: float, sigma: float
 ) -> NDArray[np.float64]:
-    """The border term weight · exp(−(d1 + d2)² / (2 sigma²)), d1 and d2 the distances to the two nearest objects.
+    """Return the border term weight · exp(−(d1 + d2)² / (2 sigma²)) of each voxel.
 
-    An object is a connected part of one class other than 0 (voxels that share a face); distances run between voxel centres, so
-    d1 is 0 inside of an object. Where there are fewer than two objects the term is 0.
+    d1 and d2 are the distances to the two nearest objects, where an object is a connected part
+    (voxels that share a face) of one class other than 0. Distances run between voxel centres, so
+    d1 is 0 inside an object. With fewer than two objects the term is 0.
 
     Args:
-        classes: whole numbers, 2D or 3D.
-        spacing: along each axis; distances and sigma have its unit (mm).
+        classes: class numbers, 2D or 3D.
+        spacing: voxel size along each axis; distances and sigma have its unit (mm).
+        weight: factor.
+        sigma: scale of the decrease.
     """
-    nearest = np.full((2, *classes.shape), np.inf)
+    nearest, second = np.full((2, *classes.shape), np.inf)
     for value in np.unique(classes[classes != 0]):
         parts, count = ndimage.label(classes == value)
         for number in range(1, count + 1):
             distance = ndimage.distance_transform_edt(parts != number, sampling=spacing)
-            nearest[1] = np.minimum(nearest[1], np.maximum(nearest[0], distance))
-            nearest[0] = np.minimum(nearest[0], distance)
-    term: NDArray[np.float64] = weight * np.exp(-((nearest[0] + nearest[1]) ** 2) / (2 * sigma**2))
+            second = np.minimum(second, np.maximum(nearest, distance))
+            nearest = np.minimum(nearest, distance)
+    term: NDArray[np.float64] = weight * np.exp(-((nearest + second) ** 2) / (2 * sigma**2))
     return term

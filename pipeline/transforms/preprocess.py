@@ -1,6 +1,7 @@
-"""The deterministic way in: from a case's files to the network's grid and intensities.
+"""The deterministic preprocessing, from a case's files to the network's grid and intensities.
 
-One `Compose` serves training, evaluation, inference and the bundle. Each step moves voxels invertibly or touches intensities
+The same transforms serve training, evaluation, inference and the bundle, so that a network always
+gets what it was trained for. Each transform either moves voxels invertibly or changes intensities
 only; a case without a label is allowed.
 """
 
@@ -10,60 +11,59 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 from monai.config import KeysCollection
-from monai.transforms import (
-    Compose,
-    MapTransform,
-    NormalizeIntensityd,
-    Orientationd,
-    ScaleIntensityRangePercentilesd,
-)
+from monai.transforms import MapTransform, Orientationd
 
-from pipeline.config import Intensity, Spec
-from pipeline.io import ReadVolumed
+from pipeline.config import Spec
 from pipeline.transforms.checks import CheckVolumed
+from pipeline.transforms.compose import Preprocessing
+from pipeline.transforms.crop_resize import CropResizeSlicesd
+from pipeline.transforms.intensity import normalisation
+from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.resampling import spacing_transform
-from pipeline.transforms.slice_fitting import ClippedZscored, CropResizeSlicesd
 
 IMAGE, LABEL, SCAN = "image", "label", "scan"
 KEYS = (IMAGE, LABEL)
+# Given explicitly, because MONAI otherwise takes them from the tensor's `space`
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 def preprocessing(
     spec: Spec, volume: int | None = None, labels_spacing: float | None = None
-) -> Compose:
-    """Read, check, turn to the spec's orientation, resample to its spacing, fit to its slices if it says so, normalise.
+) -> Preprocessing:
+    """Return the preprocessing of a spec.
+
+    It loads and checks a case, reorients it to the spec's axes, resamples it to the spec's spacing,
+    crops and resizes its slices if the spec asks for it, and normalises the image. The case's
+    `image` and, if it has one, its `label` are paths (or images in memory), and become
+    (C, X, Y, Z) MetaTensors on the network's grid.
 
     Args:
-        spec: what the weights were trained to see.
-        volume: which volume of 4D files, from 0.
-        labels_spacing: of the voxels that labels go to, mm, instead of the file's own.
-
-    Shapes:
-        a case with `image` (and perhaps `label`) as paths → (C, X, Y, Z) MetaTensors on the network's grid.
+        spec: the inputs that the weights were trained for.
+        volume: index of the volume to load from 4D files, from 0; None accepts files with a single
+            volume only.
+        labels_spacing: spacing of the label map's isotropic voxels, mm; None keeps the file's grid.
     """
-    return Compose(
-        [
-            ReadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing),
-            CheckVolumed(IMAGE),
-            *([KeepScand(IMAGE)] if spec.refine else []),
-            *([RepeatChannelsd(IMAGE, len(spec.channels))] if spec.fallback_channel else []),
-            Orientationd(
-                KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True
-            ),
-            spacing_transform(spec, KEYS),
-            *(
-                [CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation)]
-                if spec.crop_resize
-                else []
-            ),
-            normalisation(spec.intensity),
-        ]
-    )
+    steps: list[MapTransform] = [CheckVolumed(IMAGE)]
+    if spec.refine:
+        steps.append(KeepScand(IMAGE))
+    if spec.fallback_channel:
+        steps.append(RepeatChannelsd(IMAGE, len(spec.channels)))
+    steps += [
+        Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
+        spacing_transform(spec, KEYS),
+    ]
+    if spec.crop_resize:
+        steps.append(CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation))
+    steps.append(normalisation(spec.intensity, IMAGE))
+    return Preprocessing(LoadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing), steps)
 
 
 class KeepScand(MapTransform):
-    """Keeps the grey values as read, as `scan`, for the borders that a spec has refined; not of labelled cases."""
+    """Keep a copy of the image as loaded, under the key `scan`.
+
+    The refinement of borders compares its grey values. Cases with a label are for training, which
+    refines nothing, and are left as they are.
+    """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -73,7 +73,14 @@ class KeepScand(MapTransform):
 
 
 class RepeatChannelsd(MapTransform):
-    """Repeats a single channel as often as the network has channels; volumes with several stay as they are."""
+    """Repeat a single channel to the network's number of channels.
+
+    Volumes with several channels are left as they are.
+
+    Args:
+        keys: (C, X, Y, Z) images.
+        channels: number of channels of the network.
+    """
 
     def __init__(self, keys: KeysCollection, channels: int) -> None:
         super().__init__(keys)
@@ -85,20 +92,3 @@ class RepeatChannelsd(MapTransform):
             if len(case[key]) == 1:
                 case[key] = case[key].repeat(self.channels, 1, 1, 1)
         return case
-
-
-def normalisation(intensity: Intensity) -> MapTransform:
-    """The step that brings each channel's values to one scale."""
-    if intensity.method == "zscore":
-        return NormalizeIntensityd(IMAGE, nonzero=intensity.nonzero, channel_wise=True)
-    if intensity.method == "percentiles_zscore":
-        return ClippedZscored(IMAGE, intensity.lower, intensity.upper)
-    return ScaleIntensityRangePercentilesd(
-        IMAGE,
-        lower=intensity.lower,
-        upper=intensity.upper,
-        b_min=0.0,
-        b_max=1.0,
-        clip=True,
-        channel_wise=True,
-    )

@@ -1,8 +1,11 @@
-"""Linear interpolation between two grids whose axes run parallel: one axis at a time, in float32; an average on coarser ones.
+"""Linear resampling between grids with parallel axes, one axis at a time.
 
-MONAI's own resampling takes 64 bytes a voxel for positions in float64; on parallel axes the same values come from two
-neighbours along one axis after the other. Where an axis gets coarser, those two are not all that a voxel should see: the
-triangle that weighs what it sees is then as wide as the new voxels are.
+MONAI's resampling computes all positions in float64, which takes 64 bytes per voxel. Between grids
+whose axes run parallel, the same values follow from two neighbours along one axis after the other,
+in float32.
+
+Where an axis gets coarser, interpolation between two neighbours skips voxels. A triangle as wide as
+the new voxels then weights all voxels that it covers (antialiasing).
 """
 
 from __future__ import annotations
@@ -21,13 +24,21 @@ from numpy.typing import NDArray
 from pipeline.config import Spec
 from pipeline.types import Affine
 
-OFF_GRID = 0.01  # voxels that axes may run apart over a whole volume and still count as parallel
-EXACT = 1e-6  # voxels
+# Voxels by which axes may diverge over a whole volume and still count as parallel
+MAX_DRIFT = 0.01
+EXACT = 1e-6  # voxels; rounding errors of affines stay below
+SAME_GRID = 1e-5  # entries of the affine between two grids that count as one, as in MONAI
 BORDER, BILINEAR = "border", "bilinear"
 
 
 def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
-    """MONAI's transform to the spec's spacing, for an image and its label, with our own resampling of the image in it."""
+    """Return MONAI's transform to the spec's spacing, which resamples images with `Resample`.
+
+    Args:
+        spec: the network's.
+        keys: the image, then the label; missing ones are allowed.
+    """
+    # MONAI keeps the spacing of axes with a negative value
     pixdim = [-1.0 if mm is None else mm for mm in spec.spacing]
     transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
     transform.spacing_transform.sp_resample = Resample(
@@ -37,9 +48,10 @@ def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
 
 
 class Resample(SpatialResample):
-    """MONAI's `SpatialResample`, its inverse too, but for linear interpolation between parallel axes.
+    """MONAI's `SpatialResample`, with its inverse, but faster for images on parallel axes.
 
-    There it is faster, and averages along axes that get coarser, where MONAI's passes voxels over.
+    Linear interpolation between grids with parallel axes takes less time and memory, and averages
+    along axes that get coarser. Everything else is left to MONAI.
     """
 
     def __call__(
@@ -51,35 +63,27 @@ class Resample(SpatialResample):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """See MONAI."""
-        plain = isinstance(img, MetaTensor) and img.ndim == 4 and not img.pending_operations
-        if (
-            isinstance(img, MetaTensor)
-            and plain
-            and mode == BILINEAR
-            and not kwargs.get("lazy")
-            and kwargs.get("padding_mode") in (None, BORDER)
-            and not kwargs.get("align_corners")
-        ):
-            matrix: Affine = np.linalg.inv(np.asarray(img.affine, dtype=np.float64)) @ np.asarray(
-                dst_affine, dtype=np.float64
-            )
+        """Resample an image as MONAI's transform does, with the same arguments."""
+        if isinstance(img, MetaTensor) and _is_plain_linear(img, mode, kwargs):
+            source_affine = np.asarray(img.affine, dtype=np.float64)
+            matrix: Affine = np.linalg.inv(source_affine) @ np.asarray(dst_affine, dtype=np.float64)
             size = [int(n) for n in spatial_size]
             axes = parallel_axes(matrix, size)
-            if axes is not None and not (
-                np.allclose(matrix, np.eye(4), atol=1e-5) and size == list(img.shape[1:])
-            ):
-                moved: torch.Tensor = self._parallel(img, matrix, axes, size)
-                return moved
-        result: torch.Tensor = super().__call__(
+            # MONAI returns an image that is on the grid already as it is
+            same_grid = np.allclose(matrix, np.eye(4), atol=SAME_GRID) and size == list(
+                img.shape[1:]
+            )
+            if axes is not None and not same_grid:
+                return self._resample_parallel(img, matrix, axes, size)
+        resampled: torch.Tensor = super().__call__(
             img, dst_affine, spatial_size, mode, *args, **kwargs
         )
-        return result
+        return resampled
 
-    def _parallel(
+    def _resample_parallel(
         self, img: MetaTensor, matrix: Affine, axes: Sequence[int], size: Sequence[int]
     ) -> MetaTensor:
-        """The image on the new grid, with the trace that MONAI's inverse reads."""
+        """Return the image on the new grid, with the trace that MONAI's inverse reads."""
         trace = TraceableTransform.track_transform_meta(
             img,
             sp_size=size,
@@ -95,30 +99,53 @@ class Resample(SpatialResample):
             transform_info=self.get_transform_info(),
             lazy=False,
         )
-        whole = axis_samplings(matrix, axes, size, img.shape[1:], snap=EXACT)
-        along = [
-            with_averaging(line, abs(matrix[line.source, dim])) for dim, line in enumerate(whole)
+        interpolated = axis_samplings(matrix, axes, size, img.shape[1:], snap=EXACT)
+        samplings = [
+            with_averaging(sampling, abs(matrix[sampling.source, dim]))
+            for dim, sampling in enumerate(interpolated)
         ]
-        channels = [sample_axes(channel, along) for channel in img.as_tensor().float()]
-        moved: MetaTensor = MetaTensor(torch.stack(channels)).copy_meta_from(trace)
-        return moved
+        channels = [sample_axes(channel, samplings) for channel in img.as_tensor().float()]
+        resampled: MetaTensor = MetaTensor(torch.stack(channels)).copy_meta_from(trace)
+        return resampled
+
+
+def _is_plain_linear(img: MetaTensor, mode: Any, options: dict[str, Any]) -> bool:
+    """Return whether a call of `Resample` has only arguments that our resampling supports."""
+    return (
+        img.ndim == 4
+        and not img.pending_operations
+        and mode == BILINEAR
+        and not options.get("lazy")
+        and options.get("padding_mode") in (None, BORDER)
+        and not options.get("align_corners")
+    )
 
 
 def parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
-    """Which source axis each target axis runs along; None where the grids are turned against each other."""
+    """Return the source axis along which each target axis runs, or None if they are not parallel.
+
+    Args:
+        matrix: target voxel → source voxel.
+        shape: of the target, voxels.
+    """
     linear = np.abs(matrix[:3, :3])
     axes = [int(i) for i in linear.argmax(axis=0)]
-    along = np.zeros_like(linear)
-    along[axes, range(3)] = 1
-    drift = (linear * (1 - along) * (np.array(shape) - 1)).sum(axis=1).max()
-    return axes if sorted(axes) == [0, 1, 2] and drift < OFF_GRID else None
+    is_along = np.zeros_like(linear)
+    is_along[axes, range(3)] = 1
+    drift = (linear * (1 - is_along) * (np.array(shape) - 1)).sum(axis=1).max()
+    return axes if sorted(axes) == [0, 1, 2] and drift < MAX_DRIFT else None
 
 
 @dataclass(frozen=True, slots=True)
 class AxisSampling:
-    """Where the voxels of one target axis lie along a source axis: between voxel `low` and the next, at `weight`.
+    """Where the voxels of one target axis lie along a source axis.
 
-    `reach`: how many source voxels away the triangle ends that weighs what they see; with 1 they see those two.
+    Attributes:
+        source: the source axis.
+        low: (target voxels,) the source voxel at or before each position.
+        weight: (target voxels,) the fraction of the way from `low` to the next source voxel.
+        reach: half the width of the triangle that weights the source voxels around a position,
+            source voxels. 1 is linear interpolation, a larger one an average.
     """
 
     source: int
@@ -127,10 +154,23 @@ class AxisSampling:
     reach: float = 1.0
 
     def inside(self, start: int, size: int, whole: int) -> tuple[slice, AxisSampling]:
-        """The part of the axis that a block decides, with its positions in the block."""
-        last = start + size - 1 if start + size == whole else start + size - 2
-        mine = np.flatnonzero((self.low >= start) & (self.low <= last))
-        part = slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+        """Return the target voxels that can be interpolated within a block of the source.
+
+        Neighbouring blocks share one source voxel, so that each target voxel belongs to one block.
+
+        Args:
+            start: first source voxel of the block.
+            size: source voxels of the block.
+            whole: source voxels of the whole axis.
+
+        Returns:
+            The target voxels, and their sampling with positions counted from `start`.
+        """
+        # Only the last block has no following voxel to interpolate with, and needs none
+        is_last = start + size == whole
+        last = start + size - (1 if is_last else 2)
+        inside = np.flatnonzero((self.low >= start) & (self.low <= last))
+        part = slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
         return part, replace(self, low=self.low[part] - start, weight=self.weight[part])
 
 
@@ -142,55 +182,70 @@ def axis_samplings(
     *,
     snap: float,
 ) -> list[AxisSampling]:
-    """One line a target axis; positions beyond the volume's edge are moved onto it.
+    """Return the linear interpolation along each target axis.
+
+    Positions beyond the volume's edge are moved onto the edge.
 
     Args:
         matrix: target voxel → source voxel.
-        axes: from `parallel_axes`.
-        target_shape, shape: of the target and of the source, voxels.
-        snap: voxels by which a position may miss a source voxel and still count as on it.
+        axes: the source axis of each target axis, from `parallel_axes`.
+        target_shape: of the target, voxels.
+        shape: of the source, voxels.
+        snap: voxels; positions that are closer to a source voxel's centre are moved onto it.
     """
-    found = []
+    samplings = []
     for dim, source in enumerate(axes):
         position = matrix[source, dim] * np.arange(target_shape[dim]) + matrix[source, 3]
         nearest = np.rint(position)
-        position = np.where(np.abs(position - nearest) < snap, nearest, position).clip(
-            0, shape[source] - 1
-        )
+        position = np.where(np.abs(position - nearest) < snap, nearest, position)
+        position = position.clip(0, shape[source] - 1)
         low = np.floor(position).astype(np.int64)
-        found.append(AxisSampling(source, low, position - low))
-    return found
+        samplings.append(AxisSampling(source, low, position - low))
+    return samplings
 
 
-def with_averaging(line: AxisSampling, ratio: float) -> AxisSampling:
-    """A line whose voxels, `ratio` source voxels apart, see all that lies between them."""
-    return replace(line, reach=ratio) if ratio > 1 + EXACT else line
+def with_averaging(sampling: AxisSampling, ratio: float) -> AxisSampling:
+    """Return a sampling that averages, if the target axis is coarser than the source axis.
+
+    Args:
+        sampling: linear interpolation.
+        ratio: spacing of the target voxels, source voxels.
+    """
+    return replace(sampling, reach=ratio) if ratio > 1 + EXACT else sampling
 
 
-def sample_axes(field: torch.Tensor, along: Sequence[AxisSampling]) -> torch.Tensor:
-    """A field (x, y, z), linearly interpolated, or averaged, at the crossings of three lines."""
-    field = field.permute([line.source for line in along])
-    for dim, line in enumerate(along):
-        field = _averaged(field, dim, line) if line.reach > 1 else _interpolated(field, dim, line)
+def sample_axes(field: torch.Tensor, samplings: Sequence[AxisSampling]) -> torch.Tensor:
+    """Return a field on the target grid.
+
+    Args:
+        field: (X, Y, Z) of the source.
+        samplings: one per target axis.
+    """
+    field = field.permute([sampling.source for sampling in samplings])
+    for dim, sampling in enumerate(samplings):
+        sample = _average if sampling.reach > 1 else _interpolate
+        field = sample(field, dim, sampling)
     return field
 
 
-def _interpolated(field: torch.Tensor, dim: int, line: AxisSampling) -> torch.Tensor:
-    low = torch.as_tensor(line.low, device=field.device)
-    same = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
-    lower = field if same else field.index_select(dim, low)
-    if not line.weight.any():
+def _interpolate(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:
+    """Return the field interpolated linearly along one axis."""
+    low = torch.as_tensor(sampling.low, device=field.device)
+    # Axes that stay as they are, which are common, need no copy
+    is_identity = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
+    lower = field if is_identity else field.index_select(dim, low)
+    if not sampling.weight.any():
         return lower
     upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
-    weight = torch.as_tensor(line.weight, dtype=field.dtype, device=field.device)
+    weight = torch.as_tensor(sampling.weight, dtype=field.dtype, device=field.device)
     return torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
 
 
-def _averaged(field: torch.Tensor, dim: int, line: AxisSampling) -> torch.Tensor:
-    """Means under triangles; at the volume's edge they are cut off."""
-    apart = (line.low + line.weight)[:, None] - np.arange(field.shape[dim])
-    weights = np.maximum(0, 1 - np.abs(apart) / line.reach)
+def _average(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:
+    """Return the field averaged under triangles along one axis, cut off at the volume's edge."""
+    distance = (sampling.low + sampling.weight)[:, None] - np.arange(field.shape[dim])
+    weights = np.maximum(0, 1 - np.abs(distance) / sampling.reach)
     weights /= weights.sum(axis=1, keepdims=True)
     matrix = torch.as_tensor(weights, dtype=field.dtype, device=field.device)
-    found: torch.Tensor = torch.tensordot(field, matrix, dims=([dim], [1])).movedim(-1, dim)
-    return found
+    averaged: torch.Tensor = torch.tensordot(field, matrix, dims=([dim], [1]))
+    return averaged.movedim(-1, dim)

@@ -1,8 +1,9 @@
-"""Training images drawn from label maps alone: any contrast, resolution and field of view, and never the same one twice.
+"""Training images synthesised from label maps, with random contrast, resolution and field of view.
 
 References:
-    Billot et al.: SynthSeg: Segmentation of brain MRI scans of any contrast and resolution without retraining. Medical Image
-    Analysis 86, 102789 (2023), doi:10.1016/j.media.2023.102789: the idea. What is drawn, and from which ranges, is ours.
+    Billot et al.: SynthSeg: Segmentation of brain MRI scans of any contrast and resolution without
+    retraining. Medical Image Analysis 86, 102789 (2023), doi:10.1016/j.media.2023.102789. The
+    method is theirs; the transforms and their ranges are our own.
 """
 
 from __future__ import annotations
@@ -14,80 +15,94 @@ from typing import Any
 import numpy as np
 import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
-from monai.transforms import Compose, MapTransform, Orientationd, RandomizableTransform
+from monai.transforms import MapTransform, Orientationd, RandomizableTransform
 from monai.transforms.utils import create_rotate, create_shear
 from numpy.typing import NDArray
 from torch.nn import functional
 
 from pipeline.config import AXES, Spec, Synthesis
 from pipeline.errors import ConfigError
-from pipeline.io import ReadVolumed, expand_variables
-from pipeline.transforms.preprocess import AXIS_LABELS, IMAGE, LABEL, normalisation
-from pipeline.transforms.tissue_classes import CENTRE, SPACING, TissueIndexd, Tissues, read_tissues
+from pipeline.io import expand_variables
+from pipeline.transforms.compose import TrainingTransform
+from pipeline.transforms.intensity import normalisation
+from pipeline.transforms.loading import LoadVolumed
+from pipeline.transforms.preprocess import AXIS_LABELS, IMAGE, LABEL
+from pipeline.transforms.tissue_classes import (
+    CENTRE,
+    SPACING,
+    TissueIndexd,
+    TissueTable,
+    read_tissue_table,
+)
 
-GREY = 255.0  # the scale of the priors
-KNOTS = (
-    0.0,
-    25.0,
-    45.0,
-    90.0,
-    115.0,
-    135.0,
-    165.0,
-)  # T1 means: air, bone, fluid, grey, deep grey, brain-stem and white matter
-FWHM = 2.355  # of a Gaussian, in standard deviations
-REACH = 4.0  # standard deviations, of a Gaussian kernel
-# places in a voxel, in voxels from its middle, whose tissues it mixes: every second corner of a cube of half its size
-PARTS = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]) / 4
+MAX_INTENSITY = 255.0  # the scale of the table's T1 intensities
+# T1 intensities at which a random function of T1 contrast is drawn: about the means of air, bone,
+# fluid, grey matter, deep grey matter, brain stem and white matter
+T1_KNOTS = (0.0, 25.0, 45.0, 90.0, 115.0, 135.0, 165.0)
+FWHM = 2.355  # full width at half maximum of a Gaussian, in standard deviations
+KERNEL_REACH = 4.0  # standard deviations at which a Gaussian kernel is cut off
+# Points in a voxel whose tissues are averaged (partial volume), in voxels from its centre: every
+# second corner of a cube of half the voxel's size
+SAMPLE_POINTS = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]) / 4
+CUT_FACE_CHANCE = 0.4  # per face of an image whose field of view is cut
+BLACK_AIR_CHANCE = 0.25  # of a background that is exactly 0
 
 
 def synthesis_transform(
     spec: Spec, options: Synthesis, device: torch.device | None = None
-) -> Compose:
-    """From the file of a label map to a training image and its labels; reading can be cached, the rest is drawn each time.
+) -> TrainingTransform:
+    """Return the transform from the file of a label map to a training image and its labels.
+
+    Loading the label map is deterministic and can be cached; the rest is drawn each time.
 
     Args:
-        spec: of the network: the labels it tells apart, its grid and its normalisation.
-        options: what is drawn.
-        device: where images are drawn, and where maps are kept.
+        spec: the network's: its labels, grid and normalisation.
+        options: the ranges to draw from.
+        device: where label maps are kept and images are drawn; None is the CPU.
 
     Raises:
-        ConfigError: a spec that the images cannot follow, or no table of the maps' values.
+        ConfigError: the spec needs something that synthetic images do not have, or the table of
+            the label maps' values cannot be read.
     """
     if spec.spatial_dims != 3 or None in spec.spacing or len(spec.channels) != 1:
         raise ConfigError(
-            "run.synthesis: expected a spec with one channel, a 3D roi_size and a spacing in mm along every axis"
+            "run.synthesis: expected a spec with one channel, a 3D roi_size and a spacing in mm "
+            "along every axis"
         )
-    tissues = read_tissues(expand_variables(options.table), spec.labels)
+    table = read_tissue_table(expand_variables(options.table), spec.labels)
     spacing = [float(mm) for mm in spec.spacing if mm is not None]
-    return Compose(
-        [
-            ReadVolumed(LABEL),
+    return TrainingTransform(
+        deterministic=[
+            LoadVolumed(LABEL),
             Orientationd(LABEL, axcodes=spec.orientation, labels=AXIS_LABELS),
-            TissueIndexd(LABEL, tissues, device),
-            RandSynthesized(tissues, spec.roi_size, spacing, options, orientation=spec.orientation),
-            normalisation(spec.intensity),
-        ]
+            TissueIndexd(LABEL, table, device),
+        ],
+        random=[
+            RandSynthesized(table, spec.roi_size, spacing, options, orientation=spec.orientation),
+            normalisation(spec.intensity, IMAGE),
+        ],
     )
 
 
 class RandSynthesized(RandomizableTransform, MapTransform):
-    """A label map → an image that nobody has taken, and the structures in it.
+    """Draw an image from a label map, and the labels that belong to it.
 
-    Shapes: `label` (1, X, Y, Z) rows of a table (from `pipeline.tissues.TissueIndexd`, which also gives `centre` and
-    `spacing`) → `image` (1, *roi_size) float32, grey values, and `label` (1, *roi_size) channel numbers, float32.
+    Shapes:
+        `label` (1, X, Y, Z) with rows of the table, `centre` and `spacing`, all from
+        `TissueIndexd` → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size)
+        float32 channel numbers.
 
     Args:
-        tissues: what the rows stand for.
-        roi_size: of the image, voxels.
-        spacing: of the image, mm.
-        options: what is drawn from which range.
-        orientation: axis codes of maps and images.
+        table: the meaning of the rows.
+        roi_size: voxels of the image.
+        spacing: voxel size of the image, mm.
+        options: the ranges to draw from.
+        orientation: axis codes of label maps and images.
     """
 
     def __init__(
         self,
-        tissues: Tissues,
+        table: TissueTable,
         roi_size: Sequence[int],
         spacing: Sequence[float],
         options: Synthesis,
@@ -96,187 +111,265 @@ class RandSynthesized(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, LABEL)
         RandomizableTransform.__init__(self, 1.0)
-        self.tissues, self.options = tissues, options
-        self.side = [AXES[code] for code in orientation].index(AXES["R"])
+        self.table, self.options = table, options
+        self.left_right_axis = [AXES[code] for code in orientation].index(AXES["R"])
         self.up = np.array([{"S": 1.0, "I": -1.0}.get(code, 0.0) for code in orientation])
         self.roi_size, self.spacing = tuple(roi_size), np.asarray(spacing, dtype=np.float64)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
-        noise = torch.Generator(device=case[LABEL].device).manual_seed(int(self.R.randint(2**31)))
-        seen = self._deformed(case[LABEL][0], case[CENTRE].numpy(), case[SPACING].numpy())
-        self._cut(seen)
-        channels = torch.as_tensor(self.tissues.channels, device=seen.device)[seen[0]]
-        grey = self._painted(seen[1:], noise)
-        grey = self._scanned(grey, noise)
-        if self._chance(self.options.strip_chance):
-            channels, grey = self._stripped(seen, channels, grey)
-        return {key: value for key, value in case.items() if key not in (CENTRE, SPACING)} | {
-            IMAGE: grey[None],
-            LABEL: channels[None].float(),
-        }
+        label_map = case[LABEL][0]
+        centre, spacing = case.pop(CENTRE).numpy(), case.pop(SPACING).numpy()
+        # Noise is drawn on the device, from a seed of this transform's own random state
+        noise = torch.Generator(device=label_map.device).manual_seed(int(self.R.randint(2**31)))
+        rows = self._deformed_rows(label_map, centre, spacing)
+        self._cut_field_of_view(rows)
+        channels = torch.as_tensor(self.table.channels, device=rows.device)[rows[0]]
+        image = self._painted(rows[1:], noise)
+        image = self._acquired(image, noise)
+        if self._happens(self.options.strip_chance):
+            channels, image = self._skull_stripped(rows, channels, image)
+        return case | {IMAGE: image[None], LABEL: channels[None].float()}
 
-    def _chance(self, probability: float) -> bool:
-        return bool(self.R.rand() < probability)
+    def _happens(self, chance: float) -> bool:
+        """Draw whether something with this probability happens."""
+        return bool(self.R.rand() < chance)
 
-    def _deformed(
-        self, rows: torch.Tensor, centre: NDArray[np.float64], spacing: NDArray[np.float64]
+    def _deformed_rows(
+        self, label_map: torch.Tensor, centre: NDArray[np.float64], spacing: NDArray[np.float64]
     ) -> torch.Tensor:
-        """The map seen through a random affine and elastic deformation, mirrored or not.
+        """Return the label map under a random affine and elastic deformation, perhaps mirrored.
+
+        Args:
+            label_map: (X, Y, Z) rows of the table.
+            centre: of the structures, voxels.
+            spacing: of the label map, mm.
 
         Returns:
-            (1 + PARTS, *roi_size) row numbers: in the middle of each voxel of the image, and at places around it.
+            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table: at the centre of each voxel of
+            the image, and at its sample points.
         """
-        o = self.options
-        turn = create_rotate(3, self.R.uniform(-1, 1, 3) * radians(o.rotation))[:3, :3]
-        shear = create_shear(3, self.R.uniform(-o.shear, o.shear, 6))[:3, :3]
-        scale = np.diag(np.exp(self.R.uniform(-1, 1, 3) * log(1 + o.scaling)))
-        flipped = self._chance(0.5)
-        reflect = np.diag([-1.0 if flipped and axis == self.side else 1.0 for axis in range(3)])
-        matrix = np.diag(1 / spacing) @ turn @ shear @ scale @ reflect
-        shift = self.R.uniform(-1, 1, 3) * o.shift
-        if self._chance(o.neck_chance):
-            shift = shift - self.up * self.R.uniform(0, o.neck)
-        middle = centre + shift / spacing
+        options = self.options
+        # The order of the draws decides what a seed gives
+        angles = self.R.uniform(-1, 1, 3) * radians(options.rotation)
+        rotation = create_rotate(3, angles)[:3, :3]
+        shear = create_shear(3, self.R.uniform(-options.shear, options.shear, 6))[:3, :3]
+        scale = np.diag(np.exp(self.R.uniform(-1, 1, 3) * log(1 + options.scaling)))
+        mirrored = self._happens(0.5)
+        reflection = np.eye(3)
+        if mirrored:
+            reflection[self.left_right_axis, self.left_right_axis] = -1
+        # mm from the image's centre → voxels of the label map
+        matrix = np.diag(1 / spacing) @ rotation @ shear @ scale @ reflection
+        shift = self.R.uniform(-1, 1, 3) * options.shift
+        if self._happens(options.neck_chance):
+            shift = shift - self.up * self.R.uniform(0, options.neck)
+        sigma_mm = self.R.uniform(0, options.elastic)
+        displacement = self._smooth_field(3, options.elastic_every) * sigma_mm
+        position = self._positions(
+            matrix, centre + shift / spacing, displacement.to(label_map.device), spacing
+        )
+        steps = [np.zeros(3), *(matrix @ (point * self.spacing) for point in SAMPLE_POINTS)]
+        rows = torch.stack([nearest_values(label_map, position, step) for step in steps])
+        if mirrored:
+            rows = torch.as_tensor(self.table.mirror, device=rows.device)[rows]
+        return rows
+
+    def _positions(
+        self,
+        matrix: NDArray[np.float64],
+        centre: NDArray[np.float64],
+        displacement: torch.Tensor,
+        spacing: NDArray[np.float64],
+    ) -> torch.Tensor:
+        """Return where each voxel of the image lies in the label map.
+
+        Args:
+            matrix: (3, 3), mm from the image's centre → voxels of the label map.
+            centre: of the image, voxels of the label map.
+            displacement: (3, *roi_size), mm.
+            spacing: of the label map, mm.
+
+        Returns:
+            (3, *roi_size), voxels of the label map.
+        """
         axes = [
-            (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * s
-            for n, s in zip(self.roi_size, self.spacing, strict=True)
+            (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * mm
+            for n, mm in zip(self.roi_size, self.spacing, strict=True)
         ]
-        field = self._field(self.R.uniform(0, o.elastic), o.elastic_every).to(rows.device)
-        place = torch.stack(
-            [field[axis] / float(spacing[axis]) + float(middle[axis]) for axis in range(3)]
+        position = torch.stack(
+            [displacement[axis] / float(spacing[axis]) + float(centre[axis]) for axis in range(3)]
         )
         for axis, dim in np.ndindex(3, 3):
-            along = float(matrix[axis, dim]) * axes[dim].to(rows.device)
-            place[axis] += along.view([-1 if i == dim else 1 for i in range(3)])
-        steps = [np.zeros(3), *(matrix @ (part * self.spacing) for part in PARTS)]
-        seen = torch.stack([nearest(rows, place, step) for step in steps])
-        return torch.as_tensor(self.tissues.mirror, device=rows.device)[seen] if flipped else seen
+            along = float(matrix[axis, dim]) * axes[dim].to(position.device)
+            position[axis] += along.view([-1 if i == dim else 1 for i in range(3)])
+        return position
 
-    def _field(self, sigma: float, every: float) -> torch.Tensor:
-        """(3, *roi_size): smooth random displacements with a standard deviation of sigma mm, drawn every so many mm."""
-        return self._smooth(3, every) * sigma
+    def _smooth_field(self, count: int, every_mm: float) -> torch.Tensor:
+        """Return (count, *roi_size): normal random numbers, interpolated between control points.
 
-    def _smooth(self, count: int, every: float) -> torch.Tensor:
-        """(count, *roi_size): standard normal numbers on a grid of points so many mm apart, trilinear in between."""
+        Args:
+            count: number of fields.
+            every_mm: distance of the control points.
+        """
         points = [
-            max(2, round(n * s / every) + 1)
-            for n, s in zip(self.roi_size, self.spacing, strict=True)
+            max(2, round(n * mm / every_mm) + 1)
+            for n, mm in zip(self.roi_size, self.spacing, strict=True)
         ]
         coarse = torch.from_numpy(self.R.normal(size=(count, *points)).astype(np.float32))
-        return functional.interpolate(
-            coarse[None], size=self.roi_size, mode="trilinear", align_corners=True
-        )[0]
+        return _resized(coarse, self.roi_size)
 
-    def _cut(self, seen: torch.Tensor) -> None:
-        """Sometimes a field of view that ends within the head, at one or more of its faces."""
-        if not self._chance(self.options.cut_chance):
+    def _cut_field_of_view(self, rows: torch.Tensor) -> None:
+        """Sometimes set the outer voxels at some faces to background, in place."""
+        if not self._happens(self.options.cut_chance):
             return
         for axis, size in enumerate(self.roi_size, start=1):
-            lost = [
-                round(float(size * self.R.uniform(0, self.options.cut))) if self._chance(0.4) else 0
-                for _ in range(2)
-            ]
-            seen.narrow(axis, 0, lost[0]).zero_()
-            seen.narrow(axis, size - lost[1], lost[1]).zero_()
+            first, last = self._cut_width(size), self._cut_width(size)
+            rows.narrow(axis, 0, first).zero_()
+            rows.narrow(axis, size - last, last).zero_()
 
-    def _painted(self, seen: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-        """Grey values (*roi_size): each class from a Gaussian of its own, the mean of what a voxel holds."""
-        mean, spread = self._contrast()
-        values = torch.as_tensor(
-            np.stack([mean, spread]) / len(seen), dtype=torch.float32, device=seen.device
+    def _cut_width(self, size: int) -> int:
+        """Draw how many of an axis's voxels are lost at one face."""
+        # The fraction is drawn only if the face is cut
+        if not self._happens(CUT_FACE_CHANCE):
+            return 0
+        return round(float(size * self.R.uniform(0, self.options.cut)))
+
+    def _painted(self, rows: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+        """Return intensities, (*roi_size): a Gaussian per class, averaged over sample points.
+
+        Args:
+            rows: (points, *roi_size) rows of the table.
+            noise: draws the texture.
+        """
+        mean, deviation = self._draw_contrast()
+        of_class = torch.as_tensor(
+            np.stack([mean, deviation]) / len(rows), dtype=torch.float32, device=rows.device
         )
-        values = values[:, torch.as_tensor(self.tissues.classes, device=seen.device)]
-        total = values[:, seen[0]]
-        for rows in seen[1:]:
-            total += values[:, rows]
-        texture = torch.randn(self.roi_size, generator=noise, device=seen.device)
+        of_row = of_class[:, torch.as_tensor(self.table.classes, device=rows.device)]
+        total = of_row[:, rows[0]]
+        for point in rows[1:]:
+            total += of_row[:, point]
+        texture = torch.randn(self.roi_size, generator=noise, device=rows.device)
         return total[0].addcmul_(total[1], texture)
 
-    def _contrast(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mean and standard deviation of each class: as in T1 images, as some function of that, or anything.
+    def _draw_contrast(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the mean and the standard deviation of each class.
 
-        The function keeps tissues of the same T1 alike, as sequences do (T2, FLAIR and proton density among them).
+        They are those of T1 images, or a random function of these, or independent of them. The
+        function keeps tissues that are alike in T1 alike, as sequences such as T2, FLAIR and
+        proton density do.
         """
-        o, t1 = self.options, self.tissues.t1
+        options, t1 = self.options, self.table.t1
         mean = t1[:, 0] + self.R.normal(size=len(t1)) * t1[:, 1]
-        spread = np.abs(t1[:, 2] + self.R.normal(size=len(t1)) * t1[:, 3])
+        deviation = np.abs(t1[:, 2] + self.R.normal(size=len(t1)) * t1[:, 3])
         kind = self.R.rand()
-        if kind >= o.t1_chance:
-            spread = np.minimum(spread, GREY / 8) * self.R.uniform(0.2, 1.2)
-            if kind < o.t1_chance + o.sequence_chance:
-                mean = np.interp(mean, KNOTS, self.R.uniform(0, GREY, len(KNOTS)))
+        if kind >= options.t1_chance:
+            deviation = np.minimum(deviation, MAX_INTENSITY / 8) * self.R.uniform(0.2, 1.2)
+            if kind < options.t1_chance + options.sequence_chance:
+                values = self.R.uniform(0, MAX_INTENSITY, len(T1_KNOTS))
+                mean = np.interp(mean, T1_KNOTS, values)
             else:
-                mean = self.R.uniform(0, GREY, len(t1))
-            if self._chance(0.5):
-                mean[0], spread[0] = (
-                    self.R.uniform(0, 15),
-                    self.R.uniform(0, 8),
-                )  # air is dark in most
-        if self._chance(0.25):
-            mean[0] = spread[0] = 0.0
-        return mean, spread * self.R.uniform(o.texture, 1.0)
+                mean = self.R.uniform(0, MAX_INTENSITY, len(t1))
+            if self._happens(0.5):  # air is dark in most sequences
+                mean[0], deviation[0] = self.R.uniform(0, 15), self.R.uniform(0, 8)
+        if self._happens(BLACK_AIR_CHANCE):
+            mean[0] = deviation[0] = 0.0
+        return mean, deviation * self.R.uniform(options.texture, 1.0)
 
-    def _scanned(self, grey: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-        """What a scanner makes of it: blurred, perhaps in thick slices, unevenly bright, noisy, with some gamma."""
-        o = self.options
-        mm = (
-            self.R.uniform(*o.resolution_mm, size=3)
-            if self._chance(o.resolution_chance)
-            else self.spacing.copy()
-        )
-        if self._chance(o.slices_chance):
-            mm[self.R.randint(3)] = self.R.uniform(*o.slices_mm)
-        ratio = np.maximum(1.0, mm / self.spacing)
-        wide = ratio / FWHM * self.R.uniform(0.8, 1.2)
-        grey = smoothed(
-            grey, np.sqrt(wide**2 - (PARTS**2).mean())
-        )  # a voxel's parts have been averaged already
-        noisy = self.R.uniform(0, o.noise) * GREY
-        if (ratio > 1.05).any():
+    def _acquired(self, image: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+        """Return the image as a scanner acquires it.
+
+        It is blurred, perhaps sampled on coarser voxels or thick slices, and gets noise, a bias
+        field and a gamma.
+        """
+        options = self.options
+        ratio = np.maximum(1.0, self._draw_resolution() / self.spacing)
+        sigma = ratio / FWHM * self.R.uniform(0.8, 1.2)
+        # The mean over sample points is a blur already, with the variance of their positions
+        image = gaussian_smooth(image, np.sqrt(sigma**2 - (SAMPLE_POINTS**2).mean()))
+        noise_level = self.R.uniform(0, options.noise) * MAX_INTENSITY
+        size = list(self.roi_size)
+        is_coarser = bool((ratio > 1.05).any())
+        if is_coarser:
             size = [max(2, round(n / r)) for n, r in zip(self.roi_size, ratio, strict=True)]
-            grey = functional.interpolate(
-                grey[None, None], size=size, mode="trilinear", align_corners=True
-            )[0, 0]
-            grey += noisy * torch.randn(size, generator=noise, device=grey.device)
-            grey = functional.interpolate(
-                grey[None, None], size=self.roi_size, mode="trilinear", align_corners=True
-            )[0, 0]
-        else:
-            grey += noisy * torch.randn(self.roi_size, generator=noise, device=grey.device)
-        bias = self._smooth(1, o.bias_every)[0] * self.R.uniform(0, o.bias)
-        grey = grey.clamp_(min=0) * bias.exp_().to(grey.device)
-        top = grey.amax().clamp(min=1e-6)
-        return (grey / top).pow_(float(np.exp(self.R.normal() * o.gamma))) * GREY
+            image = _resized(image[None], size)[0]
+        image += noise_level * torch.randn(size, generator=noise, device=image.device)
+        if is_coarser:
+            image = _resized(image[None], self.roi_size)[0]
+        bias = self._smooth_field(1, options.bias_every)[0] * self.R.uniform(0, options.bias)
+        image = image.clamp_(min=0) * bias.exp_().to(image.device)
+        highest = image.amax().clamp(min=1e-6)  # an empty image stays 0
+        gamma = float(np.exp(self.R.normal() * options.gamma))
+        return (image / highest).pow_(gamma) * MAX_INTENSITY
 
-    def _stripped(
-        self, seen: torch.Tensor, channels: torch.Tensor, grey: torch.Tensor
+    def _draw_resolution(self) -> NDArray[np.float64]:
+        """Return the voxel size at which the image is acquired, (3,) mm."""
+        options = self.options
+        resolution_mm = self.spacing.copy()
+        if self._happens(options.resolution_chance):
+            resolution_mm = self.R.uniform(*options.resolution_mm, size=3)
+        if self._happens(options.slices_chance):
+            resolution_mm[self.R.randint(3)] = self.R.uniform(*options.slices_mm)
+        return resolution_mm
+
+    def _skull_stripped(
+        self, rows: torch.Tensor, channels: torch.Tensor, image: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without what is no structure, as brain extraction leaves it; with or without the fluid around the brain."""
-        fluid = np.isin(self.tissues.values, self.options.outer_fluid)
-        kept = (self.tissues.channels > 0) & (~fluid if self._chance(0.5) else True)
-        inside = torch.as_tensor(kept, device=seen.device)[seen]
-        return channels * inside[0], grey * inside[1:].float().mean(dim=0)
+        """Return channel numbers and image of the structures alone, as skull stripping does.
+
+        Half of the images also lose the fluid around the brain. At borders the image fades with
+        the fraction of sample points that are kept.
+        """
+        is_fluid = np.isin(self.table.values, self.options.outer_fluid)
+        is_kept = self.table.channels > 0
+        if self._happens(0.5):
+            is_kept &= ~is_fluid
+        kept = torch.as_tensor(is_kept, device=rows.device)[rows]
+        return channels * kept[0], image * kept[1:].float().mean(dim=0)
 
 
-def nearest(rows: torch.Tensor, place: torch.Tensor, step: NDArray[np.float64]) -> torch.Tensor:
-    """The values of a map (X, Y, Z) at places (3, *spatial) moved by a step (3,), voxels; 0 beyond it. (*spatial) int64."""
-    flat = torch.zeros(place.shape[1:], dtype=torch.int64, device=rows.device)
-    inside = torch.ones_like(flat, dtype=torch.bool)
-    for axis, size in enumerate(rows.shape):
-        voxel = (place[axis] + float(step[axis])).round_().long()
+def nearest_values(
+    label_map: torch.Tensor, position: torch.Tensor, step: NDArray[np.float64]
+) -> torch.Tensor:
+    """Return the values of a label map at the voxels nearest to positions, 0 beyond the map.
+
+    Args:
+        label_map: (X, Y, Z).
+        position: (3, *spatial), voxels.
+        step: (3,) voxels, added to all positions.
+
+    Returns:
+        (*spatial) int64.
+    """
+    flat_index = torch.zeros(position.shape[1:], dtype=torch.int64, device=label_map.device)
+    inside = torch.ones_like(flat_index, dtype=torch.bool)
+    for axis, size in enumerate(label_map.shape):
+        voxel = (position[axis] + float(step[axis])).round_().long()
         inside &= (voxel >= 0) & (voxel < size)
-        flat = flat * size + voxel.clamp_(0, size - 1)
-    return rows.flatten()[flat].long() * inside
+        flat_index = flat_index * size + voxel.clamp_(0, size - 1)
+    return label_map.flatten()[flat_index].long() * inside
 
 
-def smoothed(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
-    """(X, Y, Z) under a Gaussian of so many voxels along each axis; edge values go on beyond the edge."""
+def gaussian_smooth(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
+    """Return (X, Y, Z) convolved with a Gaussian; edge values continue beyond the edge.
+
+    Args:
+        x: (X, Y, Z).
+        sigma: standard deviation along each axis, voxels.
+    """
     kernels = [
-        gaussian_1d(torch.tensor(float(s)), truncated=REACH, approx="scalespace", normalize=True)
+        # The discrete Gaussian, whose variance is right for narrow kernels too
+        gaussian_1d(
+            torch.tensor(float(s)), truncated=KERNEL_REACH, approx="scalespace", normalize=True
+        ).to(x)
         for s in sigma
     ]
-    found: torch.Tensor = separable_filtering(
-        x[None, None], [kernel.to(x) for kernel in kernels], mode="replicate"
-    )
-    return found[0, 0]
+    smoothed: torch.Tensor = separable_filtering(x[None, None], kernels, mode="replicate")
+    return smoothed[0, 0]
+
+
+def _resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return (C, X, Y, Z) interpolated to a size, outer voxel centres on outer voxel centres."""
+    resized = functional.interpolate(x[None], size=list(size), mode="trilinear", align_corners=True)
+    return resized[0]

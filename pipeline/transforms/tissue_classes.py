@@ -1,4 +1,4 @@
-"""What each value of a training label map stands for: the structure it is, the tissue it looks like, its mirror image."""
+"""The table of a set of training label maps: the structure and the tissue of each value."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from pipeline.errors import ConfigError, VolumeError
 from pipeline.types import PathOrStr
 
 COLUMNS = ("value", "name", "target_value", "intensity_class")
-PRIORS = ("t1_mean", "t1_mean_sd", "t1_sd", "t1_sd_sd")
-SIDES = ("left ", "right ")
+T1_COLUMNS = ("t1_mean", "t1_mean_sd", "t1_sd", "t1_sd_sd")
+LEFT, RIGHT = "left ", "right "  # how the names of paired structures begin
 CENTRE, SPACING = "centre", "spacing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Tissues:
-    """One row a value of the label maps, in the table's order; the first is what surrounds a map.
+class TissueTable:
+    """One row per value of the label maps, in the table's order; the first row is the background.
 
     Attributes:
-        values: (N,) as stored in the maps.
-        channels: (N,) the network's channel of each, 0 for background.
-        classes: (N,) from 0: rows with the same number are drawn from one distribution; left and right share it.
-        mirror: (N,) the row of the same structure on the other side; its own where there is none.
-        t1: (classes, 4): a class's mean in T1 images and the spread of that mean, its spread and the spread of that.
+        values: (N,) the value in the label maps.
+        channels: (N,) the network's channel, 0 for background.
+        classes: (N,) the tissue class, from 0. Rows of one class have one intensity distribution;
+            left and right structures share theirs.
+        mirror: (N,) the row of the same structure on the other side, or the row itself.
+        t1: (classes, 4) intensities in T1 images, 0 to 255: the mean of a class, the standard
+            deviation of this mean between images, the standard deviation within the class, and
+            the standard deviation of that between images.
     """
 
     values: NDArray[np.int64]
@@ -42,100 +45,124 @@ class Tissues:
     t1: NDArray[np.float64]
 
 
-def read_tissues(path: PathOrStr, labels: Mapping[str, int]) -> Tissues:
-    """The table of a CSV file.
+def read_tissue_table(path: PathOrStr, labels: Mapping[str, int]) -> TissueTable:
+    """Return the table in a CSV file.
 
-    A row's structure is its `target_value`, or its `freesurfer_value` where that is 0 and the labels name it.
+    The structure of a row is its `target_value`, or where that is 0 its `freesurfer_value`.
 
     Args:
-        path: a CSV with the columns value, name, target_value, intensity_class and t1_mean, t1_mean_sd, t1_sd, t1_sd_sd (grey
-            values, 0 to 255). Names that begin with `left ` and `right ` are pairs.
-        labels: name → output value of the network's channels; structures that are not among them are background.
+        path: a CSV file with the columns value, name, target_value, intensity_class and t1_mean,
+            t1_mean_sd, t1_sd, t1_sd_sd (0 to 255). Names that differ only in beginning with
+            `left ` and `right ` are a pair.
+        labels: name → output value, in the order of the network's channels; other structures are
+            background.
 
     Raises:
-        ConfigError: no such file, a column that is missing, or a number that is none.
+        ConfigError: the file is missing, lacks a column, or has text where a number belongs.
     """
-    rows = _rows(Path(path))
+    rows = _read_rows(Path(path))
+    outputs = list(labels.values())
     try:
         values = np.array([int(row["value"]) for row in rows])
-        numbers = [int(row["intensity_class"]) for row in rows]
-        channels = np.array([_channel(row, list(labels.values())) for row in rows])
-        priors = np.array([[float(row[column]) for column in PRIORS] for row in rows])
+        class_numbers = [int(row["intensity_class"]) for row in rows]
+        channels = np.array([_channel(row, outputs) for row in rows])
+        t1 = np.array([_t1_intensities(row) for row in rows])
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; expected numbers in every column but name") from error
-    mirror = _mirror([row["name"] for row in rows])
-    shared = [min(numbers[i], numbers[j]) for i, j in enumerate(mirror)]
-    found, first, classes = np.unique(shared, return_index=True, return_inverse=True)
+    mirror = _mirror_rows([row["name"] for row in rows])
+    # Both sides take the smaller of their two class numbers, so that they look alike
+    shared = [min(class_numbers[row], class_numbers[other]) for row, other in enumerate(mirror)]
+    found, first_rows, classes = np.unique(shared, return_index=True, return_inverse=True)
     if len(set(values.tolist())) < len(values) or not len(found):
         raise ConfigError(f"{path}: expected at least one row, and every value once")
-    return Tissues(
-        values=values, channels=channels, classes=classes, mirror=np.array(mirror), t1=priors[first]
+    return TissueTable(
+        values=values,
+        channels=channels,
+        classes=classes,
+        mirror=np.array(mirror),
+        t1=t1[first_rows],
     )
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _read_rows(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); expected the table of the label maps' values"
+            f"{path}: cannot be read ({error.strerror}); expected the table of the label maps' "
+            "values"
         ) from error
-    missing = [column for column in (*COLUMNS, *PRIORS) if not rows or rows[0].get(column) is None]
+    first = rows[0] if rows else {}
+    missing = [column for column in (*COLUMNS, *T1_COLUMNS) if first.get(column) is None]
     if missing:
         raise ConfigError(f"{path}: expected rows with the columns {', '.join(missing)}")
     return rows
 
 
 def _channel(row: Mapping[str, str], outputs: Sequence[int]) -> int:
+    """Return the network's channel of a row, 0 for structures that it does not segment."""
     target = int(row["target_value"]) or int(row.get("freesurfer_value") or row["value"])
     return outputs.index(target) if target in outputs else 0
 
 
-def _mirror(names: Sequence[str]) -> list[int]:
-    """For each name the place of its other side, or its own."""
-    places = {name: i for i, name in enumerate(names)}
-    left, right = SIDES
-    other = {left + n.removeprefix(right): n for n in names if n.startswith(right)}
-    pairs = other | {there: here for here, there in other.items()}
-    return [places.get(pairs.get(name, name), i) for i, name in enumerate(names)]
+def _t1_intensities(row: Mapping[str, str]) -> list[float]:
+    return [float(row[column]) for column in T1_COLUMNS]
+
+
+def _mirror_rows(names: Sequence[str]) -> list[int]:
+    """Return for each row that of the same structure on the other side, or the row itself."""
+    row_of = {name: row for row, name in enumerate(names)}
+    mirror = []
+    for row, name in enumerate(names):
+        other = name
+        if name.startswith(LEFT):
+            other = RIGHT + name.removeprefix(LEFT)
+        elif name.startswith(RIGHT):
+            other = LEFT + name.removeprefix(RIGHT)
+        mirror.append(row_of.get(other, row))
+    return mirror
 
 
 class TissueIndexd(MapTransform):
-    """Turns a label map's values into rows of its table, uint8, and notes where its middle is.
+    """Replace the values of a label map by rows of its table.
 
-    Beside the map, (1, X, Y, Z) on `device`, the case gets `spacing` (mm) and `centre` (voxels): the mean position of the
-    voxels that are no background.
+    The map becomes (1, X, Y, Z) uint8 on `device`. The case also gets `spacing`, (3,) mm, and
+    `centre`, (3,) voxels: the mean position of the voxels that are not background.
+
+    Args:
+        keys: the label map.
+        table: the table of its values.
+        device: where the map is kept; None is the CPU.
 
     Raises:
-        VolumeError: a value that the table does not have.
+        VolumeError: the map has a value that is not in the table, or no structure.
     """
 
     def __init__(
-        self, keys: KeysCollection, tissues: Tissues, device: torch.device | None = None
+        self, keys: KeysCollection, table: TissueTable, device: torch.device | None = None
     ) -> None:
         super().__init__(keys)
-        self.tissues, self.device = tissues, device
+        self.table, self.device = table, device
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
+        row_of = {value: row for row, value in enumerate(self.table.values.tolist())}
         for key in self.key_iterator(case):
-            found, inverse = torch.unique(
-                case[key].as_tensor().to(torch.int64), return_inverse=True
-            )
-            places = {int(value): i for i, value in enumerate(self.tissues.values)}
-            unknown = [str(value) for value in found.tolist() if value not in places]
+            label_map = case[key].as_tensor().to(torch.int64)
+            found, inverse = torch.unique(label_map, return_inverse=True)
+            unknown = [str(value) for value in found.tolist() if value not in row_of]
             if unknown:
                 raise VolumeError(
-                    f"{case.get('case')}: values {', '.join(unknown)} are not in the table of label values"
+                    f"{case.get('case')}: values {', '.join(unknown)} are not in the table of "
+                    "label values"
                 )
-            rows = torch.tensor([places[value] for value in found.tolist()], dtype=torch.uint8)[
-                inverse
-            ]
-            inside = torch.as_tensor(self.tissues.channels)[rows[0].long()] > 0
-            if not inside.any():
+            found_rows = [row_of[value] for value in found.tolist()]
+            rows = torch.tensor(found_rows, dtype=torch.uint8)[inverse]
+            is_structure = torch.as_tensor(self.table.channels)[rows[0].long()] > 0
+            if not is_structure.any():
                 raise VolumeError(f"{case.get('case')}: holds no voxel of any structure")
-            case[CENTRE] = inside.nonzero().double().mean(dim=0)
+            case[CENTRE] = is_structure.nonzero().double().mean(dim=0)
             case[SPACING] = case[key].pixdim.double()
             case[key] = rows.to(self.device)
         return case

@@ -9,162 +9,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from phantom import make_bundle, nifti, parse_spec, save, smooth
 
 from pipeline.batch import runner as batch
-from pipeline.batch.runner import STEPS, run_bundle, segment_cases
+from pipeline.batch.case_row import STEPS
+from pipeline.batch.runner import run_bundle, segment_cases
 from pipeline.bundle.opening import open_bundle
+from pipeline.bundle.wiring import read_wiring
 from pipeline.errors import ConfigError, PipelineError, VolumeError
 from pipeline.inference import invert
 from pipeline.inference.predictor import Model, predict_case
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
 from pipeline.io.writer import as_nibabel, write_labels
-
-ONE = parse_spec(3)
-TWO = parse_spec(3, channels=["T1w", "FLAIR"])
-
-
-def tree(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
-
-
-def found(inputs: list[str], spec: Any = ONE) -> dict[str, Any]:
-    return {case["case"]: case["image"] for case in find_cases(inputs, spec)}
-
-
-FILES = (
-    "a.nii.gz",
-    "sub/b.NII",
-    "sub/deep/c.mgz",
-    "d.hdr",
-    "d.img",
-    ".hidden.nii",
-    "notes.txt",
-    "e.nii.tmp",
-    "f.x.nrrd",
-)
-
-
-def test_a_folder_is_searched_with_all_below_it(tmp_path: Path) -> None:
-    """Images of every format, under their own relative names; hidden files, other files and halves of pairs are none."""
-    root = tree(tmp_path, *FILES)
-    assert found([str(root)]) == {
-        "a": f"{root}/a.nii.gz",
-        "d": f"{root}/d.hdr",
-        "f.x": f"{root}/f.x.nrrd",
-        "sub/b": f"{root}/sub/b.NII",
-        "sub/deep/c": f"{root}/sub/deep/c.mgz",
-    }
-
-
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
-        ("*.nii.gz", {"a"}),
-        ("*", {"a", "d", "f.x"}),
-        ("**/*.mgz", {"sub/deep/c"}),
-        ("s*/*", {"sub/b"}),
-        ("sub/[ab].*", {"b"}),
-    ],
-)
-def test_globs(tmp_path: Path, pattern: str, names: set[str]) -> None:
-    """A pattern names cases relative to its part without magic."""
-    assert set(found([f"{tree(tmp_path, *FILES)}/{pattern}"])) == names
-
-
-def test_files_are_named_one_by_one(tmp_path: Path) -> None:
-    """Also with brackets in the name; both halves of a pair, or one file given twice, are one input."""
-    root = tree(tmp_path, *FILES, "g[1].nii")
-    inputs = [
-        f"{root}/{name}"
-        for name in ("d.img", "d.hdr", "a.nii.gz", "a.nii.gz", "g[1].nii", ".hidden.nii")
-    ]
-    assert found(inputs) == {
-        "d": f"{root}/d.hdr",
-        "a": f"{root}/a.nii.gz",
-        "g[1]": f"{root}/g[1].nii",
-        ".hidden": f"{root}/.hidden.nii",
-    }
-
-
-@pytest.mark.parametrize(
-    ("inputs", "says"),
-    [
-        (["none.nii"], "none.nii: no such file or folder"),
-        (["a.nii.gz", "none.nii"], "none.nii: no such file or folder"),
-        (
-            ["a.nii.gz", "*.mha"],
-            r"\*.mha: no image files there; expected names such as scan.nii.gz",
-        ),
-        (["empty"], "empty: no image files there"),
-        (
-            ["a.nii.gz", "twice/a.nii.gz"],
-            "1 outputs would be written more than once, a_seg.nii.gz for one, from .*a.nii.gz and .*",
-        ),
-        (
-            ["twice"],
-            "a_seg.nii.gz for one, from .*twice/a.mgz and .*twice/a.nii.gz: rename the files",
-        ),
-    ],
-)
-def test_inputs_that_cannot_be_are_refused_before_anything_starts(
-    tmp_path: Path, inputs: list[str], says: str
-) -> None:
-    """Missing, empty, or two for one output: named, with what to do."""
-    root = tree(tmp_path, "a.nii.gz", "twice/a.nii.gz", "twice/a.mgz", "empty/x.txt")
-    with pytest.raises(ConfigError, match=says):
-        find_cases([f"{root}/{name}" for name in inputs], ONE)
-
-
-@pytest.mark.parametrize("endings", [("_T1w", "_FLAIR"), ("_0000", "_0001"), ("_0000", "_FLAIR")])
-def test_channels_are_told_by_name_or_number(tmp_path: Path, endings: tuple[str, str]) -> None:
-    """One case for the files that differ in their ending, channels in the order of the spec."""
-    root = tree(
-        tmp_path, *(f"s{i}/sub-{i}{ending}.nii.gz" for i in (1, 2) for ending in reversed(endings))
-    )
-    expected = {
-        f"s{i}/sub-{i}": [f"{root}/s{i}/sub-{i}{ending}.nii.gz" for ending in endings]
-        for i in (1, 2)
-    }
-    assert found([str(root)], TWO) == expected
-
-
-@pytest.mark.parametrize(
-    ("names", "says"),
-    [
-        (("a_T1w.nii",), "a: no file for channel FLAIR; found .*a_T1w.nii"),
-        (
-            ("a_T1w.nii", "a_FLAIR.nii", "b.nii"),
-            r"b: which channel is it\? Expected a name that ends in one of _T1w, _FLAIR",
-        ),
-        (("a_T1w.nii", "a_FLAIR.nii", "a_0002.nii"), "a_0002: which channel is it"),
-        (
-            ("a_T1w.nii", "a_0000.nii", "a_FLAIR.nii"),
-            "a: two files for channel T1w, .*a_0000.nii and .*a_T1w.nii; keep one",
-        ),
-    ],
-)
-def test_channels_that_do_not_fit_are_refused(
-    tmp_path: Path, names: tuple[str, ...], says: str
-) -> None:
-    """Missing, unknown or given twice."""
-    with pytest.raises(ConfigError, match=says):
-        find_cases([str(tree(tmp_path, *names))], TWO)
-
-
-def test_our_own_results_are_no_inputs(tmp_path: Path) -> None:
-    """A folder that results went into can be segmented again; a segmentation that others made is an input like any."""
-    save(tmp_path / "a.nii.gz")
-    write_labels(
-        tmp_path / "a_seg.nii.gz", as_nibabel(np.ones((3, 4, 5), dtype=np.uint8), np.eye(4))
-    )
-    save(tmp_path / "b_seg.nii.gz")
-    assert set(found([str(tmp_path)])) == {"a", "b_seg"} == set(found([f"{tmp_path}/*"]))
-
 
 SMALL = (9, 11, 8)  # one window of the tiny network
 
@@ -179,16 +37,14 @@ def folder(tmp_path: Path) -> Path:
 
 def go(model: Model, folder: Path, **options: Any) -> dict[str, str]:
     rows = segment_cases(model, find_cases([folder / "in"], model.spec), folder / "out", **options)
-    return {row["case"]: row["status"] for row in rows}
+    return {row.case: row.status for row in rows}
 
 
 def test_what_segment_leaves(model: Model, folder: Path) -> None:
     """A label map a case, one row an input in cases.csv and volumes.csv, the versions and hashes in run.json, nothing else."""
     (folder / "in" / "b.nii.gz").write_bytes(b"nothing")
     seen: list[str] = []
-    states = go(
-        model, folder, progress=lambda case, row: seen.append(f"{case['case']} {row['status']}")
-    )
+    states = go(model, folder, progress=lambda row: seen.append(f"{row.case} {row.status}"))
     assert states == {"a": "done", "b": "failed", "c": "done"}
     assert seen == ["a done", "b failed", "c done"]
     out = folder / "out"
@@ -213,9 +69,13 @@ def test_what_segment_leaves(model: Model, folder: Path) -> None:
                 assert float(row[name]) == pytest.approx(
                     (labels == value).sum() * 0.9 * 1.3 * 2.1, rel=1e-5
                 )
-    told = json.loads((out / "run.json").read_text())
-    assert set(told["versions"]) >= {"volseg", "monai", "torch"}
-    assert len(told["weights_sha256"]) == len(told["spec_sha256"]) == 64
+    record = json.loads((out / "run.json").read_text())
+    assert set(record["versions"]) >= {"volseg", "monai", "torch"}
+    assert len(record["weights_sha256"]) == len(record["spec_sha256"]) == 64
+    computed = record["computed"]
+    assert (computed["runtime"], computed["precision"]) == ("openvino", "float32")
+    assert computed["openvino_version"] and computed["processor"]
+    assert computed["device"] == "cpu"
 
 
 def test_a_run_goes_on_where_it_stopped(model_3d: Model, folder: Path) -> None:
@@ -283,12 +143,12 @@ def test_a_fault_in_any_step_leaves_the_others_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second of three cases fails: it is recorded with its reason, the two others are whole and their own."""
-    steps = model_3d.preprocessing.transforms
+    resampling = model_3d.preprocessing.transforms[2]
     place: dict[str, tuple[Any, str]] = {
-        "read": (steps[0], "tensor"),
-        "preprocess": (type(steps[2]), "__call__"),
-        "network": (model_3d.evaluator.network, "forward"),
-        "invert": (invert, "_fill"),
+        "read": (type(model_3d.preprocessing.reader), "__call__"),
+        "preprocess": (type(resampling), "__call__"),
+        "network": (model_3d.network, "forward"),
+        "invert": (invert, "labels_of_blocks"),
         "write": (batch, "write_labels"),
     }
     owner, name = place[step]
@@ -363,12 +223,22 @@ def test_a_file_of_others_is_not_replaced(
     assert path.read_bytes() != before
 
 
-def test_the_bundles_run_fails_after_all_cases(model_3d: Model, folder: Path) -> None:
-    """The error names each case that failed; the others are written."""
+def test_run_bundle_fails_after_all_cases(
+    model_3d: Model, tiny_bundle_3d: Path, folder: Path
+) -> None:
+    """The error names each failed case; the others are written, as `segment_cases` writes them."""
+    parser = read_wiring(tiny_bundle_3d, ["inference.yaml"])
+    parser["device"] = torch.device("cpu")
+    parser.get_parsed_content("initialize")
+    evaluator = parser.get_parsed_content("evaluator")
     (folder / "in" / "a.nii.gz").write_bytes(b"")
     cases = find_cases([folder / "in"], model_3d.spec)
     with pytest.raises(
         PipelineError, match=r"1 of 3 cases failed, the others are written:\na: .*the file is empty"
     ):
-        run_bundle(model_3d, cases, folder / "out")
-    assert len(list((folder / "out").glob("*_seg.nii.gz"))) == 2
+        run_bundle(evaluator, model_3d, cases, folder / "out")
+    written = {path.name: path.read_bytes() for path in (folder / "out").glob("*_seg.nii.gz")}
+    assert set(written) == {"b_seg.nii.gz", "c_seg.nii.gz"}
+    segment_cases(model_3d, cases, folder / "other")
+    for name, content in written.items():
+        assert (folder / "other" / name).read_bytes() == content

@@ -1,3 +1,5 @@
+"""Shipped and broken bundles under every check, and MONAI's command against volseg's."""
+
 from __future__ import annotations
 
 import json
@@ -6,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.resources import files
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,147 +22,186 @@ from golden.make import golden, labels_of
 from monai.bundle import run as monai_run
 from phantom import dice, nifti, save, smooth
 
-from pipeline.bundle.check import VERSIONS, check_bundle
-from pipeline.bundle.metadata import WIRING, bundle_metadata, refresh_bundle
-from pipeline.bundle.opening import CHECKOUT_BUNDLES, open_bundle
+from pipeline.bundle.check import ENVIRONMENT_KEYS, check_bundle
+from pipeline.bundle.metadata import bundle_metadata
+from pipeline.bundle.opening import open_bundle, shipped_bundles
+from pipeline.bundle.wiring import WIRING, refresh_bundle, template
 from pipeline.cli.app import main
+from pipeline.config.paths import BundlePaths
 from pipeline.errors import ConfigError
 
-SHIPPED = sorted(path.parent.parent for path in CHECKOUT_BUNDLES.glob("*/configs/spec.yaml"))
+SHIPPED = sorted(path.parent.parent for path in shipped_bundles().glob("*/configs/spec.yaml"))
+each_shipped_bundle = pytest.mark.parametrize("root", SHIPPED, ids=lambda path: path.name)
 
 
-@pytest.mark.parametrize("root", SHIPPED, ids=lambda path: path.name)
+@pytest.fixture
+def bundle(tiny_bundle_3d: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle of volumes, to write into."""
+    return Path(shutil.copytree(tiny_bundle_3d, tmp_path / "bundle"))
+
+
+@pytest.mark.slow
+@each_shipped_bundle
 def test_shipped_bundles_pass_every_check(root: Path) -> None:
-    """MONAI's properties for inference and training, its metadata schema, network in and out; our weights and wiring."""
     assert {name: reason for name, reason in check_bundle(root).items() if reason} == {}
 
 
-@pytest.mark.parametrize("root", SHIPPED, ids=lambda path: path.name)
+@each_shipped_bundle
 def test_shipped_bundles_are_complete(root: Path) -> None:
-    """Their generated files are those of this version; the wiring says no number and is the same for all."""
-    stored = json.loads((root / "configs" / "metadata.json").read_text())
-    fresh = bundle_metadata(root)
-    assert {key: value for key, value in stored.items() if key not in VERSIONS} == {
-        key: value for key, value in fresh.items() if key not in VERSIONS
-    }
+    """Their metadata is as this version writes it, and their wiring is the same for all."""
+    paths = BundlePaths(root)
+    stored = json.loads(paths.metadata.read_text())
+    expected = bundle_metadata(root)
+    for key in ENVIRONMENT_KEYS:
+        del stored[key], expected[key]
+    assert stored == expected
     for name in WIRING:
-        assert (root / "configs" / name).read_text() == (
-            files("pipeline.bundle") / "templates" / name
-        ).read_text()
+        assert (paths.configs / name).read_text() == template(name).read_text()
 
 
-def _edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+Change = Callable[[BundlePaths], object]
+
+
+def edit_file(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a YAML or JSON file."""
     content = yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(
-        json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content, sort_keys=False)
-    )
+    edit(content)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    else:
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def edit(root: Path) -> None:
-        state = torch.load(root / "models" / "model.pt", weights_only=True)
-        change(state)
-        torch.save(state, root / "models" / "model.pt")
+def edit_weights(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
+    def change(paths: BundlePaths) -> None:
+        state = torch.load(paths.weights, weights_only=True)
+        edit(state)
+        torch.save(state, paths.weights)
 
-    return edit
-
-
-def _spec(**changes: Any) -> Callable[[Path], None]:
-    return lambda root: _edit(
-        root / "configs" / "spec.yaml", lambda content: content.update(changes)
-    )
+    return change
 
 
-def _metadata(**changes: Any) -> Callable[[Path], None]:
-    return lambda root: _edit(
-        root / "configs" / "metadata.json", lambda content: content.update(changes)
-    )
+def edit_spec(**keys: Any) -> Change:
+    return lambda paths: edit_file(paths.spec, lambda content: content.update(keys))
 
 
-FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "no weights": (
-        lambda root: (root / "models" / "model.pt").unlink(),
-        "weights fit the spec",
-        "model.pt",
+def edit_metadata(**keys: Any) -> Change:
+    return lambda paths: edit_file(paths.metadata, lambda content: content.update(keys))
+
+
+def edit_inference(edit: Callable[[dict[str, Any]], object]) -> Change:
+    return lambda paths: edit_file(paths.inference, edit)
+
+
+def edit_train(edit: Callable[[dict[str, Any]], object]) -> Change:
+    return lambda paths: edit_file(paths.train, edit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """A change that breaks a bundle, and the check that finds it with this message."""
+
+    change: Change
+    check: str
+    message: str
+
+
+FAULTS = {
+    "no weights": Fault(
+        change=lambda paths: paths.weights.unlink(),
+        check="weights fit the spec",
+        message="model.pt",
     ),
-    "no pickle": (
-        lambda root: (root / "models" / "model.pt").write_bytes(b"x"),
-        "weights fit the spec",
-        "",
+    "no checkpoint": Fault(
+        change=lambda paths: paths.weights.write_bytes(b"x"),
+        check="weights fit the spec",
+        message="",
     ),
-    "a shape": (
-        _weights(lambda s: s.update({"output.weight": s["output.weight"][:2]})),
-        "weights fit the spec",
-        "output.weight",
-    ),
-    "a key": (_weights(lambda s: s.pop("output.bias")), "weights fit the spec", "output.bias"),
-    "nan": (
-        _weights(lambda s: s["output.bias"].fill_(torch.nan)),
-        "weights fit the spec",
-        "NaN or infinity in output.bias",
-    ),
-    "labels": (
-        _spec(labels={"background": 0, "front": 7}),
-        "weights fit the spec",
-        "output.weight",
-    ),
-    "spacing": (
-        _spec(spacing=[1.0, 1.0, "1e-3"]),
-        "spec",
-        "expected float, got '1e-3' at spec.spacing[2]",
-    ),
-    "channel": (
-        _spec(channels=["T2w"]),
-        "generated files",
-        "configs/metadata.json: image_classes, network_data_format differ",
-    ),
-    "task": (
-        _metadata(task="another"),
-        "generated files",
-        "configs/metadata.json: task differ from the spec and the card",
-    ),
-    "version": (
-        _metadata(version="9.9.9"),
-        "generated files",
-        "configs/metadata.json: version differ",
-    ),
-    "schema": (_metadata(version=1), "metadata against the schema", "1 is not of type 'string'"),
-    "wiring": (
-        lambda root: _edit(
-            root / "configs" / "inference.yaml",
-            lambda content: content["inferer"].update(overlap=0.1),
+    "shape of a weight": Fault(
+        change=edit_weights(
+            lambda state: state.update({"output.weight": state["output.weight"][:2]})
         ),
-        "generated files",
-        "configs/inference.yaml differs from the one that volseg",
+        check="weights fit the spec",
+        message="output.weight",
     ),
-    "property": (
-        lambda root: _edit(
-            root / "configs" / "inference.yaml", lambda content: content.pop("inferer")
-        ),
-        "inference properties",
-        "inferer",
+    "key of a weight": Fault(
+        change=edit_weights(lambda state: state.pop("output.bias")),
+        check="weights fit the spec",
+        message="output.bias",
     ),
-    "training": (
-        lambda root: _edit(
-            root / "configs" / "train.yaml", lambda content: content["train"].pop("optimizer")
-        ),
-        "training properties",
-        "optimizer",
+    "nan": Fault(
+        change=edit_weights(lambda state: state["output.bias"].fill_(torch.nan)),
+        check="weights fit the spec",
+        message="NaN or infinity in output.bias",
+    ),
+    "labels": Fault(
+        change=edit_spec(labels={"background": 0, "front": 7}),
+        check="weights fit the spec",
+        message="output.weight",
+    ),
+    "spacing": Fault(
+        change=edit_spec(spacing=[1.0, 1.0, "1e-3"]),
+        check="spec",
+        message="expected float, got '1e-3' at spec.spacing[2]",
+    ),
+    "channel": Fault(
+        change=edit_spec(channels=["T2w"]),
+        check="generated files",
+        message="configs/metadata.json: image_classes, network_data_format differ",
+    ),
+    "task": Fault(
+        change=edit_metadata(task="another"),
+        check="generated files",
+        message="configs/metadata.json: task differ from the spec and the card",
+    ),
+    "version": Fault(
+        change=edit_metadata(version="9.9.9"),
+        check="generated files",
+        message="configs/metadata.json: version differ",
+    ),
+    "no metadata": Fault(
+        change=lambda paths: paths.metadata.unlink(),
+        check="generated files",
+        message="configs/metadata.json is missing; `volseg bundle refresh",
+    ),
+    "schema": Fault(
+        change=edit_metadata(version=1),
+        check="metadata against the schema",
+        message="1 is not of type 'string'",
+    ),
+    "wiring": Fault(
+        change=edit_inference(lambda content: content["inferer"].update(overlap=0.1)),
+        check="generated files",
+        message="configs/inference.yaml differs from the one that volseg",
+    ),
+    "property": Fault(
+        change=edit_inference(lambda content: content.pop("inferer")),
+        check="inference properties",
+        message="inferer",
+    ),
+    "training": Fault(
+        change=edit_train(lambda content: content["train"].pop("optimizer")),
+        check="training properties",
+        message="optimizer",
     ),
 }
+BROKEN = (
+    "no weights",
+    "no checkpoint",
+    "shape of a weight",
+    "key of a weight",
+    "labels",
+    "spacing",
+    "property",
+)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_each_fault_is_found_and_named(name: str, tiny_bundle_3d: Path, tmp_path: Path) -> None:
-    """A bundle that was changed after it was made fails the check that is for it, with the thing that is wrong."""
-    root = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle_3d, root)
-    fault, check, says = FAULTS[name]
-    fault(root)
-    reasons = check_bundle(root)
-    assert reasons[check]
-    assert says in reasons[check]
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_each_fault_is_found_and_named(fault: Fault, bundle: Path) -> None:
+    fault.change(BundlePaths(bundle))
+    reasons = check_bundle(bundle)
+    assert reasons[fault.check]
+    assert fault.message in reasons[fault.check]
 
 
 def test_a_sound_bundle_passes(tiny_bundle: Path) -> None:
@@ -168,125 +209,97 @@ def test_a_sound_bundle_passes(tiny_bundle: Path) -> None:
     assert not any(check_bundle(tiny_bundle).values())
 
 
-@pytest.mark.parametrize(
-    "name", ["no weights", "no pickle", "a shape", "a key", "labels", "spacing", "property"]
-)
-def test_a_broken_bundle_is_not_opened(name: str, tiny_bundle_3d: Path, tmp_path: Path) -> None:
-    """Nothing is segmented with weights that do not fit: an error that says what is wrong, and never random weights."""
-    root = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle_3d, root)
-    fault, _, says = FAULTS[name]
-    fault(root)
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_bundle_is_not_opened(name: str, bundle: Path) -> None:
+    """An error names the fault; nothing is segmented with weights that do not fit."""
+    fault = FAULTS[name]
+    fault.change(BundlePaths(bundle))
     with pytest.raises(ConfigError) as raised:
-        open_bundle(root, device="cpu")
-    assert says in str(raised.value)
+        open_bundle(bundle, device="cpu")
+    assert fault.message in str(raised.value)
 
 
-def test_weights_of_another_network_are_refused_in_one_line(
-    tiny_bundle_3d: Path, tmp_path: Path
-) -> None:
-    """Not with a list of all that is missing: `volseg check` has that."""
-    root = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle_3d, root)
-    state = torch.load(root / "models" / "model.pt", weights_only=True)
-    torch.save(
-        {f"module.{name}": tensor for name, tensor in state.items()}, root / "models" / "model.pt"
-    )
+def test_weights_of_another_network_are_refused_in_one_line(bundle: Path) -> None:
+    """The list of all keys that do not fit is left to the check."""
+    weights = BundlePaths(bundle).weights
+    state = torch.load(weights, weights_only=True)
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, weights)
     with pytest.raises(ConfigError) as raised:
-        open_bundle(root, device="cpu")
+        open_bundle(bundle, device="cpu")
     assert "Missing key(s)" in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 300 + 2 * len(str(root))
-    assert sum(name in check_bundle(root)["weights fit the spec"] for name in state) == len(state)
+    assert len(str(raised.value)) < 300 + 2 * len(str(bundle))
+    reason = check_bundle(bundle)["weights fit the spec"]
+    assert all(name in reason for name in state)
 
 
 def test_metadata_comes_from_spec_and_card(tiny_bundle_3d: Path) -> None:
-    """Labels, channels and sizes that divide stand there as the spec has them."""
     content = bundle_metadata(tiny_bundle_3d)
+    formats = content["network_data_format"]
     assert content["label_classes"] == "0: background, 7: front, 300: back"
     assert content["pred_classes"] == "0: background, 1: front, 2: back"
-    assert content["network_data_format"]["inputs"]["image"]["spatial_shape"] == [
-        "2*n",
-        "2*n",
-        "2*n",
-    ]
-    assert content["network_data_format"]["outputs"]["pred"]["num_channels"] == 3
+    assert formats["inputs"]["image"]["spatial_shape"] == ["2*n", "2*n", "2*n"]
+    assert formats["outputs"]["pred"]["num_channels"] == 3
     assert content["version"] == "0.1.0"
 
 
-def test_a_bundle_without_a_version_is_refused(tiny_bundle_3d: Path, tmp_path: Path) -> None:
-    """The last entry of the changelog is the version, so there has to be one."""
-    root = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle_3d, root)
-    _edit(root / "configs" / "card.yaml", lambda content: content.pop("changelog"))
+def test_a_bundle_without_a_version_is_refused(bundle: Path) -> None:
+    """The last entry of the changelog is the version."""
+    edit_file(BundlePaths(bundle).card, lambda content: content.pop("changelog"))
     with pytest.raises(ConfigError, match=r"card\.changelog is missing"):
-        refresh_bundle(root)
+        refresh_bundle(bundle)
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """Two made-up volumes, one in a folder of its own, and five real ones where there are some."""
+def volumes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder with two drawn volumes, one in a subfolder, and five real ones if there are any."""
     root = tmp_path_factory.mktemp("volumes")
-    save(root / "in" / "a.nii.gz")
-    save(root / "in" / "sub" / "b.nii.gz", nifti(smooth((9, 30, 11), seed=1)))
+    save(root / "a.nii.gz")
+    save(root / "sub" / "b.nii.gz", nifti(smooth((9, 30, 11), seed=1)))
     if os.environ.get("VOLSEG_DATA"):
         for path in request.getfixturevalue("hippocampus"):
-            (root / "in" / path.name).symlink_to(path)
+            (root / path.name).symlink_to(path)
     return root
 
 
-def _same_results(ours: Path, theirs: Path) -> None:
+def assert_same_results(ours: Path, theirs: Path) -> None:
+    """Two output folders hold the same label maps and volumes, byte by byte."""
     written = sorted(path.relative_to(ours) for path in ours.rglob("*.nii.gz"))
     assert len(written) in (2, 7)
     assert written == sorted(path.relative_to(theirs) for path in theirs.rglob("*.nii.gz"))
-    for path in written:
+    for path in (*written, Path("volumes.csv")):
         assert (ours / path).read_bytes() == (theirs / path).read_bytes()
-    assert (ours / "volumes.csv").read_bytes() == (theirs / "volumes.csv").read_bytes()
 
 
-def _segment(root: Path, folder: Path, out: Path, *more: str) -> Path:
-    arguments = [
-        "segment",
-        str(folder / "in"),
-        "-o",
-        str(out),
-        "-b",
-        str(root),
-        "--device",
-        "cpu",
-        *more,
-    ]
-    result = CliRunner().invoke(main, arguments)
+def volseg_segment(root: Path, volumes: Path, output: Path, *options: str) -> Path:
+    """Run `volseg segment` on the CPU and return the output folder."""
+    arguments = ["segment", str(volumes), "-o", str(output), "-b", str(root), "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, *options])
     assert result.exit_code == 0, result.output
-    return out
+    return output
 
 
+@pytest.mark.slow
 def test_monais_command_gives_the_same_bytes(
-    tiny_bundle_3d: Path, folder: Path, tmp_path: Path
+    tiny_bundle_3d: Path, volumes: Path, tmp_path: Path
 ) -> None:
-    """`python -m monai.bundle run` from another current directory, file by file against `volseg segment`."""
-    command = [
-        sys.executable,
-        "-m",
-        "monai.bundle",
-        "run",
-        "--config_file",
-        f"{tiny_bundle_3d}/configs/inference.yaml",
-    ]
-    command += [
-        "--bundle_root",
-        str(tiny_bundle_3d),
-        "--dataset_dir",
-        str(folder / "in"),
-        "--output_dir",
-        str(tmp_path / "theirs"),
-    ]
+    """`python -m monai.bundle run`, from another working directory than the bundle's."""
+    options = {
+        "config_file": tiny_bundle_3d / "configs" / "inference.yaml",
+        "bundle_root": tiny_bundle_3d,
+        "dataset_dir": volumes,
+        "output_dir": tmp_path / "theirs",
+    }
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    _same_results(_segment(tiny_bundle_3d, folder, tmp_path / "ours"), tmp_path / "theirs")
+    ours = volseg_segment(tiny_bundle_3d, volumes, tmp_path / "ours")
+    assert_same_results(ours, tmp_path / "theirs")
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file:UserWarning")
@@ -294,36 +307,36 @@ def test_monais_command_gives_the_same_bytes(
 def test_monais_overrides_take_effect(
     overlap: float | None,
     tiny_bundle: Path,
-    folder: Path,
+    volumes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In 2D and 3D; `--inferer::overlap` is the command's `--overlap`, and gives other scores than the bundle's own."""
+    """`--inferer::overlap` of MONAI's command is `--overlap` of volseg's, in 2D and 3D."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    changes = {} if overlap is None else {"inferer::overlap": overlap}
+    overrides = {} if overlap is None else {"inferer::overlap": overlap}
     monai_run(
         config_file=f"{tiny_bundle}/configs/inference.yaml",
         bundle_root=str(tiny_bundle),
-        dataset_dir=str(folder / "in"),
+        dataset_dir=str(volumes),
         output_dir=str(tmp_path / "theirs"),
-        **changes,
+        **overrides,
     )
-    more = [] if overlap is None else ["--overlap", str(overlap)]
-    _same_results(_segment(tiny_bundle, folder, tmp_path / "ours", *more), tmp_path / "theirs")
-    told = [
-        json.loads((tmp_path / name / "run.json").read_text())["overlap"]
-        for name in ("ours", "theirs")
-    ]
-    assert told == [str(overlap or 0.5)] * 2
+    options = [] if overlap is None else ["--overlap", str(overlap)]
+    ours = volseg_segment(tiny_bundle, volumes, tmp_path / "ours", *options)
+    assert_same_results(ours, tmp_path / "theirs")
+    for name in ("ours", "theirs"):
+        recorded = json.loads((tmp_path / name / "run.json").read_text())
+        assert recorded["overlap"] == str(overlap or 0.5)
 
 
-@pytest.mark.parametrize("root", SHIPPED, ids=lambda path: path.name)
+@pytest.mark.slow
+@each_shipped_bundle
 def test_golden_label_maps(root: Path) -> None:
-    """The shipped weights label a made-up volume as they did when they were trained.
+    """The shipped weights label a drawn volume as they did when they were trained.
 
-    Processors round differently, and where two classes tie that decides a voxel: up to 0.5 % of the
-    voxels may differ, and no label by more than a Dice of .97. `python tests/golden/make.py`
+    Processors round differently, which decides the voxels where two classes tie: up to 0.5 % of the
+    voxels may differ, and no label by more than a Dice of 0.97. `python tests/golden/make.py`
     writes the label maps after a training.
     """
     expected = nib.load(golden(root.name))

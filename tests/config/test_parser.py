@@ -27,8 +27,8 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
-def test_every_kind_of_value_is_read_as_its_type() -> None:
-    """Lists become tuples, whole numbers become floats where floats are asked for, null is None."""
+def test_values_are_converted_to_their_types() -> None:
+    """Lists become tuples, whole numbers become floats for float fields, null becomes None."""
     content = {
         "count": 3,
         "triple": [1, 2.5, 3],
@@ -66,17 +66,19 @@ def test_every_kind_of_value_is_read_as_its_type() -> None:
         ({"names": [1]}, "expected a mapping, got [1] at top.names"),
         ({"names": {"y": "2"}}, "expected int, got '2' at top.names.y"),
         ({"names": {1: 2}}, "expected str, got 1 at top.names"),
+        ({"either": "c"}, "expected int, got 'c' at top.either"),
         ({"choice": "c"}, "expected one of 'a', 'b', got 'c' at top.choice"),
         ({"cuont": 1}, "unknown key top.cuont; did you mean count?"),
         (
             {"zzz": 1},
-            "unknown key top.zzz; expected one of count, triple, many, names, choice, either, inner",
+            "unknown key top.zzz; "
+            "expected one of count, triple, many, names, choice, either, inner",
         ),
         ({"inner": {"fleg": True}}, "unknown key top.inner.fleg; did you mean flag?"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_place(change: dict[Any, Any], says: str) -> None:
-    """What was expected, what was found and the path to the key."""
+def test_the_message_holds_the_path_to_a_wrong_value(change: dict[Any, Any], says: str) -> None:
+    """Next to what was expected and what was found."""
     with pytest.raises(ConfigError) as raised:
         parse_config(Outer, {"count": 1} | change, "top")
     assert str(raised.value) == says
@@ -93,8 +95,10 @@ def test_a_wrong_value_is_named_with_its_place(change: dict[Any, Any], says: str
         (None, "cannot be read (No such file or directory); expected the YAML file of the top"),
     ],
 )
-def test_a_wrong_file_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
-    """The message begins with the path."""
+def test_the_message_holds_the_path_of_a_wrong_file(
+    tmp_path: Path, content: bytes | None, says: str
+) -> None:
+    """The message begins with it."""
     path = tmp_path / "x.yaml"
     if content is not None:
         path.write_bytes(content)

@@ -36,11 +36,40 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
             {"augment": {"noise_chance": 2}},
             "run.augment.noise_chance: expected a probability, 0 to 1, got 2.0",
         ),
+        (
+            {"augment": {"elastic_chance": 1.5}},
+            "run.augment.elastic_chance: expected a probability, 0 to 1, got 1.5",
+        ),
+        (
+            {"augment": {"elastic_grid": 1}},
+            "run.augment.elastic_grid: expected 2 points or more, got 1",
+        ),
+        ({"minutes": 0}, "run.minutes: expected more than 0 or null, got 0.0"),
+        ({"balance": 2}, "run.balance: expected 0 ≤ balance ≤ 1, got 2.0"),
+        ({"border_sigma_mm": 0}, "run.border_sigma_mm: expected mm above 0, got 0.0"),
+        ({"keep": "best"}, "run.keep and run.patience: expected validate_every of 1 or more"),
+        ({"patience": 3, "validate_every": 1}, "run.keep and run.patience: expected"),
+        (
+            {"synthesis": {"table": "t", "t1_chance": 0.9, "sequence_chance": 0.2}},
+            "run.synthesis: expected t1_chance + sequence_chance ≤ 1, got 1.1",
+        ),
+        (
+            {"synthesis": {"table": "t", "slices_mm": [5, 3]}},
+            "run.synthesis.slices_mm: expected 0 < low ≤ high, mm, got 5.0, 3.0",
+        ),
+        (
+            {"synthesis": {"table": "t", "bias_every": 0}},
+            "run.synthesis.bias_every: expected mm above 0, got 0.0",
+        ),
+        (
+            {"synthesis": {"table": "t", "cut": 2}},
+            "run.synthesis.cut: expected 0 to 1, got 2.0",
+        ),
         ({"epoch": 3}, "unknown key run.epoch; did you mean epochs?"),
     ],
 )
-def test_a_run_that_cannot_be_is_refused(change: dict[str, Any], says: str) -> None:
-    """Each setting is checked on reading, and the message has the path to it."""
+def test_an_invalid_run_is_refused(change: dict[str, Any], says: str) -> None:
+    """Each value is checked, and the message holds its key."""
     with pytest.raises(ConfigError) as raised:
         parse_config(Run, RUN | change, "run")
     assert says in str(raised.value)
@@ -48,12 +77,12 @@ def test_a_run_that_cannot_be_is_refused(change: dict[str, Any], says: str) -> N
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_reads(path: Path) -> None:
-    """Each file of configs/ is a run, and names a bundle of the repository."""
+    """Each file of configs/ is a run that names a bundle of the repository."""
     assert (path.parent.parent / load_run(path).bundle / "configs" / "spec.yaml").is_file()
 
 
-def test_changes_replace_single_settings() -> None:
-    """KEY=VALUE reaches any depth, is read as YAML, and leaves the rest alone."""
+def test_changes_replace_single_values() -> None:
+    """KEY=VALUE is read as YAML, reaches nested keys, and changes nothing else."""
     before, _ = read_run(CONFIGS[0])
     after, content = read_run(
         CONFIGS[0], ["epochs=5", "augment.rotation=30", "splits=null", "augment.mirror=[A, S]"]
@@ -78,16 +107,16 @@ def test_changes_replace_single_settings() -> None:
         ("epochs=[", "epochs=[: the value is not YAML"),
     ],
 )
-def test_changes_that_cannot_be_are_refused(change: str, says: str) -> None:
-    """With the change or the key that is wrong."""
+def test_invalid_changes_are_refused(change: str, says: str) -> None:
+    """The message holds the change or the key that is wrong."""
     with pytest.raises(ConfigError) as raised:
         read_run(CONFIGS[0], [change])
     assert says in str(raised.value)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "\x00"])
-def test_a_file_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
-    """Also where a change would have to go into nothing."""
+def test_a_file_that_is_not_a_run_is_refused(tmp_path: Path, content: str) -> None:
+    """Also when a change is given."""
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=str(path)):

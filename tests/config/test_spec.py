@@ -9,7 +9,7 @@ import yaml
 from phantom import spec_content
 
 from pipeline.config.parser import parse_config
-from pipeline.config.spec import Spec, load_spec
+from pipeline.config.spec import RENAMED_SPEC_KEYS, Spec, load_spec
 from pipeline.errors import ConfigError
 
 BUNDLES = sorted((Path(__file__).parents[2] / "bundles").glob("*/configs/spec.yaml"))
@@ -23,7 +23,11 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
     ("dims", "change", "says"),
     [
         (3, {"spacing": [1.0, 1.0, "1e-3"]}, "expected float, got '1e-3' at spec.spacing[2]"),
-        (3, {"spacing": [1.0, 0.0, 1.0]}, "spec.spacing[1]: expected mm above 0 or null, got 0.0"),
+        (
+            3,
+            {"spacing": [1.0, 0.0, 1.0]},
+            "spec.spacing[1]: expected mm above 0 and below 100, or null, got 0.0",
+        ),
         (3, {"labels": {"background": 1, "a": 2}}, "spec.labels: expected `background: 0` first"),
         (
             3,
@@ -71,7 +75,8 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
         (
             3,
             {"intensity": {"method": "minmax"}},
-            "expected one of 'zscore', 'percentiles', 'percentiles_zscore', got 'minmax' at spec.intensity.method",
+            "expected one of 'zscore', 'percentiles', 'percentiles_zscore', got 'minmax' at "
+            "spec.intensity.method",
         ),
         (
             3,
@@ -110,11 +115,57 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
             "spec.network.deep_supervision: expected 0 to 0, got 1",
         ),
         (3, {"network": {"features": [4, 6], "norm": "layer"}}, "got 'layer' at spec.network.norm"),
+        (
+            3,
+            {"network": {"features": [4, 6], "ensemble": 0}},
+            "spec.network.ensemble: expected 1 or more, got 0",
+        ),
+        (
+            3,
+            {"network": {"features": [4, 6], "padding": False}},
+            "spec.overlap: expected 0 without padding, where outputs abut, got 0.5",
+        ),
+        (
+            3,
+            {"localise": True},
+            "spec.localise: expected false for a 2D network and without foreground_threshold",
+        ),
+        (
+            3,
+            {"tta_mirror": ["R", "R"]},
+            "spec.tta_mirror: expected distinct directions within a padded window, got R, R",
+        ),
+        (2, {"tta_mirror": ["R"]}, "spec.tta_mirror: expected distinct directions"),
+        (3, {"tta_rotations": 0}, "spec.tta_rotations: expected 1 (none) or more, got 0"),
+        (
+            3,
+            {"fallback_channel": "T2w"},
+            "spec.fallback_channel: expected one of the channels T1w, got 'T2w'",
+        ),
+        (
+            3,
+            {"crop_resize": {"floor": 1.0}},
+            "spec.crop_resize: expected 0 ≤ floor < 1 and a slice_size of 1 or more, got",
+        ),
+        (
+            3,
+            {"refine": [["front"]]},
+            "spec.refine[0]: expected two or more structures of a softmax, got front",
+        ),
+        (3, {"refine": [["nose"]]}, "spec.refine[0]: expected names of labels, got nose"),
+        (3, {"sums": {"x": ["nose"]}}, "spec.sums.x: expected names of labels, got nose"),
+        (
+            3,
+            {"sums": {"front": ["back"]}},
+            "spec.sums.front: expected a name other than a label's, got front",
+        ),
+        (3, {"plausible_ml": {"nose": [1, 2]}}, "spec.plausible_ml: expected names of labels"),
         (3, {"netwrok": {}}, "unknown key spec.netwrok; did you mean network?"),
+        (3, {"tta_miror": ["R"]}, "unknown key spec.tta_miror; did you mean tta_mirror?"),
     ],
 )
-def test_a_spec_that_cannot_be_is_refused(dims: int, change: dict[str, Any], says: str) -> None:
-    """Each fact is checked on reading, and the message has the path to it."""
+def test_an_invalid_spec_is_refused(dims: int, change: dict[str, Any], says: str) -> None:
+    """Each value is checked, and the message holds its key."""
     with pytest.raises(ConfigError) as raised:
         parse(dims, **change)
     assert says in str(raised.value)
@@ -126,7 +177,7 @@ def test_a_spec_that_cannot_be_is_refused(dims: int, change: dict[str, Any], say
 def test_slices_are_stacked_along_the_anatomical_axis(
     axes: tuple[str, ...], mirror: bool, slice_axis: str
 ) -> None:
-    """slice_dim is where the orientation has that direction, either way round."""
+    """slice_dim is the array axis of that direction or its opposite."""
     opposite = dict(zip("RAS", "LPI", strict=True))
     orientation = "".join(opposite[axis] if mirror else axis for axis in axes)
     assert parse(2, orientation=orientation, slice_axis=slice_axis).slice_dim == axes.index(
@@ -134,21 +185,76 @@ def test_slices_are_stacked_along_the_anatomical_axis(
     )
 
 
-def test_strides_are_one_number_an_axis() -> None:
-    """2 by default; a single number holds for all axes."""
+def test_strides_have_one_number_per_axis() -> None:
+    """2 by default; a single number is used for all axes."""
     network = {"features": [4, 6, 8]}
     assert parse(roi_size=[16, 12, 8], network=network).strides == ((2, 2, 2), (2, 2, 2))
     assert parse(2, network=network | {"strides": [1, [2, 4]]}).strides == ((1, 1), (2, 4))
 
 
 def test_a_spec_cannot_be_changed() -> None:
-    """The facts of weights are frozen."""
+    """Specs are frozen."""
     with pytest.raises(AttributeError):
         parse().overlap = 0.25  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.parts[-3])
-def test_shipped_specs_hold_nothing_but_facts(path: Path) -> None:
-    """They read, and all that they say is a field of Spec."""
+def test_shipped_specs_are_valid(path: Path) -> None:
+    """They use present keys only."""
     assert set(yaml.safe_load(path.read_text())) <= set(Spec.__dataclass_fields__)
     assert load_spec(path).labels["background"] == 0
+
+
+OLD_VALUES: dict[str, Any] = {
+    "air": 0.1,
+    "focus": True,
+    "mirror": ["A", "S"],
+    "rotations": 3,
+    "fit": {"floor": 0.2, "slice_size": 64, "axis": "A"},
+    "stand_in": "T1w",
+    "whole": True,
+}
+
+
+def write_spec(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(spec_content(3, **changes), sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("old", OLD_VALUES)
+def test_keys_of_an_earlier_version_are_read(tmp_path: Path, old: str) -> None:
+    """An old key gives the same spec as the present one."""
+    # localise is only valid together with foreground_threshold
+    other = {"foreground_threshold": 0.2} if old == "focus" else {}
+    new = RENAMED_SPEC_KEYS[old]
+    value = OLD_VALUES[old]
+    before = load_spec(write_spec(tmp_path / "old.yaml", **{old: value}, **other))
+    present = load_spec(write_spec(tmp_path / "new.yaml", **{new: value}, **other))
+    assert before == present
+    assert getattr(before, new) != getattr(parse(), new)
+
+
+def test_every_renamed_key_is_tested() -> None:
+    """And each leads to a field of the spec."""
+    assert set(OLD_VALUES) == set(RENAMED_SPEC_KEYS)
+    assert set(RENAMED_SPEC_KEYS.values()) <= set(Spec.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SPEC_KEYS.items())
+def test_a_key_under_both_names_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    """The message names both keys and the file."""
+    path = write_spec(tmp_path / "spec.yaml", **{old: OLD_VALUES[old], new: OLD_VALUES[old]})
+    with pytest.raises(ConfigError) as raised:
+        load_spec(path)
+    assert str(raised.value) == (
+        f"{path}: spec.{old} and spec.{new} are the old and the present name of one key: "
+        f"keep spec.{new} only"
+    )
+
+
+def test_a_wrong_value_of_an_old_key_is_named_by_the_present_key(tmp_path: Path) -> None:
+    """And misspelt keys still get a suggestion."""
+    with pytest.raises(ConfigError, match=r"expected int, got 'x' at spec.tta_rotations"):
+        load_spec(write_spec(tmp_path / "spec.yaml", rotations="x"))
+    with pytest.raises(ConfigError, match=r"unknown key spec.localize; did you mean localise\?"):
+        load_spec(write_spec(tmp_path / "spec.yaml", localize=True))

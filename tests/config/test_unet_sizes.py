@@ -1,4 +1,4 @@
-"""Which sizes a U-Net takes, against networks that are run."""
+"""The computed sizes against networks that are run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from pipeline.config.unet_sizes import margin, output_size, smallest_size
 from pipeline.errors import ShapeError
-from pipeline.networks.unet import UNet
+from pipeline.networks import UNet
 
 
 def small(dims: int, strides: list[int], *, padding: bool) -> UNet:
@@ -28,8 +28,8 @@ def test_the_papers_number_of_parameters() -> None:
 
 @pytest.mark.parametrize("padding", [True, False])
 @pytest.mark.parametrize("strides", [[2], [2, 2], [3, 2], [2, 1, 2]])
-def test_every_size_is_foretold(strides: list[int], padding: bool) -> None:
-    """What the arithmetic says of a size is what the network does with it."""
+def test_sizes_are_those_of_the_network(strides: list[int], padding: bool) -> None:
+    """The network accepts the same input sizes and has the same output sizes."""
     net = small(2, strides, padding=padding)
     for size in range(1, 80):
         expected = output_size(size, strides, padding=padding)
@@ -42,7 +42,7 @@ def test_every_size_is_foretold(strides: list[int], padding: bool) -> None:
             assert size - expected == margin(strides, padding=padding)
 
 
-def test_residual_blocks_without_padding_keep_their_middle() -> None:
+def test_residual_blocks_without_padding_keep_their_centre() -> None:
     net = UNet(3, 1, 3, (2, 4), residual=True, padding=False).eval()
     assert net(torch.zeros(1, 1, 18, 20, 22)).shape == (1, 3, 2, 4, 6)
 

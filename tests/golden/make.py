@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from pipeline.bundle.opening import CHECKOUT_BUNDLES, open_bundle
+from pipeline.bundle.opening import open_bundle, shipped_bundles
 from pipeline.inference.predictor import predict_case
 from pipeline.io.writer import as_nibabel, write_labels
 from pipeline.types import LabelMap
@@ -49,6 +49,6 @@ def labels_of(bundle: Path) -> LabelMap:
 
 
 if __name__ == "__main__":
-    for path in sorted(CHECKOUT_BUNDLES.glob("*/configs/spec.yaml")):
+    for path in sorted(shipped_bundles().glob("*/configs/spec.yaml")):
         bundle = path.parent.parent
         write_labels(golden(bundle.name), as_nibabel(labels_of(bundle), volume().affine))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from math import prod
@@ -11,9 +11,8 @@ import torch
 
 from pipeline.errors import VolumeError
 from pipeline.inference.aggregator import (
-    FLOAT32,
+    FLOAT32_BYTES,
     HALO,
-    ScoreBlock,
     WindowGrid,
     aggregate,
     buffer_bytes,
@@ -24,11 +23,11 @@ from pipeline.inference.sliding_window import WindowInferer
 
 ROI = (6, 5, 7)
 SIZES = [(6, 5, 7), (13, 17, 9), (20, 6, 23), (7, 6, 8)]
-CELLS = list(product((1, 2, 99), repeat=3))
+GROUP_SIZES = list(product((1, 2, 99), repeat=3))
 
 
 def scores(starts: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Numbers that depend on the window's place only."""
+    """Return scores that depend on the place of the window only."""
     return [
         torch.randn(3, *ROI, generator=torch.Generator().manual_seed(hash(start) % 2**31))
         for start in starts
@@ -36,7 +35,7 @@ def scores(starts: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def together(windows: WindowGrid) -> torch.Tensor:
-    """The volume from its blocks, each voxel of which must have been given, and the repeated ones alike."""
+    """Return the volume from its blocks; repeated voxels must be the same in both."""
     whole = torch.full((3, *windows.shape), float("nan"))
     for block in aggregate(windows, scores, torch.linspace(0.5, 2, prod(ROI)).reshape(ROI), 3):
         at = (
@@ -51,29 +50,29 @@ def together(windows: WindowGrid) -> torch.Tensor:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
 @pytest.mark.parametrize("size", SIZES)
-def test_cells_of_any_size_give_the_same_bits(size: tuple[int, ...], overlap: float) -> None:
-    """How much is held at a time changes nothing, and every voxel is given."""
+def test_groups_of_any_size_give_the_same_bits(size: tuple[int, ...], overlap: float) -> None:
+    """Scores do not depend on how much is held at a time, and every voxel gets one."""
     windows = window_grid(size, ROI, overlap)
     expected = together(windows)
     assert not expected.isnan().any()
-    plans = {group_windows(windows, 3, limit).cell for limit in (0, 3e4, 6e4, 1e5, 2e5)}
-    for cell in plans:
-        assert torch.equal(together(replace(windows, cell=cell)), expected)
+    plans = {group_windows(windows, 3, limit).group_size for limit in (0, 3e4, 6e4, 1e5, 2e5)}
+    for group_size in plans:
+        assert torch.equal(together(replace(windows, group_size=group_size)), expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_cells_of_any_shape_give_the_same_values(cell: tuple[int, int, int]) -> None:
-    """Also those that `fit` does not choose, whose sums run in another order."""
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_groups_of_any_shape_give_the_same_values(group_size: tuple[int, int, int]) -> None:
+    """Groups that `group_windows` does not choose sum in another order."""
     windows = window_grid((20, 16, 23), ROI, 0.5)
     torch.testing.assert_close(
-        together(replace(windows, cell=cell)), together(windows), rtol=1e-5, atol=1e-6
+        together(replace(windows, group_size=group_size)), together(windows), rtol=1e-5, atol=1e-6
     )
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_blocks_repeat_one_voxel_of_their_neighbours(size: tuple[int, ...]) -> None:
-    """So that linear interpolation finds both neighbours of each position in one block."""
-    windows = replace(window_grid(size, ROI, 0.5), cell=(1, 1, 1))
+    """Linear interpolation finds both neighbours of each position in one block."""
+    windows = replace(window_grid(size, ROI, 0.5), group_size=(1, 1, 1))
     found = [(b.start, b.scores.shape[1:]) for b in aggregate(windows, scores, torch.ones(ROI), 3)]
     for axis, n in enumerate(size):
         ends = sorted({(start[axis], start[axis] + shape[axis]) for start, shape in found})
@@ -85,7 +84,7 @@ def test_blocks_repeat_one_voxel_of_their_neighbours(size: tuple[int, ...]) -> N
 @pytest.mark.parametrize("placement", ["even", "monai"])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.9])
 def test_windows_cover_the_volume_and_stay_in_it(placement: str, overlap: float) -> None:
-    """Ascending, the first at the front, the last at the end, none further apart than the overlap allows."""
+    """Starts ascend from 0 to the end, no further apart than the overlap allows."""
     for n in range(6, 40):
         (starts,) = window_grid((n,), (6,), overlap, placement).starts  # type: ignore[arg-type]
         assert starts[0] == 0
@@ -97,7 +96,7 @@ def test_windows_cover_the_volume_and_stay_in_it(placement: str, overlap: float)
 
 
 def test_both_placements_need_equally_many_windows() -> None:
-    """Even spacing costs nothing."""
+    """Even spacing costs no additional window."""
     for n in range(6, 60):
         assert len(window_grid((n,), (6,), 0.3).starts[0]) == len(
             window_grid((n,), (6,), 0.3, "monai").starts[0]
@@ -105,10 +104,10 @@ def test_both_placements_need_equally_many_windows() -> None:
 
 
 def test_a_limit_is_kept_where_it_can_be() -> None:
-    """The largest cells below it; the smallest ones where there is none."""
+    """The largest groups within the limit are chosen; single windows where none are."""
     windows = window_grid((96, 80, 64), (16, 16, 16), 0.5)
     whole = buffer_bytes(windows, 9)
-    assert whole == FLOAT32 * 10 * 96 * 80 * 64
+    assert whole == FLOAT32_BYTES * 10 * 96 * 80 * 64
     assert group_windows(windows, 9, whole) == windows
     for part in (2, 4, 7):
         assert (
@@ -116,11 +115,11 @@ def test_a_limit_is_kept_where_it_can_be() -> None:
             < buffer_bytes(group_windows(windows, 9, whole / part), 9)
             <= whole / part
         )
-    assert group_windows(windows, 9, 1).cell == (1, 1, 1)
+    assert group_windows(windows, 9, 1).group_size == (1, 1, 1)
 
 
-def test_what_nobody_looked_at_is_background() -> None:
-    """A window that is left out counts nothing."""
+def test_skipped_windows_are_background() -> None:
+    """Voxels without any scored window are background."""
     windows = window_grid((12, 5, 7), ROI, 0.0)
     (block,) = aggregate(
         windows,
@@ -133,9 +132,9 @@ def test_what_nobody_looked_at_is_background() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
-    """With where they are."""
-    windows = replace(window_grid((12, 5, 7), ROI, 0.0), cell=(1, 1, 1))
+def test_scores_that_are_not_finite_are_refused(bad: float) -> None:
+    """The message names the block."""
+    windows = replace(window_grid((12, 5, 7), ROI, 0.0), group_size=(1, 1, 1))
     with pytest.raises(
         VolumeError, match=r"NaN or infinity in the block that starts at voxel \(5, 0, 0\)"
     ):
@@ -149,22 +148,19 @@ def test_scores_that_are_no_numbers_are_refused(bad: float) -> None:
         )
 
 
-def test_a_block_is_let_go_before_the_next_is_made() -> None:
-    """Or twice the memory would be held; also with what cuts, times and collects blocks around it."""
+def test_a_block_is_released_before_the_next_is_computed() -> None:
+    """Otherwise twice the memory would be held, also by what consumes the blocks."""
     alive: list[weakref.ReferenceType[torch.Tensor]] = []
 
     def network(patch: torch.Tensor) -> torch.Tensor:
         assert not any(ref() is not None for ref in alive)
         return torch.cat([patch, -patch], 1)
 
-    def finish(pieces: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
-        for block in pieces:
-            alive.append(weakref.ref(block.scores))
-            del block
-        return image
-
     x = torch.randn(1, 1, 40, 5, 7)
-    WindowInferer(ROI, 0.5, held_bytes=0, finish=finish)(x, network)
+    inferer = WindowInferer(ROI, 0.5, buffer_bytes=0)
+    for block in inferer.blocks(x[0], network):
+        alive.append(weakref.ref(block.scores))
+        del block
     assert len(alive) > 5
     alive.clear()
-    WindowInferer(ROI, 0.5, held_bytes=0)(x, network)
+    inferer(x, network)

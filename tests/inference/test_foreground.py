@@ -1,4 +1,4 @@
-"""Air around a head is background without the network, and the rest is what it would be without the air."""
+"""Air around a head is background without the network; the rest is as without the air."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phantom import make_bundle, nifti, oblique, turn
+from phantom import make_bundle, nifti, oblique, reorient
 
 from pipeline.bundle.opening import open_bundle
 from pipeline.inference.foreground import (
@@ -32,8 +32,8 @@ def blob(shape: tuple[int, ...], low: tuple[int, ...], high: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("low", [(0, 0, 0), (5, 9, 14), (30, 22, 3)])
 @pytest.mark.parametrize("size", [(3, 4, 3), (10, 20, 14)])
-def test_the_box_is_that_of_what_is_there(low: tuple[int, ...], size: tuple[int, ...]) -> None:
-    """To the voxel; at least as large as was asked for, and within the volume."""
+def test_the_box_is_exact(low: tuple[int, ...], size: tuple[int, ...]) -> None:
+    """It is exact to the voxel, of the least size asked for, and within the volume."""
     shape = (41, 50, 33)
     high = tuple(min(n, a + s) for n, a, s in zip(shape, low, size, strict=True))
     image = blob(shape, low, high)
@@ -51,8 +51,8 @@ def test_the_box_is_that_of_what_is_there(low: tuple[int, ...], size: tuple[int,
     assert not touches_foreground(cells, (40, 0, 30) if low[0] < 30 else (0, 0, 30), (1, 8, 3))
 
 
-def test_noise_is_no_tissue_and_nothing_is_everything() -> None:
-    """Voxels of the air that are brighter than the level widen the box by a cell at most."""
+def test_noise_is_background_and_an_empty_image_is_foreground() -> None:
+    """Voxels of air above the level widen the box by a cell at most."""
     random = np.random.default_rng(0)
     image = (
         blob((40, 48, 36), (12, 16, 12), (24, 28, 20))
@@ -72,8 +72,8 @@ def test_noise_is_no_tissue_and_nothing_is_everything() -> None:
 
 
 @pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (300.0, -7.0)])
-def test_the_level_goes_with_the_image(scale: float, shift: float) -> None:
-    """Whatever its normalisation; a few voxels that shine do not count."""
+def test_the_level_scales_with_the_image(scale: float, shift: float) -> None:
+    """It follows any normalisation and ignores a few very bright voxels."""
     image = blob((40, 48, 36), (4, 4, 4), (30, 40, 30))
     image[0, 0, 0, :3] = 50
     assert foreground_level(scale * image + shift, 0.1) == pytest.approx(
@@ -82,7 +82,7 @@ def test_the_level_goes_with_the_image(scale: float, shift: float) -> None:
 
 
 class Smooth(torch.nn.Module):
-    """Two classes by the mean of a few voxels: a network whose windows agree where they overlap, but for their edges."""
+    """Two classes by the mean of a few voxels: windows agree except at their edges."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean: torch.Tensor = torch.nn.functional.avg_pool3d(x, 3, 1, 1)
@@ -91,7 +91,7 @@ class Smooth(torch.nn.Module):
 
 @pytest.mark.parametrize("held", [2**30, 1])
 def test_inside_the_box_the_windows_are_those_of_the_crop(held: float) -> None:
-    """And outside all is background; fewer windows were looked at."""
+    """Outside the box all is background, and fewer windows are computed."""
     image = blob((64, 70, 50), (20, 26, 14), (38, 45, 30))
     image += 0.02 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     inside = foreground_box(image, foreground_level(image, 0.2), (16, 16, 16))
@@ -103,31 +103,37 @@ def test_inside_the_box_the_windows_are_those_of_the_crop(held: float) -> None:
         logits: torch.Tensor = Smooth()(x)
         return logits
 
-    whole = WindowInferer((16, 16, 16), 0.25, foreground_threshold=0.2, held_bytes=held)(
+    whole = WindowInferer((16, 16, 16), 0.25, foreground_threshold=0.2, buffer_bytes=held)(
         image[None], count
     )
-    looked = sum(calls)
+    computed = sum(calls)
     crop = WindowInferer((16, 16, 16), 0.25)(image[None][part], count)
     touched = crop.argmax(1) == whole[part].argmax(1)
     assert touched.all()
     outside = torch.ones(whole.shape[2:], dtype=torch.bool)
     outside[inside] = False
     assert not whole.argmax(1)[0][outside].any()
-    assert looked <= sum(calls) - looked
+    assert computed <= sum(calls) - computed
     plain = WindowInferer((16, 16, 16), 0.25)(image[None], Smooth())
     assert (plain.argmax(1) == whole.argmax(1)).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LIP", "SRA"])
 def test_a_padded_scan_has_the_labels_of_the_scan(axcodes: str, tmp_path: Path) -> None:
-    """File to file, whatever the orientation: zeros around change nothing within, where the box is the same."""
-    bundle = make_bundle(tmp_path / "tiny", spacing=[None] * 3, overlap=0.25, foreground_threshold=0.2, roi_size=[16, 16, 12],
-                         intensity={"method": "percentiles", "lower": 0, "upper": 100})  # fmt: skip
+    """In any orientation, zeros around a scan change no label within it."""
+    bundle = make_bundle(
+        tmp_path / "tiny",
+        spacing=[None] * 3,
+        overlap=0.25,
+        foreground_threshold=0.2,
+        roi_size=[16, 16, 12],
+        intensity={"method": "percentiles", "lower": 0, "upper": 100},
+    )
     array: Array = np.zeros((60, 64, 48), dtype=np.float32)
     array[20:37, 24:48, 16:37] = np.random.default_rng(0).uniform(50, 100, (17, 24, 21))
     model: Any = open_bundle(bundle, device="cpu", runtime="torch")
-    found = predict_case(model, turn(nifti(array, oblique()), axcodes))
-    upright = turn(nifti(found.labels.astype(np.int16), found.affine), "RAS")
+    found = predict_case(model, reorient(nifti(array, oblique()), axcodes))
+    upright = reorient(nifti(found.labels.astype(np.int16), found.affine), "RAS")
     labels = np.asarray(upright.dataobj)
     assert labels[20:37, 24:48, 16:37].any()
     edge = np.ones(labels.shape, dtype=bool)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Invertd
-from phantom import SHAPE, nifti, oblique, smooth, spec_content, turn
+from phantom import SHAPE, nifti, oblique, reorient, smooth, spec_content
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec
 from pipeline.inference.aggregator import ScoreBlock
-from pipeline.inference.invert import _at, _positions, inversion, labels_on_grid
+from pipeline.inference.invert import LabelInversion
+from pipeline.inference.label_resampling import _sample_field, _sample_positions, labels_on_grid
 from pipeline.transforms.preprocess import preprocessing
 from pipeline.transforms.resampling import axis_samplings, parallel_axes, sample_axes
 from pipeline.types import Affine, Array
@@ -42,9 +43,9 @@ def sample_parallel(field: torch.Tensor, matrix: Affine, shape: tuple[int, ...])
 
 def sample_any(field: torch.Tensor, matrix: Affine, shape: tuple[int, ...]) -> torch.Tensor:
     whole = ScoreBlock(start=(0, 0, 0), scores=field[None], shape=tuple(field.shape))
-    grid, mine = _positions(tuple(slice(0, n) for n in shape), whole, matrix)
+    grid, mine = _sample_positions(tuple(slice(0, n) for n in shape), whole, matrix)
     assert mine.all()
-    return _at(field, grid)
+    return _sample_field(field, grid)
 
 
 def by_scipy(field: Array, matrix: Affine, shape: tuple[int, ...]) -> Array:
@@ -60,7 +61,7 @@ def by_scipy(field: Array, matrix: Affine, shape: tuple[int, ...]) -> Array:
 def test_equals_monais_inverse_of_soft_scores(axcodes: str, affine: Affine) -> None:
     """Softmax, Invertd with linear interpolation, argmax: the same label on at least .9999 of the voxels."""
     forward = preprocessing(parse())
-    case: dict[Any, Any] = forward({"image": turn(nifti(affine=affine), axcodes)})
+    case: dict[Any, Any] = forward({"image": reorient(nifti(affine=affine), axcodes)})
     logits = scores(tuple(case["image"].shape[1:]))
     case["pred"] = MetaTensor(
         torch.softmax(logits, 0),
@@ -72,7 +73,7 @@ def test_equals_monais_inverse_of_soft_scores(axcodes: str, affine: Affine) -> N
     )["pred"]
     expected = np.array([0, 7, 300])[np.asarray(soft.argmax(0))]
     case["pred"] = MetaTensor(logits, meta=case["image"].meta)
-    ours = np.asarray(inversion(parse())(case)["pred"][0])
+    ours = np.asarray(LabelInversion(parse())(case)["pred"][0])
     assert ours.shape == expected.shape
     assert len(np.unique(ours)) == 3
     assert (ours == expected).mean() >= 0.9999
@@ -139,7 +140,7 @@ def test_values_are_the_specs_in_the_smallest_unsigned_type(values: list[int], d
     case: dict[Any, Any] = preprocessing(spec)({"image": nifti()})
     logits = scores(SHAPE)
     case["pred"] = MetaTensor(logits, meta=case["image"].meta)
-    ours = inversion(spec)(case)["pred"][0].numpy()
+    ours = LabelInversion(spec)(case)["pred"][0].numpy()
     assert ours.dtype == dtype
     np.testing.assert_array_equal(
         ours, np.array(values, dtype=np.int64)[np.asarray(logits.argmax(0))]

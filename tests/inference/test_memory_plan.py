@@ -8,18 +8,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from phantom import SHAPE, nifti, oblique, parse_spec, save, turn
+from phantom import SHAPE, nifti, oblique, parse_spec, reorient, save
 
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.memory_plan import (
     estimate_memory,
-    grid_shape,
+    network_grid_shape,
     parse_size,
-    predict_within,
     ready_bytes,
 )
 from pipeline.inference.predictor import Model, predict_case
-from pipeline.inference.sliding_window import HELD_BYTES
 from pipeline.io.header import read_header
 from pipeline.transforms.preprocess import preprocessing
 
@@ -51,9 +49,9 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_the_grid_is_known_from_the_header(axcodes: str, spacing: list[float | None]) -> None:
     """Its size is that of the preprocessed image."""
     spec = parse_spec(spacing=spacing)
-    image = turn(nifti(affine=oblique((0.8, 1.3, 2.2))), axcodes)
+    image = reorient(nifti(affine=oblique((0.8, 1.3, 2.2))), axcodes)
     case: Any = preprocessing(spec)({"image": image})
-    assert grid_shape(spec, read_header(image)) == tuple(case["image"].shape[1:])
+    assert network_grid_shape(spec, read_header(image)) == tuple(case["image"].shape[1:])
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mha", "a.nrrd"])
@@ -77,14 +75,13 @@ def test_headers_of_files(name: str, tmp_path: Path) -> None:
 
 
 def test_labels_do_not_depend_on_the_limit(model: Model, volume_file: Path) -> None:
-    """A limit changes how windows are put together, not what comes out; afterwards all is as before."""
+    """A limit changes how windows are grouped, not the labels."""
     expected = predict_case(model, str(volume_file)).labels
     around = ready_bytes(model) + 2**28
     for limit in (around, around * 2, None):
-        np.testing.assert_array_equal(
-            predict_within(model, str(volume_file), limit).labels, expected
-        )
-    assert model.evaluator.inferer.held_bytes == HELD_BYTES
+        limited = replace(model, max_memory=limit)
+        found = predict_case(limited, str(volume_file)).labels
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_case_that_cannot_fit_is_refused(model: Model, volume_file: Path) -> None:
@@ -92,7 +89,7 @@ def test_a_case_that_cannot_fit_is_refused(model: Model, volume_file: Path) -> N
     with pytest.raises(
         VolumeError, match=r"needs about \d+\.\d\d GB of memory, --max-memory allows 0\.00 GB"
     ):
-        predict_within(model, str(volume_file), 10_000)
+        predict_case(replace(model, max_memory=10_000), str(volume_file))
 
 
 def test_an_inferer_of_the_users_is_estimated_by_whole_logits(model: Model) -> None:

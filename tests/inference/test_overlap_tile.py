@@ -9,44 +9,35 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 
 from pipeline.config.spec import NetworkSpec, Spec
 from pipeline.config.unet_sizes import output_size, smallest_size
 from pipeline.errors import ConfigError, ShapeError
-from pipeline.inference.rotation import rotate_plane
 from pipeline.inference.sliding_window import build_inferer
-from pipeline.networks.unet import UNet, build_unet
+from pipeline.networks import UNet, build_unet
 from pipeline.transforms.mirror_padding import mirror_indices, mirror_padded_box
 
 DATA = os.environ.get("VOLSEG_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="VOLSEG_DATA is not set: no real volumes")
 
 
-def spec_of(
-    roi: tuple[int, ...],
-    strides: tuple[int, ...] = (2, 2),
-    *,
-    padding: bool = False,
-    rotations: int = 1,
-) -> Spec:
-    """A small network of three classes; coronal slices in 2D."""
+def spec_of(roi: tuple[int, ...], strides: tuple[int, ...] = (2, 2)) -> Spec:
+    """Return the spec of a small network of three classes; of coronal slices in 2D."""
     return Spec(
         labels={"background": 0, "one": 1, "two": 2},
         channels=("T1w",),
         spacing=(1.0, 1.0, 1.0),
         roi_size=roi,
         slice_axis="A" if len(roi) == 2 else None,
-        overlap=0.5 if padding else 0.0,
+        overlap=0.0,
         network=NetworkSpec(
-            features=(4, 6, 8, 8, 8)[: len(strides) + 1], strides=strides, padding=padding
+            features=(4, 6, 8, 8, 8)[: len(strides) + 1], strides=strides, padding=False
         ),
-        tta_rotations=rotations,
     )
 
 
 def whole(net: UNet, volume: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """The unpadded network over the whole mirror-extended volume (or slice) at once."""
+    """Return the logits of the whole mirror-extended volume (or slice) in one window."""
     if spec.slice_dim is not None:
         axis = 2 + spec.slice_dim
         return torch.stack([whole_of(net, piece, spec) for piece in volume.unbind(axis)], dim=axis)
@@ -105,7 +96,7 @@ def test_tiled_is_whole_2d(roi: tuple[int, ...], batch: int) -> None:
 
 
 def test_tiles_of_the_papers_depth_abut() -> None:
-    """Four poolings: 572 gives 388, of which 384 are kept, so that tiles start at multiples of 16."""
+    """After four poolings tiles start at multiples of 16: of 388 voxels from 572, 384 are kept."""
     spec = spec_of((236, 220), (2, 2, 2, 2))
     torch.manual_seed(0)
     net = build_unet(spec).eval()
@@ -133,60 +124,8 @@ def test_overlap_has_no_meaning_for_tiles() -> None:
 
 
 def test_a_tile_below_one_step_is_refused() -> None:
-    """With strides of 4 and 2 an output can be smaller than the 8 voxels that tiles must advance by."""
+    """With strides of 4 and 2 an output can be smaller than a step of 8 voxels."""
     smallest = smallest_size((4, 2), padding=False)
     spec = spec_of((smallest,) * 3, (4, 2))
     with pytest.raises(ShapeError, match=r"roi_size\[0\]: expected at least"):
         build_inferer(spec)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_four_rotations_are_the_average_over_quarter_turns(dims: int) -> None:
-    """On a square plane a quarter turn moves voxels onto voxels: numpy's rot90 is the oracle."""
-    spec = spec_of((32,) * dims, padding=True, rotations=4)
-    torch.manual_seed(0)
-    volume = torch.rand(1, 1, 16, 16, 16)
-    plane = (2, 4) if dims == 2 else (2, 3)
-    grey = torch.nn.Conv2d(1, 3, 1) if dims == 2 else torch.nn.Conv3d(1, 3, 1)
-    kernel = (
-        torch.nn.Conv2d(3, 3, 3, padding=1) if dims == 2 else torch.nn.Conv3d(3, 3, 3, padding=1)
-    )
-    net = torch.nn.Sequential(grey, kernel)
-    plain = build_inferer(spec_of(spec.roi_size, padding=True))
-    with torch.no_grad():
-        ours = build_inferer(spec)(volume, net).softmax(1)
-        versions = [
-            torch.rot90(plain(torch.rot90(volume, k, plane), net).softmax(1), -k, plane)
-            for k in range(4)
-        ]
-    apart = (ours - torch.stack(versions).mean(0)).abs()
-    # at the border ours sees mirrored voxels where the oracle sees none
-    assert apart[:, :, 3:-3, 3:-3, 3:-3].max() <= 1e-5
-
-
-def test_seven_rotations_keep_the_grid_and_its_spacing_counts() -> None:
-    """A network that looks at single voxels gives the same turned and unturned, but for the blur of interpolation."""
-    spec = spec_of((16, 16, 16), padding=True, rotations=7)
-    z, y, x = torch.meshgrid(
-        torch.arange(20.0), torch.arange(21.0), torch.arange(9.0), indexing="ij"
-    )
-    smooth = (torch.sin(z / 6) + torch.cos(y / 7) + x / 9)[None, None]
-    volume = MetaTensor(
-        smooth, affine=torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0], dtype=torch.float64))
-    )
-    net = torch.nn.Conv3d(1, 3, 1)
-    with torch.no_grad():
-        ours = build_inferer(spec)(volume, net).softmax(1)
-        plain = net(smooth).softmax(1)
-    assert ours.shape == plain.shape
-    assert (ours - plain).abs().max() < 0.02
-
-
-def test_turning_is_in_mm() -> None:
-    """A disc in mm stays a disc when turned, on a grid with pixels of 1 × 3 mm."""
-    y, x = torch.meshgrid(torch.arange(61) - 30.0, (torch.arange(21) - 10.0) * 3, indexing="ij")
-    disc = torch.exp(-((y**2 + x**2) / 100))
-    inside = y**2 + x**2 < 25**2  # the corners of the picture show its mirror image
-    assert (rotate_plane(disc, 0.7, [1.0, 3.0]) - disc)[
-        inside
-    ].abs().max() < 3**2 / 8 * 0.02  # of linear interpolation: h²/8 · max f''

@@ -13,14 +13,14 @@ from phantom import (
     SHAPE,
     dice,
     make_bundle,
-    model_of,
+    make_model,
     nifti,
     oblique,
     parse_spec,
+    reorient,
     save,
     smooth,
     spec_content,
-    turn,
 )
 
 from pipeline.api import segment
@@ -53,7 +53,7 @@ def test_every_orientation_gives_its_own_grid_and_the_same_labels(
     """Whatever the order and direction of the file's axes, its shape, affine, codes and units come back to the bit, and the
     labels are those of the upright file."""
     assert len(set(ORIENTATIONS)) == 48
-    image = turn(nifti(), axcodes)
+    image = reorient(nifti(), axcodes)
     image.header.set_sform(image.affine, code=4)
     image.header.set_qform(image.affine, code=2)
     path = save(tmp_path / "scan.nii.gz", image)
@@ -99,7 +99,7 @@ def test_any_spacing_gives_its_own_grid(
     spacing: tuple[float, float, float], axcodes: str, model: Model
 ) -> None:
     """Thick slices, fine and coarse voxels, turned against the axes: labels have the file's shape and affine."""
-    image = turn(nifti(affine=oblique(spacing)), axcodes)
+    image = reorient(nifti(affine=oblique(spacing)), axcodes)
     prediction = predict_case(model, image)
     assert prediction.labels.shape == image.shape
     np.testing.assert_array_equal(prediction.affine, image.affine)
@@ -136,9 +136,9 @@ def test_left_never_becomes_right(axcodes: str, dims: int) -> None:
         dims, orientation=orientation, labels={"background": 0, "right": 1, "left": 2}
     )
     net = RightIsBright()
-    image = turn(nifti(), axcodes)
+    image = reorient(nifti(), axcodes)
     right, clear = ramp(image.affine, image.shape)
-    labels = predict_case(model_of(net, spec), nifti(right, image.affine)).labels
+    labels = predict_case(make_model(net, spec), nifti(right, image.affine)).labels
     np.testing.assert_array_equal(labels[clear], np.where(right > right.mean(), 1, 2)[clear])
 
 
@@ -164,7 +164,7 @@ def test_labels_lie_where_the_structure_does(spacing: list[float]) -> None:
             return torch.cat([0.5 - x, x - 0.5, torch.full_like(x, -9)], dim=1) * 20
 
     labels = (
-        predict_case(model_of(Threshold(), spec), nifti(ball.astype(np.float32), affine)).labels
+        predict_case(make_model(Threshold(), spec), nifti(ball.astype(np.float32), affine)).labels
         == 7
     )
     np.testing.assert_allclose(world[labels].mean(axis=0), centre, atol=0.2)
@@ -209,7 +209,7 @@ def test_a_real_volume_in_all_orientations(hippocampus: list[Path], tmp_path: Pa
     source = nib.load(hippocampus[0])
     reference = upright(segment(model, source).image)
     for axcodes in ORIENTATIONS:
-        image = turn(source, axcodes)
+        image = reorient(source, axcodes)
         result = segment(model, image)
         assert result.image.shape == image.shape
         np.testing.assert_array_equal(result.image.affine, image.affine)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from phantom import LABELS, make_bundle, nifti, oblique, parse_spec, save, turn
+from phantom import LABELS, make_bundle, nifti, oblique, parse_spec, reorient, save
 from scipy.ndimage import map_coordinates
 from scipy.stats import entropy as scipy_entropy
 
@@ -41,23 +41,18 @@ def model(bundle: Path) -> Model:
 def probabilities(model: Model, image: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(C, x, y, z) of the whole volume on the network's grid, in one piece, and that grid's affine."""
     volume = model.preprocessing({IMAGE: image})[IMAGE]
-    inferer = model.evaluator.inferer
-    finish, inferer.finish = inferer.finish, None
-    try:
-        logits = inferer(volume[None].as_tensor(), model.evaluator.network)[0]
-    finally:
-        inferer.finish = finish
+    logits = model.inferer(volume[None].as_tensor(), model.network)[0]
     return torch.softmax(logits, dim=0).numpy().astype(np.float64), np.asarray(
         volume.affine, dtype=np.float64
     )
 
 
-@pytest.mark.parametrize("held", [2**30, 1], ids=["one cell", "small cells"])
+@pytest.mark.parametrize("held", [2**30, 1], ids=["one group", "small groups"])
 def test_volumes_are_sums_of_probabilities(
     held: float, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However the volume is cut into blocks, which repeat their edges."""
-    monkeypatch.setattr(model.evaluator.inferer, "held_bytes", held)
+    monkeypatch.setattr(model.inferer, "buffer_bytes", held)
     expected, affine = probabilities(model, nifti())
     found = predict_case(model, nifti()).volumes_mm3
     voxel = abs(np.linalg.det(affine[:3, :3]))
@@ -99,7 +94,7 @@ def test_uncertainty_is_the_entropy_on_the_files_grid(
     grid: str, axcodes: str, model: Model
 ) -> None:
     """Of the network's probabilities, interpolated to the file's voxels: against scipy."""
-    image = turn(nifti(affine=GRIDS[grid], codes=(1, 0)), axcodes)
+    image = reorient(nifti(affine=GRIDS[grid], codes=(1, 0)), axcodes)
     expected, affine = probabilities(model, image)
     field = scipy_entropy(expected, axis=0, base=len(expected))
     voxels = np.stack(np.meshgrid(*(np.arange(n) for n in image.shape), indexing="ij"), axis=-1)

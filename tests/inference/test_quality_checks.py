@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from phantom import ORIENTATIONS, SHAPE, make_bundle, nifti, parse_spec, save, turn
+from phantom import ORIENTATIONS, SHAPE, make_bundle, nifti, parse_spec, reorient, save
 
 from pipeline.cli.app import main
 from pipeline.errors import ConfigError
@@ -14,11 +14,11 @@ from pipeline.io.tables import read_csv
 
 
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
-def test_sides_that_are_touched_are_the_bodys(axcodes: str) -> None:
-    """Whatever the order and direction of the file's axes."""
+def test_touched_faces_are_sides_of_the_body(axcodes: str) -> None:
+    """Faces are named by the affine, whatever the order of the file's axes."""
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels[3, 5, -1] = labels[0, 5, 5] = 2
-    image = turn(nifti(labels), axcodes)
+    image = reorient(nifti(labels), axcodes)
     assert touched_faces(np.asarray(image.dataobj), image.affine) == ["left", "superior"]
     assert touched_faces(np.zeros(SHAPE, dtype=np.uint8), image.affine) == []
 
@@ -49,8 +49,8 @@ def test_volumes_outside_their_range_are_named() -> None:
         parse_spec(plausible_ml={"nose": [1, 2]})
 
 
-def test_many_odd_volumes_are_one_sentence() -> None:
-    """A scan in which nearly nothing is found gets a line that can be read."""
+def test_many_implausible_volumes_are_one_warning() -> None:
+    """A scan in which almost nothing is found gets a warning that can be read."""
     names = ["a", "b", "c", "d", "e", "f"]
     labels = {"background": 0, **{name: i + 1 for i, name in enumerate(names)}}
     spec = parse_spec(labels=labels, plausible_ml={name: [1, 2] for name in names})
@@ -61,8 +61,8 @@ def test_many_odd_volumes_are_one_sentence() -> None:
     assert line.endswith(", d: 0.1 mL, expected 1 to 2, …): look at it")
 
 
-def test_doubts_stand_in_the_table(tmp_path: Path) -> None:
-    """A bundle that asks for them gives them to everyone who segments with it."""
+def test_warnings_are_in_the_table(tmp_path: Path) -> None:
+    """`volseg segment` writes them into cases.csv."""
     bundle = make_bundle(
         tmp_path / "tiny",
         warn_at_edge=True,

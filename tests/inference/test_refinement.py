@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from phantom import ORIENTATIONS, dice, make_bundle, nifti, oblique, parse_spec, spec_content, turn
+from phantom import (
+    ORIENTATIONS,
+    dice,
+    make_bundle,
+    nifti,
+    oblique,
+    parse_spec,
+    reorient,
+    spec_content,
+)
 from scipy import ndimage
 
 from pipeline.bundle.opening import open_bundle
@@ -18,10 +27,10 @@ from pipeline.errors import ConfigError
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.memory_plan import estimate_memory
 from pipeline.inference.predictor import predict_case
-from pipeline.inference.probabilities import collect_probabilities
+from pipeline.inference.probabilities import ProbabilityCollector
 from pipeline.inference.refinement import refine_borders
 from pipeline.io.header import read_header
-from pipeline.transforms.augmentation import training_transform
+from pipeline.transforms.patches import training_transform
 from pipeline.transforms.preprocess import preprocessing
 
 LABELS = {"background": 0, "white": 5, "grey": 9, "fluid": 3}
@@ -31,13 +40,13 @@ STEP = 2  # of the network's voxels, in those
 
 @pytest.fixture(scope="module")
 def spec() -> Spec:
-    """Of two tissues that touch, and a third one that is not refined."""
+    """Return a spec with two tissues that touch, and a third one that is not refined."""
     return parse_spec(3, labels=LABELS, refine=[["white", "grey"]])
 
 
 @pytest.fixture(scope="module")
 def truth() -> Any:
-    """Grey matter with blades of white matter, 2 mm thick, in a block of fluid."""
+    """Return grey matter with blades of white matter, 2 mm thick, in a block of fluid."""
     labels = np.zeros(FINE, dtype=np.uint8)
     labels[4:56, 5:66, 4:44] = 3
     labels[8:52, 9:62, 8:40] = 2
@@ -47,8 +56,8 @@ def truth() -> Any:
     return labels
 
 
-def chances(truth: Any) -> torch.Tensor:
-    """What a good network of 2 mm voxels would say: each tissue's part of a voxel, a little blurred."""
+def probabilities(truth: Any) -> torch.Tensor:
+    """Return the output of a good network of 2 mm voxels: blurred partial volumes."""
     parts = np.stack(
         [ndimage.gaussian_filter((truth == k).astype(np.float32), 1.2) for k in range(4)]
     )
@@ -57,14 +66,14 @@ def chances(truth: Any) -> torch.Tensor:
 
 
 def grid_of(affine: Any) -> Any:
-    """The network's grid over that of the labels."""
+    """Return the affine of the network's grid over that of the labels."""
     coarse = affine @ np.diag([STEP, STEP, STEP, 1.0])
     coarse[:3, 3] = affine[:3, :3] @ np.full(3, (STEP - 1) / 2) + affine[:3, 3]
     return coarse
 
 
 def scan_of(truth: Any, greys: tuple[float, ...], noise: float = 3.0) -> Any:
-    """Grey values under a bias field that doubles from end to end."""
+    """Return grey values under a bias field that doubles from end to end."""
     rng = np.random.default_rng(0)
     field = np.linspace(0.7, 1.4, truth.shape[1], dtype=np.float32)[None, :, None]
     return np.asarray(greys, dtype=np.float32)[truth] * field + rng.normal(
@@ -73,16 +82,18 @@ def scan_of(truth: Any, greys: tuple[float, ...], noise: float = 3.0) -> Any:
 
 
 def blurred(truth: Any) -> Any:
-    """The labels that the network's chances give without the scan."""
+    """Return the labels that the probabilities give without the scan."""
     up = torch.nn.functional.interpolate(
-        chances(truth)[None], scale_factor=STEP, mode="trilinear", align_corners=False
+        probabilities(truth)[None], scale_factor=STEP, mode="trilinear", align_corners=False
     )[0]
     return up.argmax(dim=0).to(torch.uint8).numpy()
 
 
-def settle(labels: Any, affine: Any, scan: Any, scan_affine: Any, truth: Any, spec: Spec) -> Any:
-    """`refined` by the chances of the classes that may win."""
-    likely = chances(truth)[list(spec.contested)].half()
+def refine_labels(
+    labels: Any, affine: Any, scan: Any, scan_affine: Any, truth: Any, spec: Spec
+) -> Any:
+    """Return labels refined by the probabilities of the contested classes."""
+    likely = probabilities(truth)[list(spec.contested)].half()
     image = MetaTensor(torch.from_numpy(scan)[None], affine=torch.as_tensor(scan_affine))
     return refine_borders(
         torch.from_numpy(labels), affine, image, likely, grid_of(oblique((1.0, 1.0, 1.0))), spec
@@ -95,9 +106,9 @@ def settle(labels: Any, affine: Any, scan: Any, scan_affine: Any, truth: Any, sp
     ids=["white brighter", "grey brighter"],
 )
 def test_thin_blades_come_back(greys: tuple[float, ...], truth: Any, spec: Spec) -> None:
-    """Whichever tissue is brighter, under a bias field; what is of neither tissue stays."""
+    """Whichever tissue is brighter, under a bias field; other voxels keep their class."""
     before = blurred(truth)
-    after = settle(
+    after = refine_labels(
         before,
         oblique((1.0, 1.0, 1.0)),
         scan_of(truth, greys),
@@ -114,22 +125,22 @@ def test_thin_blades_come_back(greys: tuple[float, ...], truth: Any, spec: Spec)
 
 
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
-def test_labels_and_scan_may_be_stored_in_any_way(axcodes: str, truth: Any, spec: Spec) -> None:
-    """Labels turned to any orientation, the scan to another, give the same voxels."""
+def test_labels_and_scan_may_have_any_orientation(axcodes: str, truth: Any, spec: Spec) -> None:
+    """The orientations of labels and scan, which may differ, change no voxel."""
     affine, scan = oblique((1.0, 1.0, 1.0)), scan_of(truth, (5.0, 110.0, 80.0, 20.0))
     before = blurred(truth)
-    upright = settle(before, affine, scan, affine, truth, spec)
-    labels = turn(nib.Nifti1Image(before, affine), axcodes)
-    image = turn(nib.Nifti1Image(scan, affine), axcodes[::-1])
+    upright = refine_labels(before, affine, scan, affine, truth, spec)
+    labels = reorient(nib.Nifti1Image(before, affine), axcodes)
+    image = reorient(nib.Nifti1Image(scan, affine), axcodes[::-1])
     arrays = [np.ascontiguousarray(np.asarray(one.dataobj)) for one in (labels, image)]
-    after = settle(arrays[0], labels.affine, arrays[1], image.affine, truth, spec)
+    after = refine_labels(arrays[0], labels.affine, arrays[1], image.affine, truth, spec)
     back = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(after, labels.affine)).dataobj)
     assert (back == upright).mean() > 0.999  # a voxel half-way between two takes either
 
 
 @pytest.mark.parametrize("scan", ["flat", "noise", "nothing known"])
 def test_a_scan_that_shows_no_border_moves_none(scan: str, truth: Any, spec: Spec) -> None:
-    """Little changes by chance; nothing where no voxel is surely of one of the tissues."""
+    """Noise changes few voxels; nothing changes where no appearance is known."""
     affine, before = oblique((1.0, 1.0, 1.0)), blurred(truth)
     grey = scan_of(truth, (50.0,) * 4, noise=0.0 if scan == "flat" else 5.0)
     if scan == "flat":
@@ -139,39 +150,43 @@ def test_a_scan_that_shows_no_border_moves_none(scan: str, truth: Any, spec: Spe
         part[truth == 1] = 2
         part[::3][truth[::3] == 2] = 1
         before = blurred(part)
-    after = settle(before, affine, grey, affine, part, spec)
+    after = refine_labels(before, affine, grey, affine, part, spec)
     assert (after != before).mean() <= {"flat": 0.0, "noise": 0.02, "nothing known": 0.0}[scan]
 
 
 def test_a_spot_deep_in_a_tissue_stays(truth: Any, spec: Spec) -> None:
-    """A lesion as bright as the other tissue is not given to it: the network is sure."""
+    """A lesion as bright as the other tissue keeps its class: the network is sure."""
     affine, before = oblique((1.0, 1.0, 1.0)), blurred(truth)
     whole = truth.copy()
     whole[20:40, 12:58, 11:37] = 1
     before, grey = blurred(whole), scan_of(whole, (5.0, 110.0, 80.0, 20.0))
     grey[27:33, 30:36, 20:26] = 80.0
-    after = settle(before, affine, grey, affine, whole, spec)
+    after = refine_labels(before, affine, grey, affine, whole, spec)
     assert (after[27:33, 30:36, 20:26] == 1).all()
 
 
 def test_probabilities_are_held_as_blocks_come() -> None:
-    """Those of the classes asked for, by a softmax over all."""
+    """Those of the requested classes, by a softmax over all."""
     logits = torch.randn(4, 9, 6, 5, generator=torch.Generator().manual_seed(0))
-    blocks = [ScoreBlock(start=(0, 0, 0), scores=logits[:, :5].clone(), shape=(9, 6, 5)),
-              ScoreBlock(start=(4, 0, 0), scores=logits[:, 4:].clone(), shape=(9, 6, 5))]  # fmt: skip
-    store: list[torch.Tensor] = []
-    totals: list[torch.Tensor] = []
-    for block in collect_probabilities(iter(blocks), (1, 3), totals, store):
+    shape = (9, 6, 5)
+    blocks = [
+        ScoreBlock(start=(0, 0, 0), scores=logits[:, :5].clone(), shape=shape),
+        ScoreBlock(start=(4, 0, 0), scores=logits[:, 4:].clone(), shape=shape),
+    ]
+    collector = ProbabilityCollector((1, 3))
+    for block in collector.pass_through(iter(blocks)):
         block.scores.zero_()
-    np.testing.assert_allclose(store[0].float(), torch.softmax(logits, dim=0)[[1, 3]], atol=1e-3)
-    np.testing.assert_allclose(sum(totals), torch.softmax(logits, dim=0).sum((1, 2, 3)), rtol=1e-5)
+    expected = torch.softmax(logits, dim=0)
+    assert collector.maps is not None
+    np.testing.assert_allclose(collector.maps.float(), expected[[1, 3]], atol=1e-3)
+    np.testing.assert_allclose(collector.voxels, expected.sum((1, 2, 3)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [None, 1.1])
-def test_the_whole_path_settles_the_borders_that_a_spec_names(
+def test_the_whole_path_refines_the_borders_that_a_spec_names(
     spacing: float | None, tmp_path: Path
 ) -> None:
-    """Only between those, and in finer voxels too; a labelled case is not slowed by it."""
+    """Only those borders move, in finer voxels too; only then the scan is carried along."""
     plain, fine = (
         open_bundle(
             make_bundle(tmp_path / name, refine=groups),
@@ -191,8 +206,8 @@ def test_the_whole_path_settles_the_borders_that_a_spec_names(
     )
 
 
-def test_training_does_not_carry_the_scan() -> None:
-    """Its patches could not be put into one batch with volumes of any size."""
+def test_training_does_not_keep_the_scan() -> None:
+    """Scans of any size could not be collated into one batch."""
     spec = parse_spec(3, refine=[["front", "back"]])
     labels = nifti((nifti().get_fdata() > 50).astype(np.float32) * 7)
     run = Run(bundle=".", dataset=".", epochs=1, batch_size=1, learning_rate=0.01)
@@ -203,14 +218,14 @@ def test_training_does_not_carry_the_scan() -> None:
 @pytest.mark.parametrize(
     "refine", [[["front"]], [["front", "front"]], [["front", "side"]], [["background", "front"]]]
 )
-def test_groups_that_cannot_be_are_refused(refine: list[list[str]]) -> None:
-    """With the key and the number of the group."""
+def test_invalid_groups_are_refused(refine: list[list[str]]) -> None:
+    """The message names the key and the number of the group."""
     with pytest.raises(ConfigError, match=r"spec.refine\[0\]: expected"):
         parse_spec(3, refine=refine)
 
 
-def test_what_it_takes_is_counted(tmp_path: Path) -> None:
-    """The scan, and probabilities of the classes that are settled."""
+def test_its_memory_is_estimated(tmp_path: Path) -> None:
+    """The scan and the probabilities of the contested classes are counted."""
     models = [
         open_bundle(
             make_bundle(tmp_path / str(bool(groups)), refine=groups), device="cpu", runtime="torch"

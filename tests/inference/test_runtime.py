@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import copy
 import json
+import multiprocessing
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +28,20 @@ from pipeline.config.spec import NetworkSpec, Spec
 from pipeline.config.unet_sizes import smallest_size
 from pipeline.errors import ConfigError
 from pipeline.inference import runtime
-from pipeline.inference.runtime import CACHE_VARIABLE, Runtime, cached_model
+from pipeline.inference.device import processor_name
+from pipeline.inference.openvino_models import CACHE_VARIABLE, cached_model, disagreement
+from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import build_inferer
-from pipeline.networks.unet import build_network
+from pipeline.networks import build_network
 
-pytest.importorskip("openvino")
+# looked up, not imported: an import here would be one with telemetry
+pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+
+
+def computes(ours: Runtime) -> tuple[str, str]:
+    """Return the runtime and the precision that a called `Runtime` computes in."""
+    assert ours.description is not None
+    return ours.description.runtime, ours.description.precision
 
 
 def made(dims: int = 3, seed: int = 0) -> tuple[torch.nn.Module, Spec]:
@@ -34,7 +53,7 @@ def made(dims: int = 3, seed: int = 0) -> tuple[torch.nn.Module, Spec]:
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
-    """To 1e-4, for one window or several, and again from the cache."""
+    """They agree to 1e-4, for one window or several, and again from the cache."""
     net, spec = made(dims)
     x = torch.randn(batch, 1, *spec.roi_size)
     with torch.no_grad():
@@ -42,7 +61,7 @@ def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
         for _ in range(2):
             ours = Runtime(net, spec)
             torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
-            assert ours.description == "openvino float32"
+            assert computes(ours) == ("openvino", "float32")
             torch.testing.assert_close(
                 Runtime(net, spec, runtime="torch")(x), expected, rtol=1e-4, atol=1e-4
             )
@@ -50,17 +69,17 @@ def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_ensemble_runs_in_openvino(dims: int) -> None:
-    """As one network, to 1e-4 of what torch makes of its networks."""
+    """It is one network there and agrees with torch to 1e-4."""
     spec = parse_spec(dims, network={"features": [4, 6], "norm": "instance", "ensemble": 3})
     net = build_network(spec).eval()
     ours, x = Runtime(net, spec), torch.randn(1, 1, *spec.roi_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-4)
-    assert ours.description == "openvino float32"
+    assert computes(ours) == ("openvino", "float32")
 
 
 def test_results_do_not_share_memory() -> None:
-    """The logits of one window stay as they are when the next one comes."""
+    """The logits of one window do not change when the next one is computed."""
     net, spec = made()
     ours = Runtime(net, spec)
     first = ours(torch.randn(1, 1, *spec.roi_size))
@@ -69,13 +88,13 @@ def test_results_do_not_share_memory() -> None:
     assert torch.equal(first, before)
 
 
-def test_other_weights_are_converted_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache goes by the weights and the spec, and several processes may fill it at once."""
+def test_other_weights_are_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key of the cache contains the weights, and several threads may fill it at once."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     net, spec = made()
     with ThreadPoolExecutor(4) as pool:
-        reasons = list(pool.map(lambda _: cached_model(net, spec, "float32")[1], range(4)))
-    assert reasons == [""] * 4
+        found = list(pool.map(lambda _: cached_model(net, spec, "float32"), range(4)))
+    assert [disagreement(one.agreement, "float32") for one in found] == [None] * 4
     assert len(list(tmp_path.iterdir())) == 1
     with torch.no_grad():
         next(iter(net.parameters())).add_(0.1)
@@ -83,10 +102,10 @@ def test_other_weights_are_converted_anew(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_without_a_cache_folder_it_runs_all_the_same(
+def test_without_a_cache_folder_it_runs_nevertheless(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file is where the folder should be."""
+    """A file has the name of the folder."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     net, spec = made()
@@ -97,7 +116,7 @@ def test_without_a_cache_folder_it_runs_all_the_same(
 def test_a_runtime_that_disagrees_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch runs instead, with a warning; asked for by name, it is refused."""
+    """Torch runs instead, with a warning; --runtime openvino is an error."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     net, spec = made()
     cached_model(net, spec, "float32")
@@ -106,25 +125,23 @@ def test_a_runtime_that_disagrees_is_not_used(
     ours = Runtime(net, spec)
     with pytest.warns(UserWarning, match=r"logits differ from torch's by 0.3 standard deviations"):
         ours(torch.zeros(1, 1, *spec.roi_size))
-    assert ours.description == "torch float32"
+    assert computes(ours) == ("torch", "float32")
     with pytest.raises(ConfigError, match="choose --runtime torch"):
         Runtime(net, spec, runtime="openvino")(torch.zeros(1, 1, *spec.roi_size))
 
 
 def test_without_openvino_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a warning that says how to get it."""
-    monkeypatch.setattr(
-        runtime, "_missing", lambda: "openvino is not installed (`pip install openvino`)"
-    )
+    """The warning contains the command that installs it."""
+    monkeypatch.setattr(runtime, "openvino_version", lambda: None)
     net, spec = made()
     ours = Runtime(net, spec)
     with pytest.warns(UserWarning, match="pip install openvino"):
         ours(torch.zeros(1, 1, *spec.roi_size))
-    assert ours.description == "torch float32"
+    assert computes(ours) == ("torch", "float32")
 
 
-def test_bfloat16_is_near() -> None:
-    """In torch, on any processor."""
+def test_bfloat16_is_close_to_float32() -> None:
+    """In torch, which has it on any processor."""
     net, spec = made()
     x = torch.randn(1, 1, *spec.roi_size)
     with torch.no_grad():
@@ -150,14 +167,14 @@ def test_bfloat16_is_near() -> None:
         ({"runtime": "torch", "precision": "int8"}, "leave out --runtime torch"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
-    """Before anything runs."""
+def test_unknown_choices_are_refused(changes: dict[str, Any], message: str) -> None:
+    """On construction, before anything is computed."""
     with pytest.raises(ConfigError, match=message):
         Runtime(*made(), **changes)
 
 
 def test_int8_needs_its_model(tiny_bundle_3d: Path) -> None:
-    """The message says how to make it."""
+    """The message contains the command that makes it."""
     net, spec = made()
     with pytest.raises(
         ConfigError, match=r"volseg export .* --to openvino --precision int8 --calibrate FOLDER"
@@ -168,7 +185,7 @@ def test_int8_needs_its_model(tiny_bundle_3d: Path) -> None:
 
 
 def test_both_runtimes_give_the_same_labels(tiny_bundle: Path, volume_file: Path) -> None:
-    """File to labels."""
+    """From the file to the labels."""
     ours, torchs = (
         segment(open_bundle(tiny_bundle, device="cpu", runtime=name), str(volume_file))
         for name in ("openvino", "torch")
@@ -180,7 +197,7 @@ def test_both_runtimes_give_the_same_labels(tiny_bundle: Path, volume_file: Path
 def test_a_bundle_wired_before_runtimes(
     tiny_bundle_3d: Path, volume_file: Path, tmp_path: Path
 ) -> None:
-    """A wiring that names no runtime and no finish works as MONAI's parts do, and says so when asked for a runtime."""
+    """A wiring without a runtime works as MONAI's parts do; asking for a runtime is an error."""
     old = tmp_path / "old"
     shutil.copytree(tiny_bundle_3d, old)
     wiring = old / "configs" / "inference.yaml"
@@ -204,7 +221,7 @@ def test_a_bundle_wired_before_runtimes(
     ("dims", "features"), [(2, (2, 4)), (3, (2, 4)), (2, (2, 3, 4, 5, 6)), (3, (2, 2, 3))]
 )
 def test_an_unpadded_network_runs_in_openvino(dims: int, features: tuple[int, ...]) -> None:
-    """However deep it is; its output is smaller than the window, and a tiled volume is the same in both runtimes."""
+    """Its output is smaller than the window; a tiled volume is the same in both runtimes."""
     spec = Spec(
         labels={"background": 0, "one": 1},
         channels=("T1w",),
@@ -222,6 +239,115 @@ def test_an_unpadded_network_runs_in_openvino(dims: int, features: tuple[int, ..
     volume = torch.randn(1, 1, 9, 13, 17)
     ours = Runtime(net, spec, runtime="openvino")
     found = build_inferer(spec)(volume, ours)
-    assert ours.description == "openvino float32"
+    assert computes(ours) == ("openvino", "float32")
     with torch.no_grad():
         torch.testing.assert_close(found, build_inferer(spec)(volume, net), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_the_description_is_what_computes(name: str) -> None:
+    """It is known after the first call."""
+    net, spec = made()
+    ours = Runtime(net, spec, runtime=name)
+    assert ours.description is None
+    ours(torch.zeros(1, 1, *spec.roi_size))
+    assert ours.description == RuntimeDescription(
+        runtime=name,
+        precision="float32",
+        openvino_version=version("openvino") if name == "openvino" else None,
+        device="cpu",
+        processor=processor_name(torch.device("cpu")),
+    )
+    assert ours.description.processor
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_several_threads_get_their_own_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may all be the first to call it: it is prepared once."""
+    net, spec = made()
+    ours = Runtime(net, spec, runtime=name)
+    prepared: list[torch.device] = []
+    prepare = ours._prepare
+    monkeypatch.setattr(ours, "_prepare", lambda device: prepared.append(device) or prepare(device))
+    windows = [torch.randn(1 + i % 2, 1, *spec.roi_size) for i in range(12)]
+    together = threading.Barrier(4)
+
+    def compute(window: torch.Tensor) -> torch.Tensor:
+        if not prepared:
+            together.wait()
+        return ours(window)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compute, windows))
+    assert len(prepared) == 1
+    with torch.no_grad():
+        for window, logits in zip(windows, found, strict=True):
+            torch.testing.assert_close(logits, net(window), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_prepared_again(name: str, copied: Callable[[Runtime], Runtime]) -> None:
+    """Neither a lock nor a compiled model can be copied."""
+    net, spec = made()
+    ours, x = Runtime(net, spec, runtime=name), torch.randn(1, 1, *spec.roi_size)
+    expected = ours(x)
+    other = copied(ours)
+    assert other.description is None
+    assert torch.equal(other(x), expected)
+    assert other.description == ours.description
+    assert torch.equal(ours(x), expected)
+
+
+def send_logits(ours: Runtime, x: Any, pipe: Any) -> None:
+    """Send the logits of a window, as numpy arrays: torch's tensors share memory by files."""
+    torch.set_num_threads(1)
+    pipe.send(ours(torch.from_numpy(x)).numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_another_process_gets_the_same_logits(name: str, method: str) -> None:
+    """A forked process uses what is prepared, a spawned one prepares again."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"{method} does not exist on this system")
+    net, spec = made()
+    ours, x = Runtime(net, spec, runtime=name), torch.randn(1, 1, *spec.roi_size)
+    expected = ours(x).numpy()
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_logits, args=(ours, x.numpy(), sender))
+    process.start()
+    assert receiver.poll(300)
+    found = receiver.recv()
+    process.join()
+    assert process.exitcode == 0
+    np.testing.assert_array_equal(found, expected)
+
+
+NO_TELEMETRY = """
+import socket, sys
+def refuse(*arguments, **options):
+    raise AssertionError(f"connection to {arguments}")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from pipeline.inference import import_openvino
+ov = import_openvino()
+import openvino.tools.ovc.convert_impl as convert_impl
+assert convert_impl.tm.__name__ == "openvino.tools.ovc.telemetry_stub", convert_impl.tm
+assert sys.modules["openvino_telemetry"] is None
+import torch
+ov.convert_model(torch.nn.Conv2d(1, 1, 3), example_input=torch.zeros(1, 1, 8, 8))
+"""
+
+
+@pytest.mark.slow
+def test_openvino_is_imported_without_telemetry(tmp_path: Path) -> None:
+    """Nothing is sent, and nothing is written into the home folder."""
+    environment = os.environ | {"HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path)}
+    environment.pop("CI", None)  # OpenVINO's telemetry is off there anyway
+    subprocess.run([sys.executable, "-c", NO_TELEMETRY], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.inferers import SliceInferer, sliding_window_inference
-from phantom import Near, model_of, nifti, parse_spec, smooth, turn
+from phantom import OneVoxelNetwork, make_model, nifti, parse_spec, reorient, smooth
 from torch import nn
 
 from pipeline.errors import ConfigError, ShapeError
@@ -23,7 +23,7 @@ def test_windows_give_what_the_whole_volume_gives(overlap: float, size: tuple[in
     """For a network that sees little, away from the windows' faces blending changes nothing."""
     spec = parse_spec(overlap=overlap, roi_size=[16, 12, 8])
     x = torch.randn(1, 2, *size)
-    net = Near(3)
+    net = OneVoxelNetwork(3)
     with torch.no_grad():
         windowed, whole = build_inferer(spec)(x, net), net(x)
     assert windowed.shape == whole.shape
@@ -42,7 +42,7 @@ def test_windows_give_what_the_whole_volume_gives(overlap: float, size: tuple[in
 def test_volumes_smaller_than_the_window_are_padded(size: tuple[int, ...], dims: int) -> None:
     """Any size goes in, and the same size comes out, also for a U-Net whose strides do not divide it."""
     with torch.no_grad():
-        assert build_inferer(parse_spec(dims))(torch.randn(1, 2, *size), Near(dims)).shape == (
+        assert build_inferer(parse_spec(dims))(torch.randn(1, 2, *size), OneVoxelNetwork(dims)).shape == (
             1,
             3,
             *size,
@@ -59,7 +59,7 @@ def test_slices_do_not_see_their_neighbours(slice_axis: str, axes: tuple[str, ..
     changed = x.clone()
     changed.select(dim + 2, 4).normal_()
     with torch.no_grad():
-        differs = (build_inferer(spec)(x, Near(2)) != build_inferer(spec)(changed, Near(2))).any(
+        differs = (build_inferer(spec)(x, OneVoxelNetwork(2)) != build_inferer(spec)(changed, OneVoxelNetwork(2))).any(
             dim=1
         )[0]
     others = [i for i in range(differs.shape[dim]) if i != 4]
@@ -89,8 +89,8 @@ def test_the_slice_axis_is_anatomical_in_any_file(slice_axis: str, axcodes: str)
     array = smooth() + 40 * np.random.default_rng(2).normal(size=(17, 24, 21)).mean(
         axis=tuple(i for i in range(3) if i != axis), keepdims=True
     ).astype(np.float32)
-    image = turn(nifti(array), axcodes)
-    labels = predict_case(model_of(Slices(), spec), image).labels
+    image = reorient(nifti(array), axcodes)
+    labels = predict_case(make_model(Slices(), spec), image).labels
     upright = np.asarray(nib.as_closest_canonical(nib.Nifti1Image(labels, image.affine)).dataobj)
     lines = np.moveaxis(upright, axis, 0).reshape(upright.shape[axis], -1)
     assert (lines == lines[:, :1]).all()
@@ -115,7 +115,7 @@ def test_batches_of_windows_change_nothing() -> None:
     x = torch.randn(1, 2, 33, 25, 18)
     with torch.no_grad():
         one, many = (
-            build_inferer(parse_spec(roi_size=[16, 12, 8]), sw_batch_size=n)(x, Near(3))
+            build_inferer(parse_spec(roi_size=[16, 12, 8]), sw_batch_size=n)(x, OneVoxelNetwork(3))
             for n in (1, 5)
         )
     torch.testing.assert_close(one, many)
@@ -128,12 +128,12 @@ def test_equals_monais_sliding_window(overlap: float, size: tuple[int, ...], mod
     """With MONAI's placement of windows, to 1e-5, however little is held at a time."""
     x = torch.randn(2, 2, *size)
     with torch.no_grad():
-        expected = sliding_window_inference(x, (16, 12, 8), 1, Near(3), overlap, mode=mode)
+        expected = sliding_window_inference(x, (16, 12, 8), 1, OneVoxelNetwork(3), overlap, mode=mode)
         for held in (2**30, 1e5, 0):
             ours = WindowInferer(
-                (16, 12, 8), overlap, placement="monai", mode=mode, held_bytes=held
+                (16, 12, 8), overlap, placement="monai", mode=mode, buffer_bytes=held
             )
-            torch.testing.assert_close(ours(x, Near(3)), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(ours(x, OneVoxelNetwork(3)), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("slice_dim", [0, 1, 2])
@@ -145,15 +145,15 @@ def test_equals_monais_slice_inferer(slice_dim: int) -> None:
     )
     ours = WindowInferer((8, 6), 0.5, slice_dim=slice_dim, sw_batch_size=16, placement="monai")
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, Near(2)), theirs(x, Near(2)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours(x, OneVoxelNetwork(2)), theirs(x, OneVoxelNetwork(2)), rtol=0, atol=1e-5)
 
 
 def test_images_of_two_dimensions() -> None:
     """A 2D network over 2D images."""
     x = torch.randn(2, 2, 31, 17)
     with torch.no_grad():
-        expected = sliding_window_inference(x, (8, 6), 1, Near(2), 0.5, mode="gaussian")
-        ours = WindowInferer((8, 6), 0.5, placement="monai")(x, Near(2))
+        expected = sliding_window_inference(x, (8, 6), 1, OneVoxelNetwork(2), 0.5, mode="gaussian")
+        ours = WindowInferer((8, 6), 0.5, placement="monai")(x, OneVoxelNetwork(2))
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_whole_numbers_go_in() -> None:
     x = torch.randint(0, 200, (1, 2, 20, 14, 9), dtype=torch.uint8)
     how = WindowInferer((16, 12, 8))
     with torch.no_grad():
-        assert torch.equal(how(x, Near(3)), how(x.float(), Near(3)))
+        assert torch.equal(how(x, OneVoxelNetwork(3)), how(x.float(), OneVoxelNetwork(3)))
 
 
 def test_a_bad_voxel_spoils_nothing() -> None:
@@ -174,7 +174,7 @@ def test_a_bad_voxel_spoils_nothing() -> None:
     before = bad.clone()
     with torch.no_grad():
         assert torch.equal(
-            WindowInferer((16, 12, 8))(bad, Near(3)), WindowInferer((16, 12, 8))(low, Near(3))
+            WindowInferer((16, 12, 8))(bad, OneVoxelNetwork(3)), WindowInferer((16, 12, 8))(low, OneVoxelNetwork(3))
         )
     assert torch.equal(bad.nan_to_num(), before.nan_to_num())
 
@@ -183,7 +183,7 @@ def test_a_bad_voxel_spoils_nothing() -> None:
 def test_networks_of_several_outputs(order: tuple[str, str]) -> None:
     """A mapping comes back as a mapping, an output of half the resolution at half the size."""
 
-    class Two(Near):
+    class Two(OneVoxelNetwork):
         def forward(self, x: torch.Tensor) -> Any:
             full = super().forward(x)
             both = {"full": full, "low": nn.functional.avg_pool3d(full, 2)}
@@ -192,9 +192,9 @@ def test_networks_of_several_outputs(order: tuple[str, str]) -> None:
     x = torch.randn(1, 2, 32, 24, 16)
     with torch.no_grad():
         found = WindowInferer((16, 12, 8), 0.5)(x, Two(3))
-        expected = WindowInferer((16, 12, 8), 0.5)(x, Near(3))
+        expected = WindowInferer((16, 12, 8), 0.5)(x, OneVoxelNetwork(3))
         pair = WindowInferer((16, 12, 8), 0.5)(
-            x, lambda patch: (Near(3)(patch), Near(3)(patch) * 2)
+            x, lambda patch: (OneVoxelNetwork(3)(patch), OneVoxelNetwork(3)(patch) * 2)
         )
     assert list(found) == list(order)
     torch.testing.assert_close(found["full"], expected)
@@ -207,8 +207,8 @@ def test_mirror_images_are_averaged() -> None:
     x = torch.randn(1, 2, 20, 14, 9)
     how = WindowInferer((16, 12, 8), 0.5, mirroring=Mirroring(axes=(0, 2)), mode="constant")
     with torch.no_grad():
-        there, back = how(x, Near(3)), how(x.flip(2, 4), Near(3)).flip(2, 4)
-        assert not torch.allclose(there, WindowInferer((16, 12, 8), 0.5)(x, Near(3)))
+        there, back = how(x, OneVoxelNetwork(3)), how(x.flip(2, 4), OneVoxelNetwork(3)).flip(2, 4)
+        assert not torch.allclose(there, WindowInferer((16, 12, 8), 0.5)(x, OneVoxelNetwork(3)))
     torch.testing.assert_close(there, back, rtol=0, atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_air_is_not_looked_at_when_asked() -> None:
     assert not labels[:, 32:].any()
 
 
-class TooSmall(Near):
+class TooSmall(OneVoxelNetwork):
     """A network on a device that has room for a few windows at a time."""
 
     def __init__(self, room: int) -> None:
@@ -248,7 +248,7 @@ def test_a_device_that_is_too_small_gets_fewer_windows_at_once() -> None:
     with torch.no_grad():
         found = WindowInferer((16, 12, 8), 0.5, sw_batch_size=8)(x, small)
         torch.testing.assert_close(
-            found, WindowInferer((16, 12, 8), 0.5, sw_batch_size=2)(x, Near(3))
+            found, WindowInferer((16, 12, 8), 0.5, sw_batch_size=2)(x, OneVoxelNetwork(3))
         )
     assert small.sizes[1:4] == [7, 4, 2]  # the first window went alone
     with pytest.raises(torch.OutOfMemoryError):
@@ -258,4 +258,4 @@ def test_a_device_that_is_too_small_gets_fewer_windows_at_once() -> None:
 def test_inputs_of_another_rank_are_refused() -> None:
     """With the shape that was expected."""
     with pytest.raises(ShapeError, match=r"expected \(B, C, \*spatial\) with 3 spatial axes"):
-        WindowInferer((16, 12, 8))(torch.zeros(1, 2, 30, 30), Near(3))
+        WindowInferer((16, 12, 8))(torch.zeros(1, 2, 30, 30), OneVoxelNetwork(3))

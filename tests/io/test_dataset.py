@@ -17,11 +17,12 @@ from pipeline.io.dataset import (
     labelled_cases,
     training_cases,
 )
+from pipeline.types import Case
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pairs that dataset.json lists, an orphan that it does not, and two folds."""
+    """Five pairs that dataset.json lists, one that it does not list, and two folds."""
     names = ["a_1", "a_2", "b.x_1", "b.x_2", "c"]
     for sub in ("imagesTr", "labelsTr"):
         (tmp_path / sub).mkdir()
@@ -37,30 +38,29 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def names_of(cases: list[dict[str, Any]]) -> list[str]:
+def names_of(cases: list[Case]) -> list[str]:
     return [case["case"] for case in cases]
 
 
-def test_cases_are_those_that_are_listed(folder: Path) -> None:
-    """In the order of dataset.json, named by the image without its suffix; orphans are no cases."""
+def test_the_listed_pairs_are_the_cases(folder: Path) -> None:
+    """In the order of dataset.json, named by the image; other pairs are left out."""
     cases = labelled_cases(folder)
     assert names_of(cases) == ["a_1", "a_2", "b.x_1", "b.x_2", "c"]
-    assert all(Path(case[key]).is_file() for case in cases for key in ("image", "label"))
+    assert all(Path(path).is_file() for c in cases for path in (str(c["image"]), c["label"]))
 
 
 @pytest.mark.parametrize("fold", [0, 1])
-def test_training_and_validation_never_meet(folder: Path, fold: int) -> None:
-    """The parts of a fold are those that the file names; together they are all cases."""
-    train, val = (
-        names_of(fold_cases(folder, "splits.json", fold, part)) for part in ("train", "val")
-    )
+def test_training_and_validation_cases_are_disjoint(folder: Path, fold: int) -> None:
+    """Together they are all cases; without splits there are all cases in both."""
+    train = names_of(fold_cases(folder, "splits.json", fold, "train"))
+    val = names_of(fold_cases(folder, "splits.json", fold, "val"))
     assert not set(train) & set(val)
     assert set(train) | set(val) == set(names_of(labelled_cases(folder)))
     assert names_of(fold_cases(folder, None, 0, "val")) == names_of(labelled_cases(folder))
 
 
 def test_environment_variables_are_filled_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`$NAME/sub` is a path; a variable that is not set is named."""
+    """`$NAME/sub` is replaced; the message names a variable that is not set."""
     monkeypatch.setenv("SOME_DATA", str(folder.parent))
     assert dataset_folders(f"$SOME_DATA/{folder.name}") == [folder]
     monkeypatch.delenv("SOME_DATA")
@@ -106,15 +106,15 @@ def test_environment_variables_are_filled_in(folder: Path, monkeypatch: pytest.M
         ),
     ],
 )
-def test_a_dataset_that_cannot_be_is_refused(folder: Path, change: Any, says: str) -> None:
-    """With the file and what is wrong in it."""
+def test_an_invalid_dataset_is_refused(folder: Path, change: Any, says: str) -> None:
+    """The message holds the file and what is wrong in it."""
     change(folder)
     with pytest.raises(ConfigError, match=says):
         fold_cases(folder, "splits.json", 0, "train")
 
 
-def test_a_fold_that_is_not_there_is_refused(folder: Path) -> None:
-    """With those that are."""
+def test_an_unknown_fold_is_refused(folder: Path) -> None:
+    """The message holds the folds that exist."""
     with pytest.raises(ConfigError, match=r"fold 2: splits\.json holds folds 0 to 1"):
         fold_cases(folder, "splits.json", 2, "val")
     with pytest.raises(ConfigError, match="no such folder; expected a dataset"):
@@ -122,7 +122,7 @@ def test_a_fold_that_is_not_there_is_refused(folder: Path) -> None:
 
 
 def test_the_real_folds(data: Path) -> None:
-    """260 pairs in five folds of 52, no case in two."""
+    """260 pairs in five folds of 52; no case is in two folds."""
     parts = [
         names_of(fold_cases(data / "hippocampus", "splits_5fold.json", fold, "val"))
         for fold in range(5)
@@ -143,8 +143,8 @@ def run_of(**changes: Any) -> Run:
     return parse_config(Run, content | changes, "run")
 
 
-def test_what_a_run_trains_on(folder: Path) -> None:
-    """Its fold, without what it holds out, as often as it says."""
+def test_training_cases(folder: Path) -> None:
+    """The fold's cases without `hold_out`, repeated `repeats` times."""
     assert names_of(training_cases(folder, run_of())) == ["a_1", "a_2", "b.x_1", "b.x_2"]
     assert (
         names_of(training_cases(folder, run_of(hold_out=["a_2", "b.x_1"], repeats=2)))
@@ -155,7 +155,7 @@ def test_what_a_run_trains_on(folder: Path) -> None:
 
 
 def test_label_maps_are_the_volumes_of_a_folder(folder: Path) -> None:
-    """Where images are drawn, every volume is a map; tables and other files are none."""
+    """For synthesis every volume is a label map; tables and other files are skipped."""
     (folder / "labelsTr" / "labels.csv").touch()
     cases = training_cases(
         folder / "labelsTr", run_of(synthesis={"table": "labels.csv"}, hold_out=["orphan"])

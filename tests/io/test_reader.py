@@ -12,15 +12,17 @@ import SimpleITK as sitk
 from nibabel.tmpdirs import InTemporaryDirectory
 from phantom import nifti, oblique, save, smooth
 
-from pipeline.errors import GeometryError, ReadError, VolumeError
-from pipeline.io.reader import Image, ReadVolumed, image_suffix, read
+from pipeline.errors import ReadError, VolumeError
+from pipeline.io.formats import image_stem, image_suffix
+from pipeline.io.image import Image
+from pipeline.io.reader import read, source_list
 from pipeline.types import Affine, Array
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def by_sitk(path: Path) -> tuple[Array, Affine]:
-    """The array and RAS+ affine as SimpleITK reads them: another program's opinion."""
+    """Return array and RAS+ affine from SimpleITK's own index → world function: an oracle."""
     image = sitk.ReadImage(str(path))
     corners = [
         image.TransformIndexToPhysicalPoint(index)
@@ -55,7 +57,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz")
 )
 @pytest.mark.parametrize("dtype", ["float32", "int16", "uint8"])
 def test_every_format_reads_as_simpleitk_reads_it(tmp_path: Path, ending: str, dtype: str) -> None:
-    """Whatever the format, the same voxels at the same place in RAS+ world."""
+    """All formats give the same voxels at the same place in RAS+ world."""
     array = smooth().clip(0, 255).astype(dtype)
     path = tmp_path / f"scan{ending.lower()}"
     if ending.lower() in NIFTI_SUFFIXES:
@@ -73,7 +75,7 @@ def test_every_format_reads_as_simpleitk_reads_it(tmp_path: Path, ending: str, d
 def test_freesurfers_format_reads_as_the_nifti_of_the_same_volume(
     tmp_path: Path, ending: str
 ) -> None:
-    """SimpleITK reads no MGH files, so the NIfTI that they are written from is the witness."""
+    """SimpleITK cannot read MGH, so the NIfTI of the same volume is the oracle."""
     source = nifti()
     with InTemporaryDirectory():
         nib.save(
@@ -93,7 +95,7 @@ def test_nifti2_and_its_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_big_endian(tmp_path: Path, kind: Any) -> None:
-    """Files of another byte order read the same."""
+    """Files of the other byte order give the same image."""
     header = kind.header_class(endianness=">")
     header.set_data_dtype(">f4")
     path = save(tmp_path / "scan.nii", kind(smooth(), oblique(), header))
@@ -102,7 +104,7 @@ def test_big_endian(tmp_path: Path, kind: Any) -> None:
 
 
 def test_slope_and_intercept_are_applied(tmp_path: Path) -> None:
-    """Values are what the header says they mean, not what is stored."""
+    """Values are scaled as the header defines."""
     image = nifti(smooth().astype(np.int16))
     image.header.set_slope_inter(0.25, -7)
     content = bytearray(nib.Nifti1Image(smooth().astype(np.int16), oblique()).to_bytes())
@@ -116,16 +118,16 @@ def test_slope_and_intercept_are_applied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "packed"), [("plain.nii.gz", False), ("packed.nii", True), ("plain.mgz", False)]
 )
-def test_compression_is_told_by_content(tmp_path: Path, name: str, packed: bool) -> None:
-    """A file that is named .gz and is not, or the reverse, reads all the same."""
+def test_compression_is_detected_by_content(tmp_path: Path, name: str, packed: bool) -> None:
+    """Files with a wrong .gz suffix, or without one they need, are read."""
     kind = nib.MGHImage if name.endswith("mgz") else nib.Nifti1Image
     content = kind(smooth(), oblique()).to_bytes()
     (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
     same(read(tmp_path / name), smooth(), oblique())
 
 
-def test_a_header_extension_is_passed_over(tmp_path: Path) -> None:
-    """Bytes between header and data are no voxels."""
+def test_a_header_extension_is_skipped(tmp_path: Path) -> None:
+    """Bytes between header and data are not read as voxels."""
     image = nifti()
     image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 100))
     same(read(save(tmp_path / "scan.nii", image)), smooth(), oblique())
@@ -143,7 +145,7 @@ def test_a_header_extension_is_passed_over(tmp_path: Path) -> None:
     ],
 )
 def test_volumes_of_a_series(tmp_path: Path, ending: str, extra: tuple[int, ...]) -> None:
-    """One volume is squeezed; of several one is picked by number, and none is taken unasked."""
+    """A single volume is squeezed; one of several has to be picked by its number."""
     count = int(np.prod(extra))
     volumes = [smooth(seed=i) for i in range(count)]
     path = tmp_path / f"scan{ending}"
@@ -172,18 +174,9 @@ def test_volumes_of_a_series(tmp_path: Path, ending: str, extra: tuple[int, ...]
 
 
 def test_images_in_memory() -> None:
-    """A nibabel and a SimpleITK image give what their files would."""
+    """nibabel and SimpleITK images give the same result as their files."""
     same(read(nifti()), smooth(), oblique())
     same(read(as_sitk(smooth(), oblique())), smooth(), oblique())
-
-
-def test_an_image_in_memory_is_left_alone() -> None:
-    """Reading makes no change in what the caller holds."""
-    array = smooth()
-    array[0, 0, 0] = np.nan
-    tensor = ReadVolumed("image").tensor(nifti(array))
-    tensor[:] = 0
-    np.testing.assert_array_equal(array[1:], smooth()[1:])
 
 
 @pytest.mark.parametrize(
@@ -200,10 +193,10 @@ def test_an_image_in_memory_is_left_alone() -> None:
         ("scan.img", b"nonsense" * 100, "cannot be read"),
     ],
 )
-def test_what_is_no_image_is_refused(
+def test_a_file_that_is_not_an_image_is_refused(
     tmp_path: Path, name: str, content: bytes | None, says: str
 ) -> None:
-    """With its path and the reason."""
+    """The message holds the path and the reason."""
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -216,7 +209,7 @@ def test_what_is_no_image_is_refused(
 @pytest.mark.parametrize("kept", [0.05, 0.5, 0.999])
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz", ".mgz", ".img", ".img.gz", ".nrrd", ".mha"])
 def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, kept: float) -> None:
-    """A download that stopped early is an error, never an image with an empty end."""
+    """An incomplete download is an error, never an image with missing voxels."""
     path = tmp_path / f"scan{ending}"
     if ending in (".nrrd", ".mha"):
         sitk.WriteImage(as_sitk(smooth(), oblique()), str(path), useCompression=ending == ".nrrd")
@@ -233,7 +226,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, ending: str, kept: float) -
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mgz", ".img.gz"])
 def test_a_wrong_checksum_is_refused(tmp_path: Path, ending: str) -> None:
-    """Damage that unpacks all the same is told by the checksum."""
+    """Damage that can be decompressed is found by the checksum."""
     path = tmp_path / f"scan{ending}"
     nib.save(
         {".nii.gz": nib.Nifti1Image, ".mgz": nib.MGHImage, ".img.gz": nib.Nifti1Pair}[ending](
@@ -251,7 +244,7 @@ def test_a_wrong_checksum_is_refused(tmp_path: Path, ending: str) -> None:
 
 
 def test_a_header_without_its_data_is_refused(tmp_path: Path) -> None:
-    """The .hdr of a pair alone is no volume."""
+    """The .hdr of a pair cannot be read without its .img."""
     nib.save(nib.Nifti1Pair(smooth(), oblique()), tmp_path / "scan.img")
     (tmp_path / "scan.img").unlink()
     with pytest.raises(ReadError, match=r"scan.hdr: cannot be read"):
@@ -273,7 +266,7 @@ RGB = np.zeros((5, 6, 7), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
 def test_colours_complex_numbers_and_slices_are_refused(
     tmp_path: Path, array: Array, says: str, in_memory: bool
 ) -> None:
-    """Each in its own words, from a file and from memory."""
+    """Each has its own message, for files and images in memory."""
     image = nib.Nifti1Image(array, oblique())
     with pytest.raises(VolumeError, match=says):
         read(image if in_memory else save(tmp_path / "scan.nii.gz", image))
@@ -282,13 +275,15 @@ def test_colours_complex_numbers_and_slices_are_refused(
 @pytest.mark.parametrize(
     ("image", "says"),
     [
-        (sitk.Image([5, 6, 7], sitk.sitkVectorUInt8, 3), "holds 3 values a voxel"),
+        (sitk.Image([5, 6, 7], sitk.sitkVectorUInt8, 3), "holds 3 values per voxel"),
         (sitk.Image([5, 6, 7], sitk.sitkComplexFloat32), "holds complex numbers"),
         (sitk.Image([5, 6], sitk.sitkFloat32), "expected three dimensions"),
     ],
 )
-def test_the_same_from_simpleitk(tmp_path: Path, image: Any, says: str) -> None:
-    """NRRD and images in memory are refused with the same reasons."""
+def test_simpleitk_images_are_refused_for_the_same_reasons(
+    tmp_path: Path, image: Any, says: str
+) -> None:
+    """For NRRD files and for images in memory."""
     sitk.WriteImage(image, str(tmp_path / "scan.nrrd"))
     for source in (image, tmp_path / "scan.nrrd"):
         with pytest.raises(VolumeError, match=says):
@@ -296,41 +291,11 @@ def test_the_same_from_simpleitk(tmp_path: Path, image: Any, says: str) -> None:
 
 
 def test_anything_else_is_refused() -> None:
-    """An array has no place in the world."""
+    """An array has no affine."""
     with pytest.raises(
         ReadError, match="expected a path, a nibabel image or a SimpleITK image, got ndarray"
     ):
         read(smooth())
-
-
-def test_channels_of_one_grid_are_stacked(tmp_path: Path) -> None:
-    """Several files a case, in any format, give one tensor in the order given."""
-    first = save(tmp_path / "a.nii.gz", nifti(smooth(seed=1)))
-    second = tmp_path / "b.mha"
-    sitk.WriteImage(as_sitk(smooth(seed=2), oblique()), str(second))
-    tensor = ReadVolumed("image").tensor([str(first), str(second)])
-    np.testing.assert_array_equal(np.asarray(tensor), np.stack([smooth(seed=1), smooth(seed=2)]))
-    np.testing.assert_allclose(np.asarray(tensor.affine), oblique(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [
-        (
-            nifti(smooth((17, 24, 20))),
-            r"b.nii.gz has shape \(17, 24, 20\), .*a.nii.gz \(17, 24, 21\)",
-        ),
-        (
-            nifti(affine=oblique((0.9, 1.3, 2.15))),
-            r"b.nii.gz and .*a.nii.gz lie up to 1\.\d\d mm apart: resample",
-        ),
-    ],
-)
-def test_channels_of_two_grids_are_refused(tmp_path: Path, other: Any, says: str) -> None:
-    """Both files are named, with how they differ."""
-    paths = [save(tmp_path / "a.nii.gz"), save(tmp_path / "b.nii.gz", other)]
-    with pytest.raises(GeometryError, match=says):
-        ReadVolumed("image").tensor(paths)
 
 
 @pytest.mark.parametrize(
@@ -347,14 +312,15 @@ def test_channels_of_two_grids_are_refused(tmp_path: Path, other: Any, says: str
         (
             (0, 0),
             0.0,
-            "neither sform nor qform is set: left and right are a guess (x taken to run from right to left)",
+            "neither sform nor qform is set: left and right are a guess "
+            "(x taken to run from right to left)",
         ),
     ],
 )
-def test_what_two_affines_leave_in_doubt_is_said(
+def test_two_affines_that_disagree_give_a_warning(
     tmp_path: Path, codes: tuple[int, int], shift: float, says: str
 ) -> None:
-    """sform before qform before neither; a difference is told with its size and which was used."""
+    """The sform comes before the qform; the warning holds the distance and which one was used."""
     header, moved = nifti().header, oblique()
     moved[0, 3] += shift
     header.set_sform(oblique(), code=codes[0])
@@ -379,12 +345,25 @@ def test_what_two_affines_leave_in_doubt_is_said(
     ],
 )
 def test_suffix(name: str, expected: str | None) -> None:
-    """The longest known ending, whatever its case."""
+    """The longest known suffix counts, in any case."""
     assert image_suffix(Path(name)) == expected
 
 
+def test_the_stem_keeps_other_dots() -> None:
+    """Only the image suffix is cut off."""
+    assert image_stem(Path("in/a.b.NII.gz")) == "a.b"
+    assert image_stem(Path("in/a.b.txt")) == "a.b"
+    assert image_stem(Path("nii")) == "nii"
+
+
+def test_sources_are_a_list() -> None:
+    """Also where there is only one channel."""
+    assert source_list("a.nii") == ["a.nii"]
+    assert source_list(("a.nii", Path("b.nii"))) == ["a.nii", Path("b.nii")]
+
+
 def test_real_volumes_read_as_simpleitk_reads_them(data: Path) -> None:
-    """Each real scan, against another program."""
+    """Real scans agree with SimpleITK."""
     for path in sorted((data / "real").glob("*T1w*.nii.gz"))[:3]:
         array, affine = by_sitk(path)
         image = read(path)

@@ -12,13 +12,14 @@ import SimpleITK as sitk
 from phantom import SHAPE, nifti, oblique, save, smooth
 
 from pipeline.errors import WriteError
+from pipeline.io.itk import as_sitk
 from pipeline.io.reader import read
-from pipeline.io.writer import DESCRIPTION, as_nibabel, as_sitk, write_atomically, write_labels
+from pipeline.io.writer import DESCRIPTION, as_nibabel, write_atomically, write_labels
 from pipeline.types import LabelMap
 
 CHANGED = {
-    "dim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter", "cal_max", "cal_min", "descrip",
-    "intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3",
+    "dim", "datatype", "bitpix", "vox_offset", "scl_slope", "scl_inter", "cal_max", "cal_min",
+    "descrip", "intent_code", "intent_name", "intent_p1", "intent_p2", "intent_p3",
 }  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def labels(dtype: Any = np.uint8) -> LabelMap:
 
 
 def full_header(kind: Any, endianness: str = "<") -> Any:
-    """A header with a value in every field that a result must keep."""
+    """Return a header with a value in every field that a label map must keep."""
     header = kind.header_class(endianness=endianness)
     header.set_data_shape(SHAPE)
     header.set_data_dtype(np.int16)
@@ -52,7 +53,7 @@ def full_header(kind: Any, endianness: str = "<") -> Any:
 def test_the_header_is_the_inputs_to_the_bit(
     tmp_path: Path, kind: Any, endianness: str, dtype: Any
 ) -> None:
-    """All but what tells of the values: grid, codes, units, slice order, byte order."""
+    """All fields but those about the values are kept: grid, codes, units, slice and byte order."""
     header = full_header(kind, endianness)
     write_labels(
         tmp_path / "out.nii.gz",
@@ -75,7 +76,7 @@ def test_the_header_is_the_inputs_to_the_bit(
 
 
 def test_a_series_header_gives_a_volume(tmp_path: Path) -> None:
-    """Of a 4D file with an extension, the result has three dimensions and no bytes out of place."""
+    """The label map of a 4D file with a header extension is a valid 3D file."""
     source = nifti(np.stack([smooth()] * 3, axis=-1))
     source.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 1000))
     image = read(save(tmp_path / "in.nii.gz", source), volume=1)
@@ -87,7 +88,7 @@ def test_a_series_header_gives_a_volume(tmp_path: Path) -> None:
 
 
 def test_without_a_header_the_affine_is_scanner_space_in_mm(tmp_path: Path) -> None:
-    """Formats other than NIfTI give a result in mm with both codes 1."""
+    """For inputs that are not NIfTI both codes are 1 and the unit is mm."""
     write_labels(tmp_path / "out.nii.gz", as_nibabel(labels(), oblique()))
     header = nib.load(tmp_path / "out.nii.gz").header
     assert (int(header["sform_code"]), int(header["qform_code"]), header.get_xyzt_units()[0]) == (
@@ -100,7 +101,7 @@ def test_without_a_header_the_affine_is_scanner_space_in_mm(tmp_path: Path) -> N
 
 
 def test_simpleitk_reads_what_is_written(tmp_path: Path) -> None:
-    """Another program finds the same labels at the same place."""
+    """SimpleITK finds the same labels at the same place."""
     write_labels(
         tmp_path / "out.nii.gz",
         as_nibabel(labels(np.uint16), oblique(), nifti().header.binaryblock),
@@ -113,7 +114,7 @@ def test_simpleitk_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_the_same_labels_are_the_same_bytes(tmp_path: Path) -> None:
-    """No time, no name stands in the file."""
+    """The file holds no time and no name."""
     for name in ("a.nii.gz", "b.nii.gz"):
         write_labels(tmp_path / name, as_nibabel(labels(), oblique()))
     assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
@@ -131,7 +132,7 @@ def test_a_file_is_whole_or_as_it_was(
     step: str,
     before: bytes | None,
 ) -> None:
-    """Whatever stops the writing, under the final name is the old file or none, and no other file stays."""
+    """Whatever stops the writing, the folder holds the old file or none."""
     path = tmp_path / "deep" / "out.nii.gz"
     if before is not None:
         path.parent.mkdir()
@@ -153,7 +154,7 @@ def test_a_file_is_whole_or_as_it_was(
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the moment of renaming the temporary file, in the same folder, holds all; before it nothing has the final name."""
+    """The temporary file in the same folder is complete before it gets the final name."""
     seen = []
 
     def replace(source: Path, target: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    """With the path and the reason."""
+    """The message holds the path and the reason."""
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(WriteError, match=f"{tmp_path}/file/sub/out.nii.gz: cannot be written: "):
         write_atomically(tmp_path / "file" / "sub" / "out.nii.gz", b"")
@@ -181,7 +182,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("series", [False, True])
 def test_a_simpleitk_image_has_the_grid_of_its_like(series: bool) -> None:
-    """Origin, spacing and direction to the bit, also of one volume of a series."""
+    """Origin, spacing and direction are equal to the last bit, also for a 4D image."""
     like = sitk.Image([*SHAPE], sitk.sitkFloat32)
     like.SetSpacing((0.9, 1.3, 2.1))
     like.SetOrigin((3.5, -2.25, 7.125))

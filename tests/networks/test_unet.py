@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import io
 import itertools
-from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from phantom import parse_spec, spec_content
+from phantom import spec_content
 from torch import nn
 
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec
 from pipeline.errors import ShapeError
-from pipeline.networks.unet import Ensemble, InstanceNorm, UNet, build_network, build_unet
+from pipeline.networks.factory import build_unet
+from pipeline.networks.unet import InstanceNorm, UNet, centre_crop
 
 FEATURES = (32, 64, 128, 256, 512)
 
@@ -23,7 +25,7 @@ FEATURES = (32, 64, 128, 256, 512)
 def test_parameters_are_those_of_the_papers_network(
     dims: int, channels: int, classes: int, norm: str | None, count: int
 ) -> None:
-    """Every layer is there once and has the width that the features say."""
+    """Every layer exists once and has the width that the features give."""
     net = UNet(dims, channels, classes, FEATURES, norm=norm)
     assert sum(p.numel() for p in net.parameters()) == count
 
@@ -47,7 +49,7 @@ def _traced(net: UNet, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize(("shape", "channels"), [((1, 3, 256, 256), 3), ((2, 1, 32, 48, 16), 1)])
 def test_shapes_layer_by_layer(shape: tuple[int, ...], channels: int) -> None:
-    """Each level halves the size and takes the next feature count on the way down, and the reverse on the way up."""
+    """Each encoder level halves the size; the decoder reverses it. All have their features."""
     batch, size = shape[0], shape[2:]
     shapes = _traced(UNet(len(size), channels, 1, FEATURES), shape)
     for level, features in enumerate(FEATURES[:-1]):
@@ -68,7 +70,7 @@ def test_shapes_layer_by_layer(shape: tuple[int, ...], channels: int) -> None:
 def test_the_instance_norm_is_a_group_norm_of_single_channels(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """While it trains and when it does not: what comes out, and every gradient."""
+    """Outputs are equal in training and in evaluation, and so is every gradient in training."""
     order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     x = 3 + 2 * torch.randn(shape, dtype=dtype).to(memory_format=order)
     upstream = torch.randn(shape, dtype=dtype)
@@ -98,7 +100,7 @@ def test_the_instance_norm_is_a_group_norm_of_single_channels(
 def test_any_option_keeps_the_size(
     dims: int, norm: str | None, residual: bool, activation: str
 ) -> None:
-    """Per-axis strides, norm, residual blocks, dropout, activation: logits have the input's size and every weight learns."""
+    """Logits have the input's size, and all weights learn."""
     strides: list[int | tuple[int, ...]] = [(2, 1, 2)[:dims], 3]
     net = UNet(
         dims,
@@ -120,7 +122,7 @@ def test_any_option_keeps_the_size(
 
 
 def test_deep_supervision_gives_each_level_while_training_only() -> None:
-    """Full size first, then each lower decoder level at its own size; a tensor alone when evaluating."""
+    """Training gives the full size first, then the lower levels; evaluation gives one tensor."""
     net = UNet(3, 1, 3, (4, 6, 8, 10), [(2, 2, 1), 2, 2], deep_supervision=2)
     x = torch.randn(1, 1, 16, 24, 12)
     assert [tuple(level.shape[1:]) for level in net(x)] == [
@@ -132,7 +134,10 @@ def test_deep_supervision_gives_each_level_while_training_only() -> None:
 
 
 def test_dropout_is_for_training() -> None:
-    """Evaluating twice gives the same, training twice does not; with few channels chance may drop all of them both times."""
+    """Two evaluations are equal, two training passes are not.
+
+    There are 16 channels, because dropping all of few channels twice is likely.
+    """
     torch.manual_seed(0)
     net = UNet(2, 1, 2, (16, 24), dropout=0.5)
     x = torch.randn(1, 1, 8, 12)
@@ -142,7 +147,7 @@ def test_dropout_is_for_training() -> None:
 
 
 def test_residual_adds_the_input() -> None:
-    """With its convolutions at 0, a residual block passes its (rectified) input through."""
+    """With its convolutions at 0, a residual block returns its rectified input."""
     block = UNet(3, 5, 2, (5, 6), residual=True).encoder[0]
     for layer in block.modules():
         if isinstance(layer, nn.Conv3d) and layer.kernel_size == (3, 3, 3):
@@ -154,7 +159,7 @@ def test_residual_adds_the_input() -> None:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_instance_norm_is_torchs(dims: int) -> None:
-    """A group norm of one channel a group is InstanceNorm with the same weights."""
+    """A group norm with one channel per group equals InstanceNorm with the same weights."""
     ours = next(
         m
         for m in UNet(dims, 1, 2, (4, 6), norm="instance").modules()
@@ -170,7 +175,7 @@ def test_instance_norm_is_torchs(dims: int) -> None:
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_2d_weights_in_the_middle_of_3d_kernels_give_the_same_slices(residual: bool) -> None:
-    """The 3D network is the 2D one with another axis: with 2D weights in its kernels' middle slice it works slice by slice."""
+    """With 2D weights in the central slice of its kernels, a 3D network works slice by slice."""
     flat = UNet(2, 2, 3, (4, 6, 8), norm="batch", residual=residual).eval()
     deep = UNet(3, 2, 3, (4, 6, 8), [(2, 2, 1), (2, 2, 1)], norm="batch", residual=residual).eval()
     state = deep.state_dict()
@@ -191,7 +196,7 @@ def test_2d_weights_in_the_middle_of_3d_kernels_give_the_same_slices(residual: b
     [
         (
             (1, 1, 16, 21, 24),
-            "21 voxels along spatial axis 1, expected a multiple of 8 .* pad or crop it to 16 or 24",
+            "21 voxels along spatial axis 1, expected a multiple of 8 .* crop it to 16 or 24",
         ),
         (
             (1, 1, 16, 16, 3),
@@ -201,10 +206,10 @@ def test_2d_weights_in_the_middle_of_3d_kernels_give_the_same_slices(residual: b
         ((1, 1, 16, 16), r"shape \(1, 1, 16, 16\), expected"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_with_those_that_work(
+def test_sizes_that_the_strides_do_not_divide_are_refused(
     shape: tuple[int, ...], says: str
 ) -> None:
-    """The message names the size, the axis and the sizes that work, and the error is a ValueError too."""
+    """The message names size, axis and the sizes that work; the error is also a ValueError."""
     net = UNet(3, 1, 2, (2, 2, 2, 2), [(2, 2, 1), 2, 2])
     with pytest.raises(ShapeError, match=says) as raised:
         net(torch.zeros(shape))
@@ -221,8 +226,10 @@ def test_sizes_that_do_not_divide_are_refused_with_those_that_work(
         ({"norm": "layer"}, "norm: expected None, 'batch' or 'instance', got 'layer'"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(arguments: dict[str, object], says: str) -> None:
-    """Each wrong argument is named."""
+def test_arguments_that_do_not_fit_together_are_refused(
+    arguments: dict[str, object], says: str
+) -> None:
+    """The message names each wrong argument."""
     with pytest.raises(ShapeError, match=says):
         UNet(
             **(
@@ -234,7 +241,7 @@ def test_networks_that_cannot_be_are_refused(arguments: dict[str, object], says:
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_traces(dims: int) -> None:
-    """torch.jit.trace gives the same numbers, at other sizes too, so that exporters can follow the network."""
+    """torch.jit.trace gives the same values, also for other sizes."""
     net = UNet(dims, 1, 2, (4, 6), norm="batch").eval()
     x, other = (torch.randn(1, 1, *sizes[:dims]) for sizes in ((8, 12, 6), (4, 6, 10)))
     with torch.no_grad():
@@ -242,9 +249,46 @@ def test_traces(dims: int) -> None:
         torch.testing.assert_close(traced(other), net(other))
 
 
+@pytest.mark.parametrize(
+    ("dims", "options"),
+    [
+        (2, {}),
+        (3, {"norm": "batch"}),
+        (2, {"norm": "instance", "residual": True, "dropout": 0.1}),
+        (3, {"norm": "instance", "residual": True, "contraction_dropout": 0.1}),
+        (2, {"padding": False}),
+        (3, {"deep_supervision": 1}),
+    ],
+)
+def test_scripts(dims: int, options: dict[str, Any]) -> None:
+    """A scripted network gives the same, in evaluation and in training, and can be saved.
+
+    It is called twice, because torch optimises it after the first call.
+    """
+    net = UNet(dims, 1, 2, (3, 4, 5), **options).eval()
+    scripted = torch.jit.script(net)
+    x = torch.randn(2, 1, *(44, 48, 44)[:dims])
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(scripted(x), net(x))
+    net.train()
+    scripted.train()
+    torch.manual_seed(0)
+    expected = net(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(scripted(x), expected)
+    torch.jit.save(scripted, io.BytesIO())  # type: ignore[no-untyped-call]
+
+
+def test_centre_crop_takes_the_middle_of_every_axis() -> None:
+    """With one voxel more after than before where the difference is odd."""
+    x = torch.arange(7 * 8 * 9).view(1, 1, 7, 8, 9)
+    assert torch.equal(centre_crop(x, torch.empty(1, 3, 3, 5, 9)), x[:, :, 2:5, 1:6])
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_from_spec_takes_every_fact_of_the_spec(dims: int) -> None:
-    """Channels in, labels out, and all options arrive in the network."""
+    """The network has the spec's channels, labels and options."""
     options = {
         "features": [4, 6, 8],
         "norm": "batch",
@@ -261,22 +305,3 @@ def test_from_spec_takes_every_fact_of_the_spec(dims: int) -> None:
         dims, 2, 3, (4, 6, 8), (2, 1), norm="batch", residual=True, dropout=0.1, deep_supervision=1
     )
     assert str(net) == str(same)
-
-
-@pytest.mark.parametrize(("dims", "output"), [(3, "softmax"), (2, "softmax"), (3, "sigmoid")])
-def test_an_ensemble_is_the_mean_of_its_networks(dims: int, output: str) -> None:
-    """Of their probabilities, whatever scale their logits have; in one network's order of labels."""
-    spec = parse_spec(
-        dims, output=output, network={"features": [4, 6], "norm": "instance", "ensemble": 3}
-    )
-    net = build_network(spec).eval()
-    assert isinstance(net, Ensemble)
-    for scale, member in enumerate(net.members, start=1):
-        assert isinstance(member, UNet)
-        torch.nn.init.normal_(member.output.weight, std=scale)
-    x = torch.rand(2, 1, *spec.roi_size)
-    activation = torch.sigmoid if output == "sigmoid" else partial(torch.softmax, dim=1)
-    with torch.no_grad():
-        expected = torch.stack([activation(member(x)) for member in net.members]).mean(dim=0)
-        found = activation(net(x))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

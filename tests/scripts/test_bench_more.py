@@ -1,4 +1,4 @@
-"""The smaller benchmarks run, on toys; what they measure is not asked."""
+"""The other benchmark scripts run on tiny data."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from phantom import make_bundle, nifti, save, smooth
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+pytestmark = pytest.mark.slow
 SMALL = ["--features", "4", "6", "--roi", "16", "16", "16"]
 
 
@@ -26,10 +27,10 @@ def run(name: str, *arguments: str) -> None:
 
 
 def test_memory(tmp_path: Path) -> None:
-    """Every class count goes by every limit, and the labels are the same."""
+    """Each number of classes is measured with each limit, and the labels are the same."""
     found = tmp_path / "memory.json"
-    run("bench_memory.py", "--shape", "40", "36", "33", "--classes", "3", "--limits", "none", "3G", "--cases", "0", *SMALL,
-        "--json", str(found))  # fmt: skip
+    sizes = ["--shape", "40", "36", "33", "--classes", "3", "--cases", "0", *SMALL]
+    run("bench_memory.py", *sizes, "--limits", "none", "3G", "--json", str(found))
     runs = json.loads(found.read_text())["runs"]
     assert [one["limit"] for one in runs] == ["none", "3G"]
     assert all(
@@ -39,18 +40,18 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_batch(tmp_path: Path) -> None:
-    """Every case is done, in float32."""
+    """Every case is segmented, in float32."""
     pytest.importorskip("openvino")
     found, volume = tmp_path / "batch.json", save(tmp_path / "a.nii.gz")
-    run("bench_batch.py", "--volume", str(volume), "--cases", "2", "--classes", "3", "--precisions", "float32", *SMALL,
-        "--json", str(found))  # fmt: skip
+    sizes = ["--volume", str(volume), "--cases", "2", "--classes", "3", *SMALL]
+    run("bench_batch.py", *sizes, "--precisions", "float32", "--json", str(found))
     (one,) = json.loads(found.read_text())["batches"]
     assert one["cases"] == 2
     assert 0 <= one["outside"] <= 1
 
 
 def test_training_steps(tmp_path: Path) -> None:
-    """Both loops take a run over the same cases."""
+    """Both loops train on the same cases."""
     root = make_bundle(tmp_path / "tiny", labels={"background": 0, "front": 7, "back": 300})
     for i in range(3):
         save(tmp_path / "data" / "images" / f"{i}.nii.gz", nifti(smooth(seed=i)))
@@ -59,8 +60,9 @@ def test_training_steps(tmp_path: Path) -> None:
             nifti((7 * (smooth(seed=i) > 110)).astype(np.uint8)),
         )
     run_file, found = root / "configs" / "run.yaml", tmp_path / "train.json"
-    run("bench_train.py", str(run_file), f"bundle={root}", f"dataset={tmp_path / 'data'}", "--steps", "2", "--rounds", "1",
-        "--json", str(found))  # fmt: skip
+    settings = [f"bundle={root}", f"dataset={tmp_path / 'data'}"]
+    options = ["--steps", "2", "--rounds", "1", "--json", str(found)]
+    run("bench_train.py", str(run_file), *settings, *options)
     result = json.loads(found.read_text())
     assert {len(seconds) for seconds in result["seconds"].values()} == {1}
     assert result["ratio"] > 0

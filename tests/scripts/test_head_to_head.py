@@ -1,4 +1,4 @@
-"""scripts/head_to_head.py with a stand-in for nnU-Net's environment: what it is given, and how what it leaves is scored."""
+"""scripts/head_to_head.py with shell scripts in place of nnU-Net: its input and its scores."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ TRAINER = """#!/usr/bin/env bash
 [ "$2 $3 $4" = "1 0 0.03" ] || exit 1
 out="$nnUNet_results/Dataset001_Fold/ClockedTrainer__nnUNetPlans__3d_fullres/fold_$3/validation"
 mkdir -p "$out"
-for case in 006 007; do cp -L "$nnUNet_raw/Dataset001_Fold/labelsTr/hippocampus_$case.nii.gz" "$out"; done
+for case in 006 007; do
+  cp -L "$nnUNet_raw/Dataset001_Fold/labelsTr/hippocampus_$case.nii.gz" "$out"
+done
 echo '{}' >"$out/summary.json"
 """
 
 
 @pytest.fixture
 def place(hippocampus: list[Path], tmp_path: Path) -> Path:
-    """A folder with a run on a few crops, and an environment that only looks like nnU-Net's."""
+    """A folder with a run on a few crops, and an environment with the scripts above."""
     data = hippocampus[0].parent.parent
     pairs = [
         {part: f"{data}/{part}sTr/hippocampus_{case}.nii.gz" for part in ("image", "label")}
@@ -59,33 +61,25 @@ def place(hippocampus: list[Path], tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_both_are_trained_and_scored_on_the_cases_left_out(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = load_script("head_to_head")
-    command = [
-        "head_to_head.py",
-        str(place / "run.yaml"),
-        "--minutes",
-        "0.03",
-        "-o",
-        str(place / "out"),
-    ]
-    monkeypatch.setattr(sys, "argv", command)
+    options = ["--minutes", "0.03", "-o", str(place / "out")]
+    monkeypatch.setattr(sys, "argv", ["head_to_head.py", str(place / "run.yaml"), *options])
     script.main()
     found = json.loads((place / "out" / "summary.json").read_text())
     assert {row["cases"] for row in found["tests"]} == {2}
-    assert all(row["theirs"] == 1 for row in found["tests"])  # the stand-in answers with the truth
+    assert all(row["theirs"] == 1 for row in found["tests"])  # the script copies the reference
     assert all(0 <= row["ours"] < 1 for row in found["tests"])
-    raw = place / "out" / "nnunet" / "raw" / "Dataset001_Fold"
+    nnunet = place / "out" / "nnunet"
+    raw = nnunet / "raw" / "Dataset001_Fold"
     assert sorted(path.name for path in (raw / "imagesTr").iterdir()) == [
         f"hippocampus_{case}_0000.nii.gz" for case in CASES
     ]
-    folds = json.loads(
-        (
-            place / "out" / "nnunet" / "preprocessed" / "Dataset001_Fold" / "splits_final.json"
-        ).read_text()
-    )
+    splits = nnunet / "preprocessed" / "Dataset001_Fold" / "splits_final.json"
+    folds = json.loads(splits.read_text())
     assert folds[0]["val"] == ["hippocampus_006", "hippocampus_007"]
     given = json.loads((raw / "dataset.json").read_text())
     assert given["labels"]["background"] == 0

@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.processing import resample_from_to
-from phantom import load_script, oblique, smooth
+from phantom import load_script, oblique, reorient, smooth
 
 import pipeline
 from pipeline.evaluation.metrics import dice
 from pipeline.inference.predictor import Model
-from pipeline.io.reader import Image
+from pipeline.io.image import Image
 
 PAIRED = ("thalamus", "caudate", "putamen", "hippocampus", "amygdala", "cerebral cortex")
 
@@ -31,14 +31,9 @@ def script() -> Any:
     return load_script("score_brain")
 
 
-def turned(image: nib.Nifti1Image, axcodes: str) -> nib.Nifti1Image:
-    """The same scan, stored in another order and direction of axes."""
-    now, then = nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(axcodes)
-    return image.as_reoriented(nib.orientations.ornt_transform(now, then))
-
-
+@pytest.mark.slow
 def test_a_real_head(model: Model, data: Path) -> None:
-    """Most of the brain is found and little else, whichever way the file is stored; left is left."""
+    """The brain is found in any orientation of the file, and left is left."""
     image, mask = (
         nib.load(data / "real" / f"head18_{name}.nii.gz") for name in ("T1w", "brainmask")
     )
@@ -57,14 +52,15 @@ def test_a_real_head(model: Model, data: Path) -> None:
         assert right[0] - left[0] > 15
         sizes = [result.volumes_mm3[f"{side} {name}"] for side in ("left", "right")]
         assert max(sizes) < 1.4 * min(sizes)
-    again = pipeline.segment(model, turned(image, "PIR"))
+    again = pipeline.segment(model, reorient(image, "PIR"))
     back = nib.as_closest_canonical(nib.Nifti1Image(again.labels, again.affine))
     same = nib.as_closest_canonical(nib.Nifti1Image(result.labels, result.affine))
     assert (np.asarray(back.dataobj) == np.asarray(same.dataobj)).mean() > 0.999
 
 
+@pytest.mark.slow
 def test_a_template_of_many_brains(model: Model) -> None:
-    """Of plausible size as a whole, and no structure is missing."""
+    """The volumes are plausible, and no structure is missing."""
     datasets = pytest.importorskip("nilearn.datasets")
     result = pipeline.segment(model, datasets.load_mni152_template(resolution=1))
     assert not [line for line in result.warnings if line.startswith(tuple(model.spec.sums))]
@@ -76,10 +72,17 @@ def test_a_template_of_many_brains(model: Model) -> None:
 
 
 def test_manual_values_become_freesurfers(script: Any, tmp_path: Path) -> None:
-    """By name and side; gyri are cortex, what the model does not tell apart is left out."""
-    rows = {47: "Right Hippocampus", 48: "Left Hippocampus", 35: "Brain Stem", 4: "3rd Ventricle",
-            51: "Right Lateral Ventricle",
-            100: "Right ACgG  anterior cingulate gyrus", 101: "Left ACgG  anterior cingulate gyrus", 46: "CSF"}  # fmt: skip
+    """By name and side; gyri are cortex, and structures that the model has not are left out."""
+    rows = {
+        47: "Right Hippocampus",
+        48: "Left Hippocampus",
+        35: "Brain Stem",
+        4: "3rd Ventricle",
+        51: "Right Lateral Ventricle",
+        100: "Right ACgG  anterior cingulate gyrus",
+        101: "Left ACgG  anterior cingulate gyrus",
+        46: "CSF",
+    }
     (tmp_path / "table.csv").write_text(
         "Label Number,Label Name\n" + "\n".join(f"{k},{v}" for k, v in rows.items()) + "\n"
     )
@@ -92,8 +95,8 @@ def test_parcels_become_cortex_and_the_callosum_white_matter(script: Any) -> Non
     assert script.aseg(parcels.reshape(8, 1, 1)).ravel().tolist() == [0, 2, 2, 41, 41, 3, 42, 17]
 
 
-def test_the_truth_s_voxels_ask_the_nearest_of_the_prediction(script: Any) -> None:
-    """As nibabel resamples without interpolation."""
+def test_the_reference_is_compared_to_the_nearest_voxel(script: Any) -> None:
+    """As nibabel resamples with nearest neighbours."""
     labels = (smooth((17, 24, 21)) // 40).astype(np.int16)
     prediction = nib.Nifti1Image(labels, oblique())
     other = oblique((1.7, 1.1, 1.4), (3.0, 5.0, -8.0))
@@ -106,8 +109,8 @@ def test_the_truth_s_voxels_ask_the_nearest_of_the_prediction(script: Any) -> No
     assert (ours == expected).mean() > 0.999
 
 
-def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path) -> None:
-    """By the same truth, whatever their values."""
+def test_masks_of_other_tools_are_scored_like_ours(script: Any, tmp_path: Path) -> None:
+    """Against the same reference, whatever the values in the mask are."""
     brain = np.zeros((12, 15, 10), dtype=np.uint8)
     brain[3:9, 2:12, 2:8] = 1
     part = brain.copy()
@@ -124,13 +127,13 @@ def test_masks_of_other_tools_are_scored_beside_ours(script: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("axis", range(3))
-def test_thick_slices_lie_where_their_voxels_lay(script: Any, axis: int) -> None:
-    """A grey value that grows with the place in space is that of the slice's own place."""
+def test_thick_slices_lie_at_the_mean_of_their_voxels(script: Any, axis: int) -> None:
+    """An intensity that is linear in space has the value of the slice's own position."""
     gradient = np.array([0.3, -0.7, 1.1])
     affine = oblique()
     places = nib.affines.apply_affine(affine, np.moveaxis(np.indices((17, 24, 21)), 0, -1))
-    image = turned(nib.Nifti1Image((places @ gradient).astype(np.float32), affine), "PIR")
-    thick = script.sliced(image, axis, 5.0)
+    image = reorient(nib.Nifti1Image((places @ gradient).astype(np.float32), affine), "PIR")
+    thick = script.average_to_slices(image, axis, 5.0)
     found = (
         nib.affines.apply_affine(thick.affine, np.moveaxis(np.indices(thick.shape), 0, -1))
         @ gradient
@@ -141,8 +144,8 @@ def test_thick_slices_lie_where_their_voxels_lay(script: Any, axis: int) -> None
     assert thick.header.get_zooms()[axis] == pytest.approx(step * round(5.0 / step))
 
 
-def test_the_table_of_scores_has_a_line_a_structure(script: Any) -> None:
-    """Sides beside each other; a scan without a truth for a structure has an empty cell."""
+def test_the_table_of_scores_has_one_row_per_structure(script: Any) -> None:
+    """Both sides share a cell, which is empty where the scan has no reference for it."""
     rows = [
         {"scan": scan, "structure": name, "dice": 0.8 if "left" in name else 0.9}
         for scan in script.COLUMNS
@@ -156,4 +159,4 @@ def test_the_table_of_scores_has_a_line_a_structure(script: Any) -> None:
     assert "| hippocampus |" + " 0.800 / 0.900 |" * 4 in lines
     assert "| 4th ventricle |  | 0.900 | 0.900 | 0.900 |" in lines
     assert lines[3].endswith(" | 0.8500" * 4 + " |")
-    assert len(lines) == 4 + len(script.BOTH) + len(script.MIDDLE)
+    assert len(lines) == 4 + len(script.PAIRED) + len(script.UNPAIRED)

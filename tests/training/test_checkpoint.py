@@ -1,4 +1,4 @@
-"""A run that was cut off and gone on with is the run that was not."""
+"""A run that was interrupted and resumed ends as one that was not."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from phantom import make_bundle, run_of
+from phantom import make_bundle, run_settings
 
+from pipeline.config.paths import BundlePaths
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.tables import read_csv, sha256
-from pipeline.training.trainer import CHECKPOINT, read_run, train_bundle
+from pipeline.training.history import EpochRow
+from pipeline.training.trainer import read_run, train_bundle
 
 EPOCHS = 4
 
 
-class Cut(KeyboardInterrupt):
-    """What stands for a kill."""
+class Interrupted(KeyboardInterrupt):
+    """Stands for a killed process."""
 
 
 def train(
@@ -29,33 +31,33 @@ def train(
     resume: bool = False,
     **changes: Any,
 ) -> str:
-    """The hash of the weights that a run leaves; with `cut_after` it is cut off when that epoch has begun to report."""
+    """Return the hash of the trained weights; interrupt the run after the epoch `cut_after`."""
 
-    def epoch_done(row: dict[str, Any]) -> None:
-        if row["epoch"] == cut_after:
-            raise Cut
+    def epoch_done(row: EpochRow) -> None:
+        if row.epoch == cut_after:
+            raise Interrupted
 
-    run, content = read_run(bundle / "configs" / "run.yaml", run_of(bundle, dataset, **changes))
+    run, content = read_run(bundle / "configs" / "run.yaml", run_settings(bundle, dataset, **changes))
     train_bundle(run, content, epoch_done, resume=resume)
-    return sha256(bundle / "models" / "model.pt")
+    return sha256(BundlePaths(bundle).weights)
 
 
 @pytest.mark.parametrize("dims", [3, 2])
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path, dims: int) -> None:
-    """Weight for weight: optimizer, schedule, average and every random number go on."""
+    """Optimizer, schedule, average and all random numbers continue, to the bit."""
     labels = {"background": 0, "bright": 1}
     whole = train(make_bundle(tmp_path / "whole", dims, labels=labels), dataset)
     bundle = make_bundle(tmp_path / "cut", dims, labels=labels)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         train(bundle, dataset, cut_after=2)
-    assert (bundle / CHECKPOINT).is_file()
+    assert BundlePaths(bundle).checkpoint.is_file()
     torch.rand(7), np.random.rand(7)
     assert train(bundle, dataset, resume=True) == whole
-    assert not (bundle / CHECKPOINT).exists()
+    assert not BundlePaths(bundle).checkpoint.exists()
 
 
 def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, dataset: Path) -> None:
-    """The weights that are kept and the table of epochs are those of the run that was not cut off."""
+    """The best weights and the table of epochs are those of the run that was not interrupted."""
     changes: dict[str, Any] = {
         "splits": "splits.json",
         "validate_every": 1,
@@ -65,7 +67,7 @@ def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, datas
     labels = {"background": 0, "bright": 1}
     whole = train(make_bundle(tmp_path / "whole", labels=labels), dataset, **changes)
     bundle = make_bundle(tmp_path / "cut", labels=labels)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         train(bundle, dataset, cut_after=3, **changes)
     assert train(bundle, dataset, resume=True, **changes) == whole
     tables = [read_csv(tmp_path / name / "train" / "history.csv") for name in ("whole", "cut")]
@@ -78,15 +80,15 @@ def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, datas
 
 
 def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path) -> None:
-    """It is gone on with or thrown away on purpose, and only with the settings that it was made with."""
+    """It is resumed or discarded only if asked for, and resumed only with equal settings."""
     bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
     with pytest.raises(ConfigError, match="there is no unfinished run to resume"):
         train(bundle, dataset, resume=True)
-    with pytest.raises(Cut):
+    with pytest.raises(Interrupted):
         train(bundle, dataset, cut_after=1)
     with pytest.raises(
         ConfigError,
-        match=r"an unfinished run is there; go on with --resume, or throw it away with --restart",
+        match=r"unfinished run; continue it with --resume, or discard it with --restart",
     ):
         train(bundle, dataset)
     with pytest.raises(ConfigError, match=r"made with other settings \(learning_rate\)"):
@@ -94,12 +96,12 @@ def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -> None:
-    """The message says where the last good weights are."""
+    """The message names the file of the last good weights."""
     bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
-    before = sha256(bundle / "models" / "model.pt")
+    before = sha256(BundlePaths(bundle).weights)
     with pytest.raises(
         PipelineError,
         match=r"the loss became nan in epoch \d, expected a number: .*lower learning_rate",
     ):
         train(bundle, dataset, learning_rate="1.0e+30")
-    assert sha256(bundle / "models" / "model.pt") == before
+    assert sha256(BundlePaths(bundle).weights) == before

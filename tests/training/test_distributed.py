@@ -1,4 +1,4 @@
-"""One run in two processes, as torchrun starts them, on the CPU."""
+"""One run in two processes on the CPU, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 from ignite.engine import Engine
-from phantom import make_bundle, run_of
+from phantom import make_bundle, run_settings
 
 from pipeline.bundle.check import check_bundle
+from pipeline.config.paths import BundlePaths
 from pipeline.io.tables import read_csv
 from pipeline.training import optimisation
 from pipeline.training.distributed import (
@@ -24,18 +25,19 @@ from pipeline.training.distributed import (
     process_group,
 )
 from pipeline.training.optimisation import Budget
-from pipeline.training.trainer import CHECKPOINT, read_run
+from pipeline.training.trainer import read_run
 
 
 def start(bundle: Path, data: Path, *arguments: str) -> subprocess.Popen[str]:
     """`volseg train` in two processes of one thread each."""
     _, content = read_run(
-        bundle / "configs" / "run.yaml", run_of(bundle, data, batch_size=1, epochs=6, repeats=25)
+        bundle / "configs" / "run.yaml", run_settings(bundle, data, batch_size=1, epochs=6, repeats=25)
     )
     config = bundle.parent / f"{bundle.name}.yaml"
     config.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "pipeline.cli", "train", str(config), *arguments]  # fmt: skip
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "pipeline.cli", "train", str(config), *arguments]
+    command = [sys.executable, "-m", *torchrun, *train]
     return subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -49,13 +51,13 @@ def rows(bundle: Path) -> list[dict[str, str]]:
 
 
 def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: Path) -> None:
-    """They share the cases, one of them writes, and a run that was killed goes on to where one that was not ends."""
+    """They share the cases, one of them writes, and a killed run is resumed to the same end."""
     labels = {"background": 0, "bright": 1}
     whole, cut = (make_bundle(tmp_path / name, labels=labels) for name in ("whole", "cut"))
     process = start(whole, dataset)
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
-    assert said.count("epoch 6 of 6") == said.count("trained; the weights") == 1
+    stderr = process.communicate()[1]
+    assert process.returncode == 0, stderr
+    assert stderr.count("epoch 6 of 6") == stderr.count("trained; the weights") == 1
     assert len(rows(whole)) == 6
     assert not any(check_bundle(whole).values())
 
@@ -68,18 +70,18 @@ def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: P
     ]:
         os.kill(int(pid), signal.SIGKILL)
     process.communicate()
-    assert (cut / CHECKPOINT).is_file()
+    assert BundlePaths(cut).checkpoint.is_file()
     process = start(cut, dataset, "--resume")
-    said = process.communicate()[1]
-    assert process.returncode == 0, said
+    stderr = process.communicate()[1]
+    assert process.returncode == 0, stderr
     assert [row["epoch"] for row in rows(cut)] == [row["epoch"] for row in rows(whole)]
     assert rows(cut)[0] == rows(whole)[0]
     assert float(rows(cut)[-1]["loss"]) == pytest.approx(float(rows(whole)[-1]["loss"]), rel=0.02)
     assert not any(check_bundle(cut).values())
 
 
-def test_the_clock_is_the_first_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that all end after the same step, and have one learning rate."""
+def test_time_is_that_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes then end after the same step and have one learning rate."""
     monkeypatch.setattr(optimisation, "from_first_process", lambda value: 30.0)
     monkeypatch.setattr(optimisation, "is_single_process", lambda: False)
     ticks = iter(range(100))
@@ -90,8 +92,8 @@ def test_the_clock_is_the_first_process_s(monkeypatch: pytest.MonkeyPatch) -> No
     assert budget.used() == 0.5
 
 
-def test_one_process_needs_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also one whose number some job script has set: it writes what it makes."""
+def test_a_single_process_writes_and_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a job script has set RANK."""
     monkeypatch.setenv("RANK", "3")
     with process_group() as device:
         assert device is None

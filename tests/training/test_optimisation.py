@@ -1,4 +1,4 @@
-"""The recipe of 2015 and what goes with it: border weights, elastic deformation, losses, He initialisation, SGD, the clock."""
+"""The U-Net recipe of 2015 (border weights, elastic deformation, losses, SGD), and the budget."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from monai.losses import DiceCELoss, DiceLoss
 from scipy import ndimage
 from torch import nn
 
-from pipeline.config.run import Augment, Run, TrainingPrecision
+from pipeline.config.run import Augment, Run
 from pipeline.config.spec import NetworkSpec, Spec
 from pipeline.errors import ConfigError, ShapeError
+from pipeline.networks import Ensemble, UNet, build_network
 from pipeline.networks.losses import build_loss
-from pipeline.networks.unet import Ensemble, UNet, build_network
 from pipeline.training.optimisation import (
     Budget,
-    TrainingInferer,
     build_optimizer,
     build_schedule,
     initialise,
     start_from,
     with_added_level,
 )
+from pipeline.training.precision import TrainingInferer
 from pipeline.transforms.augmentation import augmentation
 from pipeline.transforms.border_weights import WEIGHT, BorderWeightd, border_weights, class_weights
-from pipeline.transforms.elastic import dense_field, displaced
+from pipeline.transforms.elastic_deformation import deform, dense_displacements
 from pipeline.types import Array
 
 RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
@@ -128,7 +128,7 @@ def test_the_dense_field_is_the_cubic_spline_through_the_points(shape: tuple[int
     coarse = np.random.default_rng(0).normal(scale=10, size=(len(shape), *(3,) * len(shape)))
     places = np.meshgrid(*(np.linspace(0, 2, n) for n in shape), indexing="ij")
     expected = [ndimage.map_coordinates(part, places, order=3, mode="mirror") for part in coarse]
-    field = dense_field(coarse, shape)
+    field = dense_displacements(coarse, shape)
     assert np.abs(field.numpy() - expected).max() < 1e-4
     for corner in product((0, -1), repeat=len(shape)):
         ours, drawn = np.moveaxis(field.numpy(), 0, -1)[corner], np.moveaxis(coarse, 0, -1)[corner]
@@ -140,7 +140,7 @@ def test_displacement_by_whole_voxels_is_a_shift(shape: tuple[int, ...]) -> None
     x = torch.rand(2, *shape)
     field = torch.zeros(len(shape), *shape)
     field[1] = 3
-    moved = displaced(x, field, "bilinear")
+    moved = deform(x, field, "bilinear")
     assert torch.allclose(moved[:, :, :-3], x[:, :, 3:], atol=1e-5)
     assert torch.allclose(moved[:, :, -3:], x[:, :, -4:-1].flip(2), atol=1e-5), (
         "mirrored at the border"
@@ -282,29 +282,6 @@ def test_he_initialisation_keeps_the_variance(dims: int) -> None:
             assert not module.bias.any()
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
-)
-@pytest.mark.parametrize("deep", [0, 1])
-def test_a_run_names_the_precision_of_the_convolutions(
-    precision: TrainingPrecision, dtype: torch.dtype, deep: int
-) -> None:
-    """Logits and gradients are in float32 either way, and close to each other."""
-    net = UNet(3, 1, 3, (4, 8, 8), norm="instance", deep_supervision=deep)
-    seen = []
-    net.output.register_forward_hook(lambda *call: seen.append(call[2].dtype))
-    x = torch.randn(1, 1, 8, 12, 16)
-    found = TrainingInferer(replace(RUN, precision=precision))(x, net)
-    logits, levels = (found[0], found) if deep else (found, [found])
-    assert seen == [dtype]
-    assert {level.dtype for level in levels} == {torch.float32}
-    assert [level.shape[2:] for level in levels] == [(8, 12, 16), (4, 6, 8)][: deep + 1]
-    logits.square().mean().backward()
-    assert net.output.weight.grad is not None
-    assert net.output.weight.grad.dtype == torch.float32
-    torch.testing.assert_close(logits, net.eval()(x), atol=0.05, rtol=0.05)
-
-
 @pytest.mark.parametrize("deep", [0, 1])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_ensemble_learns_as_its_networks_alone(dims: int, deep: int) -> None:
@@ -342,7 +319,7 @@ def test_the_optimizers() -> None:
 def test_training_ends_with_its_time_and_the_rate_with_it(
     minutes: float | None, steps: int
 ) -> None:
-    """Each step of this trainer takes 15 seconds of a clock that we hold; 10 epochs have 4 steps."""
+    """Each step of this trainer takes 15 seconds of a fake clock; 10 epochs have 4 steps each."""
     clock = [1000.0]
     budget = Budget(minutes, now=lambda: clock[0])
     optimiser = build_optimizer(UNet(2, 1, 2, (2, 4)), RUN)
@@ -390,7 +367,7 @@ def test_what_cannot_be_is_refused() -> None:
 
 
 def test_a_coarser_network_becomes_the_lower_levels(tmp_path: Path) -> None:
-    """Its last map comes out of the larger one's first deep output: fed the same image one level down, they agree."""
+    """The larger network's first deep output equals the coarser one's output."""
     torch.manual_seed(0)
     small = UNet(3, 1, 3, (6, 8, 10), norm="instance", deep_supervision=1)
     large = UNet(3, 1, 3, (4, 6, 8, 10), norm="instance", deep_supervision=2)

@@ -1,4 +1,4 @@
-"""From a folder of labelled volumes to a run and a bundle: layouts, what is wrong with cases, choices, folds."""
+"""Planning: layouts of datasets, fingerprints, problems, choices, folds, and the whole plan."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from phantom import SPACING, nifti, oblique, save, smooth, turn
+from phantom import SPACING, nifti, oblique, reorient, save, smooth
 
 from pipeline.bundle.check import check_bundle
 from pipeline.cli.app import main
 from pipeline.errors import ConfigError
 from pipeline.io.layouts import find_pairs
 from pipeline.training.planning.choices import (
+    Processor,
     choose_settings,
-    make_folds,
     nested_values,
     training_length,
 )
 from pipeline.training.planning.fingerprint import Fingerprint, take_fingerprints
+from pipeline.training.planning.folds import make_folds
 from pipeline.training.planning.timing import TrainingTimes
 
 LABELS = {"background": 0, "front": 1, "back": 2}
@@ -103,7 +104,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], list[Path]], tuple[str, ...] | None, s
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_each_layout_gives_its_pairs(name: str, tmp_path: Path) -> None:
-    """Names, channels in their order, labels where the folder says; every file is there, and none is wrong."""
+    """Names, the order of channels and the labels are those of the folder; all files exist."""
     make, channels, first = LAYOUTS[name]
     layout = find_pairs(make(tmp_path))
     assert layout.cases[0]["case"] == first
@@ -120,8 +121,8 @@ def test_each_layout_gives_its_pairs(name: str, tmp_path: Path) -> None:
     assert layout.licence == ("CC0" if name == "decathlon" else "")
 
 
-def test_what_is_no_pair_is_told_all_at_once(tmp_path: Path) -> None:
-    """Orphans of both kinds, missing channels, wrong names: each with its name."""
+def test_all_files_without_a_partner_are_named(tmp_path: Path) -> None:
+    """Images without label, labels without image, missing channels and wrong names."""
     (root,) = nnunet(tmp_path)
     save(root / "imagesTr" / "lone_0000.nii.gz", image())
     save(root / "imagesTr" / "lone_0001.nii.gz", image())
@@ -130,22 +131,22 @@ def test_what_is_no_pair_is_told_all_at_once(tmp_path: Path) -> None:
     (root / "imagesTr" / "case_2_0001.nii.gz").unlink()
     layout = find_pairs([root])
     assert [case["case"] for case in layout.cases] == ["case_0", "case_1"]
-    said = dict(layout.problems)
-    assert set(said) == {"lone", "noted", "orphan", "case_2"} | ({"case_2"} & set(said))
-    assert "has no label" in said["lone"]
-    assert "has no image" in said["orphan"]
-    assert "channel's number" in said["noted"]
+    messages = {problem.case: problem.message for problem in layout.problems}
+    assert set(messages) == {"lone", "noted", "orphan", "case_2"} | ({"case_2"} & set(messages))
+    assert "has no label" in messages["lone"]
+    assert "has no image" in messages["orphan"]
+    assert "channel's number" in messages["noted"]
     (root,) = decathlon(tmp_path / "other")
     save(root / "labelsTr" / "extra.nii.gz", label())
-    assert [(name, "not listed" in what) for name, what in find_pairs([root]).problems] == [
-        ("extra", True)
+    assert [(problem.case, problem.kind) for problem in find_pairs([root]).problems] == [
+        ("extra", "not_listed")
     ]
     with pytest.raises(ConfigError, match="expected a Decathlon"):
         find_pairs([tmp_path / "other" / "labelsTr"])
 
 
 def test_every_broken_case_is_named(tmp_path: Path) -> None:
-    """Another grid, unknown values, fractions, nothing labelled, not readable, the same scan twice."""
+    """Another grid, unknown values, fractions, an empty label, a damaged file, a duplicate."""
     (root,) = decathlon(tmp_path, count=9)
 
     def image_of(i: int) -> Path:
@@ -167,31 +168,36 @@ def test_every_broken_case_is_named(tmp_path: Path) -> None:
     layout = find_pairs([root])
     prints, problems = take_fingerprints(layout.cases, layout.labels)
     assert [p.case for p in prints] == ["case_0", "case_8"]
-    said = dict(problems)
+    messages = {problem.case: problem.message for problem in problems}
     expected = {
-        "case_1": "1.00 mm from its image", "case_2": "has shape", "case_3": "has the values 5", "case_4": "whole numbers",
-        "case_5": "is empty", "case_6": "truncated", "case_7": "is that of case_0",
-    }  # fmt: skip
-    assert set(said) == set(expected)
-    assert all(text in said[case] for case, text in expected.items())
+        "case_1": "1.00 mm from its image",
+        "case_2": "has shape",
+        "case_3": "has the values 5",
+        "case_4": "whole numbers",
+        "case_5": "is empty",
+        "case_6": "truncated",
+        "case_7": "is that of case_0",
+    }
+    assert set(messages) == set(expected)
+    assert all(text in messages[case] for case, text in expected.items())
 
 
 @pytest.mark.parametrize("axcodes", ["RAS", "LIA", "SPR"])
 def test_fingerprints_are_of_the_body_not_of_the_file(axcodes: str, tmp_path: Path) -> None:
-    """Shape, spacing and the labels' box go along right, anterior, superior, however the file is stored."""
-    save(tmp_path / "images" / "a.nii.gz", turn(image(), axcodes))
-    save(tmp_path / "labels" / "a.nii.gz", turn(label(), axcodes))
+    """Shape, spacing and box are along right, anterior, superior in every orientation."""
+    save(tmp_path / "images" / "a.nii.gz", reorient(image(), axcodes))
+    save(tmp_path / "labels" / "a.nii.gz", reorient(label(), axcodes))
     (one,), problems = take_fingerprints(find_pairs([tmp_path]).cases, None)
     assert problems == []
     assert one.shape == (17, 24, 21)
     assert one.spacing == pytest.approx(SPACING)
     values = np.asarray(label().dataobj)
     places = np.argwhere(values > 0)
-    assert one.foreground == tuple(np.ptp(places, axis=0) + 1)
-    assert one.voxels == {1: int((values == 1).sum()), 2: int((values == 2).sum())}
-    assert one.inside == pytest.approx(
-        (smooth()[values > 0].mean(), smooth()[values > 0].std()), rel=1e-4
-    )
+    assert one.foreground_shape == tuple(np.ptp(places, axis=0) + 1)
+    assert one.label_voxels == {1: int((values == 1).sum()), 2: int((values == 2).sum())}
+    inside = smooth()[values > 0]
+    assert one.foreground_mean == pytest.approx(inside.mean(), rel=1e-4)
+    assert one.foreground_std == pytest.approx(inside.std(), rel=1e-4)
 
 
 def print_of(
@@ -201,25 +207,23 @@ def print_of(
         case="x",
         shape=shape,
         spacing=spacing,
-        foreground=(9, 9, 9),
-        voxels={1: 50},
-        zeros=zeros,
-        inside=(1.0, 1.0),
+        foreground_shape=(9, 9, 9),
+        label_voxels={1: 50},
+        zero_fraction=zeros,
+        foreground_mean=1.0,
+        foreground_std=1.0,
     )
 
 
-CPU, GPU = "cpu", "gpu"
-
-
-def chosen(prints: list[Fingerprint], device: str = CPU, dims: int = 3) -> dict[str, Any]:
-    return {
-        choice.name: choice.value
-        for choice in choose_settings(prints, LABELS, ["T1w"], device, dims)
-    }
+def chosen(
+    fingerprints: list[Fingerprint], processor: Processor = "cpu", dims: int = 3
+) -> dict[str, Any]:
+    choices = choose_settings(fingerprints, LABELS, ["T1w"], processor, dims)
+    return {choice.name: choice.value for choice in choices}
 
 
 def test_choices_follow_the_data() -> None:
-    """Small crops are one window; thick slices keep their axis; what is cut out is normalised without its zeros."""
+    """Small crops are one patch, thick slices keep their axis, stripped volumes ignore zeros."""
     crops = chosen([print_of((35, 50, 36), (1.0, 1.0, 1.0))] * 5)
     assert crops["spec.roi_size"] == [40, 56, 40]
     assert crops["spec.network"]["strides"] == [[2, 2, 2]] * 3
@@ -233,9 +237,9 @@ def test_choices_follow_the_data() -> None:
 
 
 def test_choices_follow_the_machine() -> None:
-    """A GPU sees more at once, with more features; slices are chosen across the thick axis."""
+    """A GPU gets larger patches and more features; slices lie across the thick axis."""
     head = [print_of((192, 256, 256), (1.0, 1.0, 1.0))] * 5
-    cpu, gpu = chosen(head), chosen(head, GPU)
+    cpu, gpu = chosen(head), chosen(head, "gpu")
     assert np.prod(gpu["spec.roi_size"]) > 2 * np.prod(cpu["spec.roi_size"])
     assert gpu["spec.network"]["features"][0] > cpu["spec.network"]["features"][0]
     slices = chosen([print_of((256, 256, 24), (0.9, 0.9, 6.0))] * 5, dims=2)
@@ -249,12 +253,12 @@ def test_choices_follow_the_machine() -> None:
 )
 @pytest.mark.parametrize("dims", [2, 3])
 def test_every_plan_is_a_network(shape: tuple[int, int, int], dims: int) -> None:
-    """Whatever the data: a spec that is accepted, and a window that it can take."""
+    """For all sizes of data the spec is valid, and the network accepts its patch."""
     from pipeline.config.parser import parse_config
     from pipeline.config.spec import Spec
-    from pipeline.networks.unet import build_unet
+    from pipeline.networks import build_unet
 
-    found = choose_settings([print_of(shape, (1.0, 0.8, 2.5))] * 3, LABELS, ["T1w"], CPU, dims)
+    found = choose_settings([print_of(shape, (1.0, 0.8, 2.5))] * 3, LABELS, ["T1w"], "cpu", dims)
     spec = parse_config(Spec, nested_values(found, "spec."), "spec")
     assert max(spec.network.features) <= 320
     net = build_unet(spec).eval()
@@ -267,7 +271,7 @@ def test_every_plan_is_a_network(shape: tuple[int, int, int], dims: int) -> None
 
 
 def test_folds_keep_subjects_together() -> None:
-    """Every case is left out once; sessions and sides of one subject are never on both sides; always the same folds."""
+    """Each case is held out once, subjects are never split, and the folds are repeatable."""
     names = [f"sub-{i:02}_ses-{s}_T1w" for i in range(13) for s in "ab"] + [
         f"p{i}_{side}" for i in range(9) for side in ("L", "R")
     ]
@@ -287,7 +291,7 @@ def test_folds_keep_subjects_together() -> None:
 
 
 def test_the_length_fits_the_time() -> None:
-    """As many whole epochs as there is room for, with what goes around them."""
+    """The run has as many whole epochs as the time allows."""
     pace = TrainingTimes(steps={"float32": 2.5, "bfloat16": 2.0}, validation=30.0, around=20.0)
     assert pace.precision == "bfloat16"
     epochs, total = training_length(30, 50, pace)
@@ -302,7 +306,7 @@ def run(*arguments: str) -> Result:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_plan_train_evaluate(name: str, tmp_path: Path) -> None:
-    """Three commands from a folder to a bundle that passes its checks and has a score."""
+    """Three commands lead from a folder to a bundle that passes its checks and has a score."""
     places = [str(place) for place in LAYOUTS[name][0](tmp_path / "data")]
     config = tmp_path / "mine.yaml"
     threads = torch.get_num_threads()

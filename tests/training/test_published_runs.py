@@ -1,4 +1,4 @@
-"""Each classic trains and segments by the ordinary commands, from its own configuration, with fewer features."""
+"""Each published U-Net trains and segments from its own configuration, with fewer features."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPACING = (1.0, 1.1, 0.9)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As many volumes as one step mixes, whose label follows from their intensity."""
+    """Return as many volumes as one step mixes; their labels follow from intensities."""
     root = tmp_path_factory.mktemp("classics")
     pairs = []
     for i in range(4):
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_it_trains_and_segments(path: Path, dataset: Path, tmp_path: Path) -> None:
-    """One epoch leaves a bundle that passes its checks and writes a label map on the file's own grid."""
+    """One epoch gives a bundle that passes its checks and segments on the file's own grid."""
     bundle = Path(yaml.safe_load(path.read_text())["bundle"])
     spec = yaml.safe_load((ROOT / bundle / "configs" / "spec.yaml").read_text())
     spec["network"]["features"] = [2 + i for i in range(len(spec["network"]["features"]))]

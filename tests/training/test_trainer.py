@@ -18,7 +18,7 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 from pipeline.bundle.check import check_bundle
 from pipeline.cli.app import main
 from pipeline.io.tables import read_csv
-from pipeline.networks.unet import member_states
+from pipeline.networks import member_states
 from pipeline.training.optimisation import COMPILERS
 
 CASES = 6
@@ -28,7 +28,7 @@ EPOCHS = 30
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Volumes whose label follows from their intensity, on grids of several sizes."""
+    """Return a dataset whose labels follow from intensities, on grids of several sizes."""
     root = tmp_path_factory.mktemp("dataset")
     names = [f"case_{i}" for i in range(CASES)]
     for i, name in enumerate(names):
@@ -42,11 +42,20 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-NETWORK = {"features": [6, 8], "norm": "instance"}  # so few steps settle no running statistics
+# instance norm: so few steps do not settle the running statistics of batch norm
+NETWORK = {"features": [6, 8], "norm": "instance"}
 
 
 def train(folder: Path, dataset: Path, dims: int, /, *changes: str, **settings: Any) -> Result:
-    """`volseg train` on a bundle that has a spec and a card only; the settings are the run's, `network` the spec's."""
+    """Run `volseg train` on a bundle with a spec and a card only.
+
+    Args:
+        folder: gets the bundle and the run's YAML.
+        dataset: to train on.
+        dims: of the network.
+        changes: KEY=VALUE on the command line.
+        settings: of the run; `network` is the spec's.
+    """
     network = settings.pop("network", NETWORK)
     configs = folder / "bundle" / "configs"
     configs.mkdir(parents=True, exist_ok=True)
@@ -56,9 +65,16 @@ def train(folder: Path, dataset: Path, dims: int, /, *changes: str, **settings: 
     }.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run = {
-        "bundle": str(folder / "bundle"), "dataset": str(dataset), "splits": "splits.json", "epochs": EPOCHS, "batch_size": 4,
-        "patches_per_case": 2, "learning_rate": 0.1, "ema_decay": 0.5, "augment": {"mirror": ["R"]},
-    } | settings  # fmt: skip
+        "bundle": str(folder / "bundle"),
+        "dataset": str(dataset),
+        "splits": "splits.json",
+        "epochs": EPOCHS,
+        "batch_size": 4,
+        "patches_per_case": 2,
+        "learning_rate": 0.1,
+        "ema_decay": 0.5,
+        "augment": {"mirror": ["R"]},
+    } | settings
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     threads = torch.get_num_threads()
     result = CliRunner().invoke(
@@ -79,7 +95,7 @@ def digest(folder: Path) -> str:
 def test_training_leaves_a_complete_bundle_that_segments(
     dims: int, dataset: Path, tmp_path: Path
 ) -> None:
-    """The loss falls, the bundle passes its checks, and its labels agree with those of cases that it never saw."""
+    """The loss falls, the bundle passes its checks, and held-out cases are segmented well."""
     result = train(tmp_path, dataset, dims)
     assert result.exit_code == 0, result.output
     losses = [
@@ -116,7 +132,7 @@ def test_training_leaves_a_complete_bundle_that_segments(
 
 
 def test_the_same_seed_gives_the_same_weights(dataset: Path, tmp_path: Path) -> None:
-    """To the bit; another seed gives others."""
+    """They are equal to the bit; another seed gives other weights."""
     weights = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         (tmp_path / name).mkdir()
@@ -126,14 +142,14 @@ def test_the_same_seed_gives_the_same_weights(dataset: Path, tmp_path: Path) -> 
 
 
 def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: Path) -> None:
-    """ema_decay 0, the default, trains as well."""
+    """ema_decay 0, the default, trains a complete bundle."""
     assert train(tmp_path, dataset, 2, "epochs=1", "ema_decay=0").exit_code == 0
     assert (tmp_path / "bundle" / "models" / "model.pt").is_file()
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_path: Path) -> None:
-    """Each of its networks learns, none is a copy of another, and what they leave is a complete bundle."""
+    """Each network learns, none is a copy of another, and the bundle is complete."""
     network = {"features": [4, 6, 8], "norm": "instance", "ensemble": 3, "deep_supervision": 1}
     result = train(tmp_path, dataset, dims, "epochs=6", network=network, precision="bfloat16")
     assert result.exit_code == 0, result.output
@@ -153,7 +169,7 @@ def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_pat
 
 @pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="no C++ compiler")
 def test_a_compiled_network_leaves_the_same_bundle(dataset: Path, tmp_path: Path) -> None:
-    """Its weights have the names that inference asks for, and nearly the values that they have without."""
+    """Its weights have the same names, and nearly the same values."""
     weights = []
     for name, compiled in (("plain", "false"), ("compiled", "true")):
         (tmp_path / name).mkdir()
@@ -178,7 +194,7 @@ def test_compiling_without_a_compiler_is_refused(
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_validation_is_evaluation(dims: int, dataset: Path, tmp_path: Path) -> None:
-    """What the last epoch's validation said is what `evaluate` says of the weights that were kept; no row is missing."""
+    """The last validation agrees with `evaluate` on the kept weights; no row is missing."""
     result = train(tmp_path, dataset, dims, epochs=5, validate_every=2)
     assert result.exit_code == 0, result.output
     root = tmp_path / "bundle"
@@ -215,7 +231,7 @@ def test_validation_is_evaluation(dims: int, dataset: Path, tmp_path: Path) -> N
 def test_the_best_weights_are_kept_and_the_run_ends_when_they_get_no_better(
     dataset: Path, tmp_path: Path
 ) -> None:
-    """With a rate that spoils them soon: the epoch that was best is what is left, and no later one."""
+    """A high learning rate spoils the weights soon; those of the best epoch are kept."""
     settings = {"validate_every": 1, "keep": "best", "patience": 2, "learning_rate": 0.05}
     result = train(tmp_path, dataset, 3, epochs=40, **settings)
     assert result.exit_code == 0, result.output
@@ -242,7 +258,7 @@ def test_the_best_weights_are_kept_and_the_run_ends_when_they_get_no_better(
 
 
 @pytest.mark.parametrize(
-    ("changes", "settings", "says"),
+    ("changes", "settings", "message"),
     [
         (
             ["keep=best"],
@@ -265,20 +281,23 @@ def test_the_best_weights_are_kept_and_the_run_ends_when_they_get_no_better(
         (
             [],
             {"bundle": "nowhere"},
-            "nowhere/configs/spec.yaml: no such file; write down there what the weights are to see",
+            "nowhere/configs/spec.yaml: no such file; write the spec of the weights there",
         ),
     ],
 )
-def test_a_run_that_cannot_be_is_refused(
-    changes: list[str], settings: dict[str, Any], says: str, dataset: Path, tmp_path: Path
+def test_a_wrong_run_is_refused(
+    changes: list[str], settings: dict[str, Any], message: str, dataset: Path, tmp_path: Path
 ) -> None:
     """Exit status 2 and a message without a traceback."""
     result = train(tmp_path, dataset, 3, *changes, **settings)
     assert result.exit_code == 2
-    assert says in " ".join(result.stderr.split())
+    assert message in " ".join(result.stderr.split())
 
 
-TABLE = """value,freesurfer_value,name,target_value,intensity_class,t1_mean,t1_mean_sd,t1_sd,t1_sd_sd
+COLUMNS = (
+    "value,freesurfer_value,name,target_value,intensity_class,t1_mean,t1_mean_sd,t1_sd,t1_sd_sd"
+)
+TABLE = f"""{COLUMNS}
 0,0,background,0,0,5,1,3,1
 1,1,fluid,0,1,45,5,5,1
 2,2,left front,7,2,150,10,5,1
@@ -288,7 +307,7 @@ TABLE = """value,freesurfer_value,name,target_value,intensity_class,t1_mean,t1_m
 
 
 def test_training_on_images_drawn_from_label_maps(tmp_path: Path) -> None:
-    """A folder of maps and their table are enough, twice the same weights come out, and a real image is segmented."""
+    """Label maps and their table are enough; the result is repeatable and segments an image."""
     maps = tmp_path / "maps"
     for i in range(3):
         levels = smooth((19 + i, 24, 21), seed=i)
@@ -296,9 +315,15 @@ def test_training_on_images_drawn_from_label_maps(tmp_path: Path) -> None:
         save(maps / f"map_{i}.nii.gz", nib.Nifti1Image(label, oblique()))
     (maps / "labels.csv").write_text(TABLE)
     settings = {
-        "splits": None, "hold_out": ["map_2"], "repeats": 3, "epochs": 2, "batch_size": 2, "patches_per_case": 1,
-        "learning_rate": 0.01, "synthesis": {"table": str(maps / "labels.csv")},
-    }  # fmt: skip
+        "splits": None,
+        "hold_out": ["map_2"],
+        "repeats": 3,
+        "epochs": 2,
+        "batch_size": 2,
+        "patches_per_case": 1,
+        "learning_rate": 0.01,
+        "synthesis": {"table": str(maps / "labels.csv")},
+    }
     for name in ("one", "two"):
         result = train(tmp_path / name, maps, 3, **settings)
         assert result.exit_code == 0, result.output

@@ -13,9 +13,10 @@ from phantom import nifti, oblique, save, smooth
 
 from pipeline.cli.app import main
 from pipeline.errors import VolumeError
-from pipeline.io.reader import ReadVolumed
+from pipeline.io.case_warnings import warnings_of
 from pipeline.io.tables import read_csv
 from pipeline.transforms.checks import CheckVolumed, check_affine, check_values, looks_like_labels
+from pipeline.transforms.loading import LoadVolumed
 from pipeline.types import Affine, Array
 
 
@@ -26,21 +27,20 @@ def with_values(count: int, value: float) -> Array:
 
 
 def checked(image: Any) -> Any:
-    return CheckVolumed("image")(ReadVolumed("image")({"image": image}))["image"]
+    return CheckVolumed("image")(LoadVolumed("image")({"image": image}))["image"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("count", [1, 85])
-def test_a_few_bad_voxels_are_mended_and_told(value: float, count: int) -> None:
-    """They become the smallest finite value, all other voxels stay, and a warning counts them."""
+def test_a_few_voxels_that_are_not_finite_are_replaced(value: float, count: int) -> None:
+    """They get the smallest finite value, other voxels are unchanged, and a warning counts them."""
     array = with_values(count, value)
     image = checked(nifti(array))
     good = np.isfinite(array)
     np.testing.assert_array_equal(np.asarray(image[0])[good], array[good])
     assert (np.asarray(image[0])[~good] == array[good].min()).all()
-    assert (
-        image.meta["warnings"]
-        == f"{count} voxels were NaN or infinite and were set to the smallest value"
+    assert warnings_of(image.meta) == (
+        f"{count} voxels were NaN or infinite and were set to the smallest value",
     )
 
 
@@ -78,8 +78,8 @@ def flat() -> Affine:
         (np.full((4, 4), np.nan), "the affine holds NaN or infinity"),
     ],
 )
-def test_affines_that_cannot_be_are_refused(affine: Affine, says: str) -> None:
-    """Zero or absurd spacing, shear, a lost dimension: each in its own words."""
+def test_implausible_affines_are_refused(affine: Affine, says: str) -> None:
+    """Zero or implausible spacing, shear and singular axes have their own messages."""
     with pytest.raises(VolumeError) as raised:
         check_affine(affine)
     assert says in str(raised.value)
@@ -89,7 +89,7 @@ def test_affines_that_cannot_be_are_refused(affine: Affine, says: str) -> None:
     "affine", [oblique(), oblique((0.2, 0.2, 19.0)), oblique().astype(np.float32), sheared(89.7)]
 )
 def test_affines_of_real_scanners_pass(affine: Affine) -> None:
-    """Rounding of a float32 header is no shear, thick slices are no error."""
+    """Rounding in a float32 header is not taken for shear; thick slices are accepted."""
     check_affine(np.asarray(affine, dtype=np.float64))
 
 
@@ -105,7 +105,8 @@ def test_affines_of_real_scanners_pass(affine: Affine) -> None:
         ),
         (
             with_values(500, np.nan),
-            "500 voxels (5.8%) are NaN or infinite, expected at most 1%; where they mark the background",
+            "500 voxels (5.8%) are NaN or infinite, expected at most 1%; where they mark the "
+            "background",
         ),
         (
             np.rint(smooth() / 100).clip(0, 3),
@@ -115,14 +116,14 @@ def test_affines_of_real_scanners_pass(affine: Affine) -> None:
     ],
 )
 def test_values_that_cannot_be_segmented_are_refused(array: Array, says: str) -> None:
-    """Empty, constant, mostly NaN or a label map: each in its own words."""
+    """Empty, constant, mostly NaN and label maps have their own messages."""
     with pytest.raises(VolumeError) as raised:
         check_values(torch.from_numpy(np.array(array, dtype=np.float32)))
     assert says in str(raised.value)
 
 
 def test_the_message_names_the_channel(tmp_path: Path) -> None:
-    """Of several files, the bad one."""
+    """The message names the file of the bad channel."""
     paths = [
         save(tmp_path / "T1w.nii.gz"),
         save(tmp_path / "FLAIR.nii.gz", nifti(np.zeros_like(smooth()))),
@@ -132,10 +133,10 @@ def test_the_message_names_the_channel(tmp_path: Path) -> None:
 
 
 def test_warnings_of_reading_are_kept(tmp_path: Path) -> None:
-    """What reading and checking have to say stands one below the other."""
+    """Warnings of loading come first, then those of the checks."""
     image = nifti(with_values(2, np.nan), codes=(1, 1))
     image.header.set_qform(oblique((0.9, 1.3, 2.2)), code=1)
-    lines = checked(save(tmp_path / "scan.nii.gz", image)).meta["warnings"].splitlines()
+    lines = warnings_of(checked(save(tmp_path / "scan.nii.gz", image)).meta)
     assert [line.split()[0] for line in lines] == ["sform", "2"]
 
 
@@ -149,11 +150,11 @@ def test_warnings_of_reading_are_kept(tmp_path: Path) -> None:
     ],
 )
 def test_images_are_not_taken_for_labels(array: Array) -> None:
-    """Whole numbers alone, or a background of zeros, make no label map."""
+    """Whole numbers alone, or a background of zeros, do not make a label map."""
     assert not looks_like_labels(array)
 
 
-def test_real_images_and_labels_are_told_apart(data: Path) -> None:
+def test_real_images_and_labels_are_distinguished(data: Path) -> None:
     """Every real scan is an image; every real segmentation is not."""
     images = [*(data / "real").glob("*T1w*"), *(data / "real").glob("*FLAIR*")]
     images += sorted((data / "hippocampus" / "imagesTr").glob("h*"))[:30]
@@ -178,7 +179,7 @@ def test_real_images_and_labels_are_told_apart(data: Path) -> None:
 
 
 def _zero_spacing(path: Path) -> None:
-    """A header whose qform alone is set, with a pixdim of 0: nibabel would mend it to 1 and say nothing."""
+    """Write a file with only a qform and a pixdim of 0, which nibabel silently takes for 1."""
     header = nifti().header
     header.set_sform(None, code=0)
     header.set_qform(oblique(), code=1)
@@ -232,7 +233,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_each_bad_input_has_its_message_and_the_good_ones_are_written(
     tmp_path: Path, tiny_bundle_3d: Path
 ) -> None:
-    """All the bad inputs in one folder, between two good ones: exit status 1, a row with the reason each, two label maps."""
+    """Bad inputs between two good ones: exit status 1, a reason per bad case, two label maps."""
     folder, out = tmp_path / "in", tmp_path / "out"
     save(folder / "a_good.nii.gz")
     save(folder / "z_good.nii.gz")

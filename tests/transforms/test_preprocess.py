@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from phantom import nifti, oblique, smooth, spec_content, turn
+from phantom import nifti, oblique, reorient, smooth, spec_content
 from scipy.ndimage import map_coordinates
 
 from pipeline.config.parser import parse_config
@@ -22,8 +22,8 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "SAR", "PIR"])
 @pytest.mark.parametrize("spacing", [[1.2, 1.1, 1.6], [None, 1.1, None], [None, None, None]])
 def test_the_grid_is_the_one_the_spec_names(orientation: str, spacing: list[float | None]) -> None:
-    """Orientation and spacing are the spec's; null keeps the file's own spacing along that axis."""
-    source = turn(nifti(), "SLA")
+    """Orientation and spacing are the spec's; null keeps the file's spacing on that axis."""
+    source = reorient(nifti(), "SLA")
     image = preprocessing(parse(orientation=orientation, spacing=spacing))({"image": source})[
         "image"
     ]
@@ -39,9 +39,10 @@ def test_the_grid_is_the_one_the_spec_names(orientation: str, spacing: list[floa
 
 
 def test_resampling_is_linear_at_the_places_that_the_affine_says() -> None:
-    """Each voxel's value is scipy's linear interpolation of the file at the same point of the world.
+    """Each voxel is scipy's linear interpolation of the file at the same point of the world.
 
-    Along the file's first axis, which gets coarser (0.9 to 1.2 mm), it is the mean under a triangle of the new width.
+    The file's first axis gets coarser (0.9 to 1.2 mm): there it is the mean under a triangle of
+    the new width.
     """
     spec = parse(intensity={"method": "percentiles", "lower": 0, "upper": 100})
     image = preprocessing(spec)({"image": nifti()})["image"]
@@ -61,7 +62,7 @@ def test_resampling_is_linear_at_the_places_that_the_affine_says() -> None:
 
 @pytest.mark.parametrize("nonzero", [False, True])
 def test_zscore_is_of_each_channels_own_volume(nonzero: bool) -> None:
-    """Mean 0 and standard deviation 1, channel by channel; with nonzero, zeros stay 0 and do not count."""
+    """Each channel has mean 0 and deviation 1; with nonzero, zeros stay 0 and do not count."""
     arrays = [smooth(seed=1), 1000 + 50 * smooth(seed=2)]
     for array in arrays:
         array[:5] = 0
@@ -89,10 +90,10 @@ def test_percentiles_become_0_and_1() -> None:
 
 @pytest.mark.parametrize("axcodes", ["".join(axes) for axes in permutations("LAI")])
 def test_the_label_goes_with_the_image(axcodes: str) -> None:
-    """Both land on one grid, and a label map keeps its values."""
+    """Both are resampled to one grid, and a label map keeps its values."""
     label = (smooth() > 120).astype(np.uint8) * 7
     case = preprocessing(parse())(
-        {"image": turn(nifti(), axcodes), "label": turn(nifti(label), axcodes)}
+        {"image": reorient(nifti(), axcodes), "label": reorient(nifti(label), axcodes)}
     )
     assert case["label"].shape == case["image"].shape
     torch.testing.assert_close(case["label"].affine, case["image"].affine)
@@ -103,11 +104,24 @@ def test_the_label_goes_with_the_image(axcodes: str) -> None:
     assert inside.mean() > outside.mean() + 1
 
 
-def test_a_case_without_a_label_is_a_case() -> None:
-    """Inference gives no label, and gets the same image."""
+def test_a_label_is_not_needed() -> None:
+    """Inference has no label, and gets the same image."""
     with_label = preprocessing(parse())(
         {"image": nifti(), "label": nifti((smooth() > 100).astype(np.uint8))}
     )
     without = preprocessing(parse())({"image": nifti()})
     assert "label" not in without
     assert torch.equal(with_label["image"], without["image"])
+
+
+def test_the_two_parts_give_the_result_of_the_whole() -> None:
+    """Loading keeps the file's grid; the rest brings the case to the network's grid."""
+    transform = preprocessing(parse(), labels_spacing=1.5)
+    assert transform.reader is transform.transforms[0]
+    assert (transform.reader.volume, transform.reader.labels_spacing) == (None, 1.5)
+    loaded = transform.load({"image": nifti()})
+    np.testing.assert_array_equal(loaded["image"][0], smooth())
+    prepared = transform.to_network_grid(loaded)
+    whole = transform({"image": nifti()})
+    assert torch.equal(prepared["image"], whole["image"])
+    torch.testing.assert_close(prepared["image"].affine, whole["image"].affine)

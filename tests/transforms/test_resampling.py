@@ -35,7 +35,7 @@ def case(affine: Affine) -> dict[str, MetaTensor]:
 
 @pytest.mark.parametrize("name", AFFINES)
 def test_equals_monais_spacing(name: str) -> None:
-    """Image and label, values and affine; and MONAI's inverse undoes it as it undoes its own."""
+    """Values and affines of image and label are equal, and so are their inverses."""
     ours = spacing_transform(parse_spec(), ("image", "label"))
     theirs = Spacingd(("image", "label"), pixdim=[1.2, 1.1, 1.6], mode=("bilinear", "nearest"))
     found, expected = ours(case(AFFINES[name])), theirs(case(AFFINES[name]))
@@ -47,14 +47,14 @@ def test_equals_monais_spacing(name: str) -> None:
     np.testing.assert_allclose(back["image"].affine, AFFINES[name], atol=1e-12)
 
 
-def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MONAI's resampling of an image is not called where axes run parallel."""
+def test_monais_resampling_is_not_used_on_parallel_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replacing it by None changes nothing."""
     monkeypatch.setattr("monai.transforms.spatial.array.spatial_resample", None)
     spacing_transform(parse_spec(), ("image", "label"))({"image": case(AFFINES["turned"])["image"]})
 
 
 def test_the_inverse_of_an_average_is_monais() -> None:
-    """The same grids there and back, and linear interpolation on the way back."""
+    """The grids are the same, and the inverse interpolates linearly."""
     ours = spacing_transform(parse_spec(), ("image", "label"))
     theirs = Spacingd(("image", "label"), pixdim=[1.2, 1.1, 1.6], mode=("bilinear", "nearest"))
     found, expected = ours(case(COARSER)), theirs(case(COARSER))
@@ -69,7 +69,7 @@ def test_the_inverse_of_an_average_is_monais() -> None:
 
 @pytest.mark.parametrize("size", [17, 9, 5])
 def test_averages_are_those_of_torchs_antialiasing(size: int) -> None:
-    """Which knows planes only; both axes at once, with the edges where torch puts them, from 23 × 24 to a smaller plane."""
+    """Planes of 23 × 24 voxels, which is all that torch supports, averaged along both axes."""
     plane = torch.from_numpy(smooth((23, 24, 3)))[..., 0]
     target = (size, size - 2)
     expected = functional.interpolate(plane[None, None], target, mode="bilinear", antialias=True)[
@@ -85,7 +85,7 @@ def test_averages_are_those_of_torchs_antialiasing(size: int) -> None:
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
 def test_only_what_gets_coarser_is_averaged(axis: int) -> None:
-    """Along other axes a spike stays a spike; a coarse grid misses no voxel, and loses no brightness."""
+    """A spike stays a spike along other axes; the coarse grid loses none of its intensity."""
     spike = torch.zeros(1, 25, 29, 27)
     spike[0, 11, 13, 15] = 1  # between two voxels of the coarse grid
     mm = [2.0 if i + 1 == axis else 1.0 for i in range(3)]
@@ -101,7 +101,7 @@ def test_only_what_gets_coarser_is_averaged(axis: int) -> None:
 
 
 def test_a_slightly_coarser_grid_is_not_blurred_twice() -> None:
-    """From 1.8 to 2 mm the spread of a point is that of a triangle of 2 mm, whatever lies between the grids."""
+    """From 1.8 to 2 mm, a point spreads like a triangle of 2 mm for any offset of the grids."""
     spread = []
     for place in range(20, 29):
         spike = torch.zeros(1, 49, 4, 4)

@@ -1,4 +1,4 @@
-"""Images drawn from label maps: where they come from is known, so that everything about them can be told."""
+"""Images synthesised from label maps, whose content is therefore known."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.config.run import Synthesis
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.transforms.synthesis import (
     FWHM,
-    KNOTS,
+    T1_KNOTS,
     RandSynthesized,
-    smoothed,
+    gaussian_smooth,
     synthesis_transform,
 )
-from pipeline.transforms.tissue_classes import Tissues, read_tissues
+from pipeline.transforms.tissue_classes import TissueTable, read_tissue_table
 from pipeline.types import Array
 
 LABELS = {"background": 0, "left box": 2, "right box": 41, "middle": 16, "fluid": 24}
@@ -42,8 +42,10 @@ ROWS = [
     "57,57,right lesion,41,7,115,0,0,0",
 ]
 STILL: dict[str, Any] = {
-    "rotation": 0.0, "scaling": 0.0, "shear": 0.0, "shift": 0.0, "elastic": 0.0, "t1_chance": 1.0, "sequence_chance": 0.0,
-    "resolution_chance": 0.0, "slices_chance": 0.0, "noise": 0.0, "bias": 0.0, "gamma": 0.0, "cut_chance": 0.0,
+    "rotation": 0.0, "scaling": 0.0, "shear": 0.0, "shift": 0.0, "elastic": 0.0,
+    "t1_chance": 1.0, "sequence_chance": 0.0,
+    "resolution_chance": 0.0, "slices_chance": 0.0, "noise": 0.0, "bias": 0.0, "gamma": 0.0,
+    "cut_chance": 0.0,
     "strip_chance": 0.0,
 }  # fmt: skip
 SPACING = (2.0, 1.5, 2.5)
@@ -51,7 +53,7 @@ ROI = (16, 24, 12)
 
 
 def head() -> Array:
-    """A skull around fluid around two boxes that differ in size, each with a lesion, and a middle; 1 mm, RAS."""
+    """A skull, fluid, and in it a middle and two different boxes with lesions; 1 mm, RAS."""
     array = np.zeros((34, 41, 29), dtype=np.uint8)
     array[2:-2, 2:-2, 2:-2] = 202
     array[5:-5, 5:-5, 5:-5] = 24
@@ -116,10 +118,10 @@ def sides(channels: Array) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "SPL", "ARI"])
-def test_a_neck_s_window_has_the_structures_above_its_middle(
+def test_with_a_neck_structures_lie_above_the_images_centre(
     map_file: Path, table: Path, orientation: str
 ) -> None:
-    """In the direction that is up in the network's orientation, and in no other."""
+    """Structures move up in any orientation, and in no other direction."""
     axis = next(i for i, code in enumerate(orientation) if code in "SI")
     sizes: dict[str, Any] = {
         "orientation": orientation,
@@ -140,8 +142,10 @@ def test_a_neck_s_window_has_the_structures_above_its_middle(
     assert np.std(heights) > 2
 
 
-def test_undeformed_it_is_the_map_on_the_network_s_grid(map_file: Path, table: Path) -> None:
-    """Against scipy, around the structures' middle; half of the draws are mirrored, and their sides swapped."""
+def test_without_deformation_labels_are_the_map_on_the_networks_grid(
+    map_file: Path, table: Path
+) -> None:
+    """As scipy resamples it; half of the draws are mirrored, with left and right swapped."""
     array = head()
     channel = {2: 1, 25: 1, 41: 2, 57: 2, 16: 3, 24: 4}
     structures = np.vectorize(lambda v: channel.get(v, 0))(array)
@@ -168,7 +172,7 @@ def test_undeformed_it_is_the_map_on_the_network_s_grid(map_file: Path, table: P
 
 
 def test_left_stays_left(map_file: Path, table: Path) -> None:
-    """Under every deformation, also mirrored ones."""
+    """Under every deformation, and in mirrored images."""
     moving = options(table, rotation=20.0, scaling=0.2, shear=0.05, shift=4.0, elastic=2.0)
     for seed in range(12):
         left, right = sides(draw(map_file, moving, seed)[1])
@@ -177,8 +181,8 @@ def test_left_stays_left(map_file: Path, table: Path) -> None:
     assert all(left > right for left, right in flipped)
 
 
-def test_grey_values_are_those_of_their_tissue(map_file: Path, table: Path) -> None:
-    """In T1, without noise: the classes' order is that of the table, and the same on both sides."""
+def test_intensities_are_those_of_the_tissue(map_file: Path, table: Path) -> None:
+    """In T1 without noise, classes have the order of the table, equal on both sides."""
     image, channels = draw(
         map_file, options(table, texture=1.0), 0, spacing=[1.0, 1.0, 1.0], roi_size=[32, 40, 28]
     )
@@ -190,7 +194,7 @@ def test_grey_values_are_those_of_their_tissue(map_file: Path, table: Path) -> N
 
 
 def test_a_function_of_t1_keeps_tissues_alike_and_independent_ones_do_not(table: Path) -> None:
-    tissues = read_tissues(table, LABELS)
+    tissues = read_tissue_table(table, LABELS)
     alike = replace(
         tissues, t1=np.array([[mean, 0.0, 0.0, 0.0] for mean in (0, 100, 100.5, 101, 160, 161)])
     )
@@ -200,16 +204,16 @@ def test_a_function_of_t1_keeps_tissues_alike_and_independent_ones_do_not(table:
             alike, ROI, SPACING, options(table, t1_chance=0.0, sequence_chance=chance)
         )
         drawn.set_random_state(1)
-        means = np.array([drawn._contrast()[0] for _ in range(50)])
+        means = np.array([drawn._draw_contrast()[0] for _ in range(50)])
         gaps[name] = float(np.abs(np.diff(means[:, 1:4], axis=1)).mean())
         assert np.abs(np.diff(means[:, [2, 4]], axis=1)).mean() > 30
         assert means.min() >= 0
         assert means.max() <= 255
     assert gaps["sequence"] < 10 < 50 < gaps["independent"]
-    assert list(KNOTS) == sorted(KNOTS)
+    assert list(T1_KNOTS) == sorted(T1_KNOTS)
 
 
-def test_every_draw_is_another_one_and_a_seed_gives_the_same(map_file: Path, table: Path) -> None:
+def test_draws_differ_and_a_seed_repeats_them(map_file: Path, table: Path) -> None:
     free = parse_config(Synthesis, {"table": str(table), "shift": 3.0}, "run.synthesis")
     first, again, other = (draw(map_file, free, seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first[0], again[0])
@@ -223,7 +227,7 @@ def test_every_draw_is_another_one_and_a_seed_gives_the_same(map_file: Path, tab
 def test_a_voxel_mixes_the_tissues_that_it_holds(
     table: Path, tmp_path: Path, spacing: tuple[float, float, float]
 ) -> None:
-    """As near to the map painted at 1 mm and blurred there, by scipy, as one look at the middle of a voxel is not."""
+    """The image is closer to scipy's blur of a fine map than one sample per voxel is."""
     path = save(tmp_path / "head.nii.gz", nib.Nifti1Image(head(), np.eye(4)))
     grey = dict(
         zip((0, 24, 16, 202, 2, 25, 41, 57), (0, 45, 130, 220, 160, 110, 160, 110), strict=True)
@@ -235,7 +239,7 @@ def test_a_voxel_mixes_the_tissues_that_it_holds(
         indexing="ij",
     )
     places = np.stack([axis + m + 20 for axis, m in zip(grid, middle, strict=True)])
-    fine, one_look = (
+    fine, one_sample = (
         ndimage.gaussian_filter(ndimage.map_coordinates(field, places, order=order), width)
         for field, order, width in (
             (ndimage.gaussian_filter(np.pad(painted, 20), np.array(spacing) / FWHM), 1, 0),
@@ -246,16 +250,16 @@ def test_a_voxel_mixes_the_tissues_that_it_holds(
     for seed in range(6):
         image, _ = draw(path, options(table), seed, spacing=list(spacing))
         drawn.append(
-            max(likeness(way, fine) for way in (image, image[::-1]))
+            max(likeness(side, fine) for side in (image, image[::-1]))
         )  # half of the draws are mirrored
-    assert 1 - np.mean(drawn) < (1 - likeness(one_look, fine)) / 2
+    assert 1 - np.mean(drawn) < (1 - likeness(one_sample, fine)) / 2
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_stripped_image_is_dark_where_no_structure_is(
+def test_a_skull_stripped_image_is_dark_outside_structures(
     seed: int, map_file: Path, table: Path
 ) -> None:
-    """With or without the fluid, which half of the draws lose; what is lost is not asked for either, and borders are soft."""
+    """Half of the draws lose the fluid, in image and labels; borders are soft."""
     image, channels = draw(map_file, options(table, strip_chance=1.0, noise=0.1, bias=0.3), seed)
     inside = channels > 0
     around = ndimage.binary_dilation(inside, np.ones((3, 3, 3)))
@@ -269,9 +273,7 @@ def test_a_stripped_image_is_dark_where_no_structure_is(
     assert lost == {True, False}
 
 
-def test_a_field_of_view_that_ends_early_loses_image_and_labels(
-    map_file: Path, table: Path
-) -> None:
+def test_a_cut_field_of_view_loses_labels(map_file: Path, table: Path) -> None:
     whole, part = (
         [draw(map_file, options(table, cut_chance=c, cut=0.5), seed)[1] for seed in range(8)]
         for c in (0.0, 1.0)
@@ -282,7 +284,7 @@ def test_a_field_of_view_that_ends_early_loses_image_and_labels(
 
 
 def test_thick_slices_are_smooth_along_one_axis(map_file: Path, table: Path) -> None:
-    """Steps along the axis of the slices are smaller than across it, and smaller than without."""
+    """Differences along the slices' axis are smaller than without thick slices."""
     thin, thick = (
         [
             draw(
@@ -304,7 +306,7 @@ def test_thick_slices_are_smooth_along_one_axis(map_file: Path, table: Path) -> 
         assert min(ratio) < 0.5
 
 
-def test_noise_and_bias_are_there_when_asked_for(map_file: Path, table: Path) -> None:
+def test_noise_and_bias_change_the_image(map_file: Path, table: Path) -> None:
     plain, _ = draw(map_file, options(table))
     noisy, channels = draw(map_file, options(table, noise=0.3))
     uneven, _ = draw(map_file, options(table, bias=0.8))
@@ -323,11 +325,11 @@ def test_the_blur_is_a_gaussian(sigma: tuple[float, float, float]) -> None:
         )  # the discrete Gaussian, whose variance is that of the continuous one
         expected = ndimage.convolve1d(expected, kernel, axis=axis, mode="nearest")
     np.testing.assert_allclose(
-        smoothed(torch.from_numpy(volume), sigma).numpy(), expected, atol=0.01
+        gaussian_smooth(torch.from_numpy(volume), sigma).numpy(), expected, atol=0.01
     )
     point = np.zeros((31, 33, 35), dtype=np.float32)
     point[15, 16, 17] = 1
-    found = smoothed(torch.from_numpy(point), sigma).numpy()
+    found = gaussian_smooth(torch.from_numpy(point), sigma).numpy()
     for axis, s in enumerate(sigma):
         along = found.sum(axis=tuple(i for i in range(3) if i != axis))
         place = np.arange(len(along)) - (15, 16, 17)[axis]
@@ -336,8 +338,8 @@ def test_the_blur_is_a_gaussian(sigma: tuple[float, float, float]) -> None:
         )  # the narrowest has three numbers
 
 
-def test_the_table_tells_structures_classes_and_sides(table: Path) -> None:
-    found: Tissues = read_tissues(table, LABELS)
+def test_the_table_has_structures_classes_and_sides(table: Path) -> None:
+    found: TissueTable = read_tissue_table(table, LABELS)
     assert found.channels.tolist() == [
         0,
         4,
@@ -347,14 +349,14 @@ def test_the_table_tells_structures_classes_and_sides(table: Path) -> None:
         1,
         2,
         2,
-    ]  # 24 has no target, and is asked for by its own value
+    ]  # 24 has no target, and is segmented by its own value
     assert found.mirror.tolist() == [0, 1, 2, 3, 6, 7, 4, 5]
     assert found.classes[4] == found.classes[6] != found.classes[5] == found.classes[7]
     assert len(found.t1) == len(set(found.classes.tolist())) == 6
 
 
 def test_the_table_of_the_real_maps(data: Path) -> None:
-    """Every pair is found, sides share their classes, and every target is a structure."""
+    """Every pair is found, sides share their class, and every target is a structure."""
     path = data / "head_label_maps" / "labels.csv"
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -364,7 +366,7 @@ def test_the_table_of_the_real_maps(data: Path) -> None:
     labels = {name: value for name, value in labels.items() if value or name == "background"} | {
         "fluid": 24
     }
-    found = read_tissues(path, labels)
+    found = read_tissue_table(path, labels)
     assert len(labels) == 33
     assert set(found.channels.tolist()) == set(range(33))
     sided = [i for i, row in enumerate(rows) if row["name"].startswith(("left ", "right "))]
@@ -388,7 +390,7 @@ def test_a_table_that_cannot_be_used_is_refused(
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
-        read_tissues(path, LABELS)
+        read_tissue_table(path, LABELS)
 
 
 def test_maps_and_specs_that_do_not_fit_are_refused(table: Path, tmp_path: Path) -> None:

@@ -1,5 +1,13 @@
-"""FIXME."""
+"""Planning: a spec and a run for a new dataset and this machine, each choice with its reason.
 
-from pipeline.training.planning.planner import plan_training, problem_table
+- `fingerprint`: what the cases are like, and what is wrong with them.
+- `choices`: spec and run from the fingerprints.
+- `folds`: the splits of a cross-validation.
+- `timing`: how long training takes on this machine.
+- `files`: the planned run and bundle as files.
+- `planner`: the whole plan.
+"""
 
-__all__ = ["plan_training", "problem_table"]
+from pipeline.training.planning.planner import Plan, plan_training, problem_table
+
+__all__ = ["Plan", "plan_training", "problem_table"]

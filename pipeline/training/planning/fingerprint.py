@@ -1,9 +1,9 @@
-"""A look at every labelled case before anything is trained on it: what is wrong, and what the data are like."""
+"""Fingerprints of labelled cases before training: their properties, and what is wrong with them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import nibabel as nib
@@ -11,102 +11,111 @@ import numpy as np
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.io import SAME_GRID_MM, Image, corner_distance, read
+from pipeline.io import SAME_GRID_MM, Image, Problem, corner_distance, read, source_list
 from pipeline.transforms import check_affine, check_values
-from pipeline.types import Array, Case
+from pipeline.types import Affine, Array, Case, Spacing
 
-FEW_VALUES = 256  # a label map with more is an image
+MAX_LABEL_VALUES = 256  # a file with more values is an image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fingerprint:
-    """What one case is like, its axes turned to right, anterior, superior.
+    """The properties of one case, its axes ordered right, anterior, superior.
 
     Attributes:
         case: its name.
         shape: voxels.
         spacing: mm.
-        foreground: size of the box around all labels, voxels.
-        voxels: label value → how many voxels have it.
-        zeros: fraction of the first channel's voxels that are exactly 0.
-        inside: mean and standard deviation of the first channel within the labels.
+        foreground_shape: size of the box around all labels, voxels.
+        label_voxels: value of a label → number of its voxels.
+        zero_fraction: of the first channel's voxels, those that are exactly 0.
+        foreground_mean: of the first channel, over the labelled voxels.
+        foreground_std: of the first channel, over the labelled voxels.
     """
 
     case: str
     shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    foreground: tuple[int, int, int]
-    voxels: dict[int, int]
-    zeros: float
-    inside: tuple[float, float]
+    spacing: Spacing
+    foreground_shape: tuple[int, int, int]
+    label_voxels: Mapping[int, int]
+    zero_fraction: float
+    foreground_mean: float
+    foreground_std: float
 
 
-Problem = tuple[str, str]  # the case, and what is wrong with it
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _LabelledCase:
+    """One case as read; all files are on one grid."""
+
+    name: str
+    channels: list[Image]
+    label: Image
+    label_voxels: dict[int, int]
 
 
 def take_fingerprints(
     cases: Sequence[Case],
-    labels: dict[str, int] | None,
-    done: Callable[[str], None] = lambda _: None,
+    labels: Mapping[str, int] | None,
+    case_done: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Fingerprint], list[Problem]]:
-    """Every case's fingerprint, and everything that is wrong, not only the first thing.
+    """Read all cases and collect their fingerprints and every problem, not only the first.
 
     Args:
         cases: with `case`, `image` and `label`.
-        labels: name → value, where they are known; other values are then problems.
-        done: called with each case's name.
+        labels: name → value; other values in a label map are problems. None accepts all values.
+        case_done: called with the name of each case.
+
+    Returns:
+        The fingerprints of the usable cases, and the problems of the others.
     """
-    found: list[Fingerprint] = []
+    fingerprints: list[Fingerprint] = []
     problems: list[Problem] = []
-    seen: dict[str, str] = {}
+    first_case_of: dict[str, str] = {}  # hash of the voxels → case
     for case in cases:
+        name = case["case"]
         try:
-            one, digest = _fingerprint(case, labels)
+            labelled = _read_case(case, labels)
         except PipelineError as error:
-            problems.append((case["case"], str(error)))
+            problems.append(Problem(case=name, message=str(error), kind="unusable"))
         else:
-            if digest in seen:
-                problems.append(
-                    (case["case"], f"its image is that of {seen[digest]}, voxel for voxel")
-                )
+            first = first_case_of.setdefault(_voxel_hash(labelled.channels[0]), name)
+            if first == name:
+                fingerprints.append(_fingerprint(labelled))
             else:
-                found.append(one)
-            seen.setdefault(digest, case["case"])
-        done(case["case"])
-    return found, problems
+                message = f"its image is that of {first}, voxel for voxel"
+                problems.append(Problem(case=name, message=message, kind="duplicate"))
+        case_done(name)
+    return fingerprints, problems
 
 
-def _fingerprint(case: Case, labels: dict[str, int] | None) -> tuple[Fingerprint, str]:
-    sources = case["image"] if isinstance(case["image"], list) else [case["image"]]
-    images = [read(source) for source in sources]
+def _read_case(case: Case, labels: Mapping[str, int] | None) -> _LabelledCase:
+    """Read and check all files of a case."""
+    sources = source_list(case["image"])
+    channels = [read(source) for source in sources]
     label = read(case["label"])
-    for image, name in [
-        (image, source) for image, source in zip(images[1:], sources[1:], strict=True)
-    ] + [(label, case["label"])]:
-        _same_grid(images[0], image, str(name))
-    for image, source in zip(images, sources, strict=True):
-        _check_image(image, str(source))
-    voxels = _values(label.array, case["label"], labels)
-    grey, mask = (
-        _upright(array, label)
-        for array in (np.asarray(images[0].array), np.asarray(label.array) > 0)
+    for source, channel in zip(sources[1:], channels[1:], strict=True):
+        _check_grid(channels[0], channel, str(source))
+    _check_grid(channels[0], label, case["label"])
+    for source, channel in zip(sources, channels, strict=True):
+        _check_image(channel, str(source))
+    return _LabelledCase(
+        name=case["case"],
+        channels=channels,
+        label=label,
+        label_voxels=_count_label_voxels(label.array, case["label"], labels),
     )
-    places = np.argwhere(mask)
-    spacing = np.linalg.norm(label.affine[:3, :3], axis=0)
-    order = nib.io_orientation(label.affine)[:, 0].astype(int)
-    turned = [float(spacing[list(order).index(axis)]) for axis in range(3)]
-    digest = hashlib.sha256(np.ascontiguousarray(images[0].array).tobytes()).hexdigest()
-    size = places.max(axis=0) - places.min(axis=0) + 1
-    one = Fingerprint(
-        case=case["case"],
-        shape=(grey.shape[0], grey.shape[1], grey.shape[2]),
-        spacing=(turned[0], turned[1], turned[2]),
-        foreground=(int(size[0]), int(size[1]), int(size[2])),
-        voxels=voxels,
-        zeros=float((grey == 0).mean()),
-        inside=(float(grey[mask].mean()), float(grey[mask].std())),
-    )
-    return one, digest
+
+
+def _check_grid(image: Image, other: Image, other_name: str) -> None:
+    if image.array.shape != other.array.shape:
+        raise PipelineError(
+            f"{other_name}: has shape {other.array.shape}, its image {image.array.shape}"
+        )
+    distance = corner_distance(image.affine, other.affine, image.array.shape)
+    if distance > SAME_GRID_MM:
+        raise PipelineError(
+            f"{other_name}: lies up to {distance:.2f} mm from its image, expected the same grid"
+        )
 
 
 def _check_image(image: Image, name: str) -> None:
@@ -117,35 +126,68 @@ def _check_image(image: Image, name: str) -> None:
         raise PipelineError(f"{name}: {error}") from error
 
 
-def _same_grid(first: Image, other: Image, name: str) -> None:
-    if first.array.shape != other.array.shape:
-        raise PipelineError(f"{name}: has shape {other.array.shape}, its image {first.array.shape}")
-    apart = corner_distance(first.affine, other.affine, first.array.shape)
-    if apart > SAME_GRID_MM:
-        raise PipelineError(
-            f"{name}: lies up to {apart:.2f} mm from its image, expected the same grid"
-        )
+def _count_label_voxels(
+    array: Array, name: str, labels: Mapping[str, int] | None
+) -> dict[int, int]:
+    """Return value → number of voxels of each label but the background, value 0.
 
-
-def _values(array: Array, name: str, labels: dict[str, int] | None) -> dict[int, int]:
+    Raises:
+        PipelineError: the array has fractions, too many values, unknown values or no label.
+    """
     values, counts = np.unique(np.asarray(array), return_counts=True)
     whole = [value for value in values.tolist() if value == int(value)]
-    if len(whole) < len(values) or len(values) > FEW_VALUES:
+    if len(whole) < len(values) or len(values) > MAX_LABEL_VALUES:
         raise PipelineError(
-            f"{name}: expected whole numbers for labels, got {len(values)} values such as {values[-1]:g}"
+            f"{name}: expected whole numbers for labels, "
+            f"got {len(values)} values such as {values[-1]:g}"
         )
     if labels is not None:
-        unknown = [f"{value:g}" for value in whole if value not in labels.values()]
+        known = list(labels.values())
+        unknown = [f"{value:g}" for value in whole if value not in known]
         if unknown:
             raise PipelineError(
-                f"{name}: has the values {', '.join(unknown)}, expected only {list(labels.values())}"
+                f"{name}: has the values {', '.join(unknown)}, expected only {known}"
             )
-    found = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value}
-    if not found:
+    voxels = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value}
+    if not voxels:
         raise PipelineError(f"{name}: is empty")
-    return found
+    return voxels
 
 
-def _upright(array: Array, like: Image) -> Array:
-    turned: Array = nib.apply_orientation(array, nib.io_orientation(like.affine))
+def _voxel_hash(image: Image) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image.array).tobytes()).hexdigest()
+
+
+def _fingerprint(case: _LabelledCase) -> Fingerprint:
+    # one file may have a slightly different affine; the label's stands for all of them
+    affine = case.label.affine
+    image = _to_ras(np.asarray(case.channels[0].array), affine)
+    foreground = _to_ras(np.asarray(case.label.array) > 0, affine)
+    places = np.argwhere(foreground)
+    box = places.max(axis=0) - places.min(axis=0) + 1
+    inside = image[foreground]
+    return Fingerprint(
+        case=case.name,
+        shape=(image.shape[0], image.shape[1], image.shape[2]),
+        spacing=_ras_spacing(affine),
+        foreground_shape=(int(box[0]), int(box[1]), int(box[2])),
+        label_voxels=case.label_voxels,
+        zero_fraction=float((image == 0).mean()),
+        foreground_mean=float(inside.mean()),
+        foreground_std=float(inside.std()),
+    )
+
+
+def _to_ras(array: Array, affine: Affine) -> Array:
+    """Return an array with its axes ordered and directed right, anterior, superior."""
+    turned: Array = nib.apply_orientation(array, nib.io_orientation(affine))
     return turned
+
+
+def _ras_spacing(affine: Affine) -> Spacing:
+    """Return the spacing along right, anterior, superior, mm."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    # io_orientation gives the world axis of each array axis; this is the inverse
+    array_axes = np.argsort(nib.io_orientation(affine)[:, 0])
+    right, anterior, superior = (float(spacing[axis]) for axis in array_axes)
+    return right, anterior, superior

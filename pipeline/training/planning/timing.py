@@ -1,26 +1,36 @@
-"""How fast this machine trains: a few real steps, timed."""
+"""How long training takes on this machine: a few steps of the wired trainer, timed."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
-from monai.data import list_data_collate
-from monai.transforms.traits import RandomizableTrait
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
+from monai.data import CacheDataset
 
-from pipeline.config import TRAINING_PRECISIONS, Run, Spec, TrainingPrecision
-from pipeline.inference import build_inferer, keep_freed_memory, resolve_device
-from pipeline.networks import build_loss, build_unet, channels_last
-from pipeline.training import TrainingInferer, build_optimizer, prepare_batch
-from pipeline.transforms import IMAGE, preprocessing, training_transform
+from pipeline.bundle import WIRING, read_wiring, template
+from pipeline.config import TRAINING_PRECISIONS, BundlePaths, Run, Spec, TrainingPrecision
+from pipeline.errors import unwrapped_errors
+from pipeline.inference import resolve_device
+from pipeline.io import write_atomically
+from pipeline.training.precision import emulates_bfloat16
+from pipeline.transforms import IMAGE
 from pipeline.types import Case
 
-WARM, TIMED = 2, 4  # steps
-STARTING = 8.0  # seconds that a run takes before its first case and after its last step
+# the first steps are slower: torch chooses algorithms and asks for memory
+WARM_UP_STEPS, TIMED_STEPS = 2, 4
+# timing of a precision ends at a step that takes this many times the slowest one of the best so far
+CLEARLY_SLOWER = 3.0
+STARTUP_SECONDS = 8.0  # of a run, before its first case and after its last step
+# those of the wiring that take part in a step; the others write files
+STEP_HANDLERS = ["@train::average", "@train::budget", "@train::schedule_handler"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,91 +38,134 @@ class TrainingTimes:
     """Seconds that the parts of a run take.
 
     Attributes:
-        steps: precision → of one training step, drawing its patches included.
-        validation: of one pass over its cases.
-        around: of what is done once, before and after.
+        steps: precision → one training step, including the drawing of its patches.
+        validation: one pass over the validation cases.
+        around: what is done once, before and after training.
     """
 
-    steps: dict[TrainingPrecision, float]
+    steps: Mapping[TrainingPrecision, float]
     validation: float
     around: float
 
     @property
     def precision(self) -> TrainingPrecision:
-        """The one whose steps are fastest."""
+        """The precision with the fastest step."""
         return min(self.steps, key=lambda name: self.steps[name])
 
     @property
     def step(self) -> float:
-        """Of one step in that precision."""
+        """One step in that precision."""
         return self.steps[self.precision]
 
 
 def time_training(
-    spec: Spec, run: Run, cases: Sequence[Case], training: int, validation: int
+    spec: Spec,
+    run: Run,
+    cases: Sequence[Case],
+    *,
+    training_cases: int,
+    validation_cases: int,
 ) -> TrainingTimes:
-    """How fast a run goes here, in each precision that it may have.
+    """Time the trainer of the wiring on a few cases, in each precision that this machine computes.
 
     Args:
         spec: of the network.
-        run: its batch, augmentation and loss.
-        cases: a few of those to come.
-        training, validation: how many cases there will be of each.
+        run: settings of the training run.
+        cases: a sample of those to come.
+        training_cases: how many cases the run will train on.
+        validation_cases: how many cases the run will be validated on.
     """
-    keep_freed_memory()
     device = resolve_device("auto")
-    transform = training_transform(preprocessing(spec), spec, run, device)
-    first = transform.get_index_of_first(lambda step: isinstance(step, RandomizableTrait)) or len(
-        transform.transforms
+    run = replace(run, epochs=1, minutes=None)
+    with TemporaryDirectory() as folder, unwrapped_errors():
+        root = Path(folder)
+        _write_wiring(root)
+        parser = _step_wiring(root, spec, run, device)
+        reading, dataset = _time_reading(parser, cases, run)
+        steps: dict[TrainingPrecision, list[float]] = {}
+        for precision in TRAINING_PRECISIONS:
+            if precision == "bfloat16" and emulates_bfloat16(device):
+                continue
+            parser = _step_wiring(root, spec, replace(run, precision=precision), device)
+            parser["train::dataset"] = dataset
+            steps[precision] = _time_steps(parser, longest=_longest_step(steps.values()))
+        prediction = reading + _time_network(parser, cases[0], device)
+    return TrainingTimes(
+        steps={precision: _typical_step(seconds) for precision, seconds in steps.items()},
+        validation=validation_cases * prediction,
+        around=STARTUP_SECONDS + training_cases * reading,
     )
+
+
+def _write_wiring(root: Path) -> None:
+    for name in WIRING:
+        write_atomically(BundlePaths(root).configs / name, template(name).read_bytes())
+
+
+def _step_wiring(root: Path, spec: Spec, run: Run, device: torch.device) -> ConfigParser:
+    """Return the wiring of a run without what it writes: checkpoint, history, validation."""
+    parser = read_wiring(root)
+    parser["device"] = device
+    parser["spec"] = spec
+    parser["settings"] = run
+    parser["train::handlers"] = STEP_HANDLERS
+    return parser
+
+
+def _time_reading(
+    parser: ConfigParser, cases: Sequence[Case], run: Run
+) -> tuple[float, CacheDataset]:
+    """Return the seconds that one case takes to be read and prepared, and the cached dataset."""
+    # the dataset reads each case once, however often it comes up
+    length = (WARM_UP_STEPS + TIMED_STEPS) * run.cases_per_step
+    # a tuple, because the parser would search a list for references: a path may start with $ or @
+    parser["train::dataset::data"] = tuple(islice(cycle(cases), length))
+    parser.get_parsed_content("train::preprocessing")
     started = time.perf_counter()
-    read = [transform(case, end=first) for case in cases]
-    each = (time.perf_counter() - started) / len(cases)
+    dataset: CacheDataset = parser.get_parsed_content("train::dataset")
+    return (time.perf_counter() - started) / len(cases), dataset
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        for number in count():
-            some = [
-                read[i % len(read)]
-                for i in range(number * run.cases_per_step, (number + 1) * run.cases_per_step)
-            ]
-            drawn = [transform(case, start=first) for case in some]
-            yield list_data_collate(
-                [patch for one in drawn for patch in (one if isinstance(one, list) else [one])]
-            )
 
-    steps = {
-        name: _step_seconds(spec, replace(run, precision=name), batches(), device)
-        for name in TRAINING_PRECISIONS
-    }
-    image = preprocessing(spec)({IMAGE: cases[0]["image"]})[IMAGE]
-    network = build_unet(spec).eval().to(device)
+def _time_steps(parser: ConfigParser, longest: float) -> list[float]:
+    """Return the seconds of each training step; stop after one that takes longer than `longest`."""
+    parser.get_parsed_content("initialize")
+    trainer: Engine = parser.get_parsed_content("train::trainer")
+    starts: list[float] = []
+    seconds: list[float] = []
+
+    def start_step() -> None:
+        starts.append(time.perf_counter())
+
+    def end_step(engine: Engine) -> None:
+        float(engine.state.output[0]["loss"])  # waits for a GPU to finish the step
+        seconds.append(time.perf_counter() - starts[-1])
+        if seconds[-1] > longest:
+            engine.terminate()
+
+    trainer.add_event_handler(Events.GET_BATCH_STARTED, start_step)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, end_step)
+    trainer.run()
+    return seconds
+
+
+def _longest_step(steps: Iterable[Sequence[float]]) -> float:
+    """Return the seconds above which a step is clearly slower than the fastest precision's."""
+    slowest_steps = [max(seconds) for seconds in steps]
+    return CLEARLY_SLOWER * min(slowest_steps) if slowest_steps else float("inf")
+
+
+def _typical_step(seconds: Sequence[float]) -> float:
+    """Return the median of the steps after the warm-up; of all steps if timing ended before."""
+    return median(seconds[WARM_UP_STEPS:] or seconds)
+
+
+def _time_network(parser: ConfigParser, case: Case, device: torch.device) -> float:
+    """Return the seconds that the network takes for the whole image of one case."""
+    image = parser.get_parsed_content("preprocessing")({IMAGE: case["image"]})[IMAGE]
+    network: torch.nn.Module = parser.get_parsed_content("network")
+    inferer = parser.get_parsed_content("inferer")
+    network.eval()
     started = time.perf_counter()
     with torch.inference_mode():
-        build_inferer(spec)(image[None].to(device), network)
-    once = each + time.perf_counter() - started
-    return TrainingTimes(
-        steps=steps, validation=validation * once, around=STARTING + training * each
-    )
-
-
-def _step_seconds(
-    spec: Spec, run: Run, batches: Iterator[dict[str, torch.Tensor]], device: torch.device
-) -> float:
-    """Seconds of one training step, the median of a few."""
-    network = channels_last(build_unet(spec).to(device)).train()
-    change, criterion, forward, found = (
-        build_optimizer(network, run),
-        build_loss(spec, run),
-        TrainingInferer(run),
-        [],
-    )
-    for _ in range(WARM + TIMED):
-        started = time.perf_counter()
-        image, label = prepare_batch(next(batches), device)
-        change.zero_grad()
-        value = criterion(forward(image, network), label)
-        value.backward()
-        change.step()
-        float(value.detach())  # waits for a GPU
-        found.append(time.perf_counter() - started)
-    return median(found[WARM:])
+        inferer(image[None].to(device), network)
+    return time.perf_counter() - started

@@ -5,14 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.transforms.traits import RandomizableTrait
 from monai.utils import set_determinism
 from phantom import LABELS, RUN, nifti, parse_spec, smooth
 
 from pipeline.config.parser import parse_config
 from pipeline.config.run import Run
 from pipeline.errors import ConfigError, VolumeError
-from pipeline.transforms import augmentation as augment
-from pipeline.transforms.augmentation import ClassIndexd, ToGpud, crop_size, training_transform
+from pipeline.transforms import patches as patches_module
+from pipeline.transforms.patches import ClassIndexd, ToGpud, crop_size, training_transform
 from pipeline.transforms.preprocess import preprocessing
 
 
@@ -38,7 +39,7 @@ def patches(
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_patches_are_what_the_network_takes(dims: int) -> None:
-    """As many as asked for, of roi_size, float32, with channel numbers 0 to 2 for labels, all of which come up."""
+    """There are `patches_per_case`, of roi_size, in float32; labels are channel numbers 0 to 2."""
     taken = patches(dims, count=24)
     assert len(taken) == 24
     for patch in taken:
@@ -53,7 +54,8 @@ def test_patches_are_what_the_network_takes(dims: int) -> None:
 
 
 STILL = {
-    "rotation": 0.0, "scaling": 0.0, "shift": 0.0, "noise_chance": 0.0, "blur_chance": 0.0, "intensity_chance": 0.0,
+    "rotation": 0.0, "scaling": 0.0, "shift": 0.0, "noise_chance": 0.0,
+    "blur_chance": 0.0, "intensity_chance": 0.0,
 }  # fmt: skip
 SHAPE_ONLY = {
     "noise_chance": 0.0,
@@ -67,7 +69,7 @@ SHAPE_ONLY = {
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("augment", [SHAPE_ONLY, {"affine_chance": 1.0}], ids=["shape", "all"])
 def test_image_and_label_move_together(dims: int, augment: dict[str, Any]) -> None:
-    """After any rotation, scaling, shift and mirroring, bright voxels still are the labelled ones."""
+    """After any rotation, scaling, shift and mirroring, bright voxels are the labelled ones."""
     still = STILL | {"affine_chance": 0.0}
     moved, before = (
         patches(dims, run={"augment": a}, count=24, spacing=[None] * 3) for a in (augment, still)
@@ -77,7 +79,7 @@ def test_image_and_label_move_together(dims: int, augment: dict[str, Any]) -> No
 
 
 def agreement(taken: list[dict[str, torch.Tensor]]) -> float:
-    """The median correlation of a patch's image with its label, where there is image."""
+    """The median correlation of a patch's image with its label, where the image is not 0."""
     found = []
     for patch in taken:
         image, label = patch["image"].flatten(), patch["label"].flatten()
@@ -86,8 +88,8 @@ def agreement(taken: list[dict[str, torch.Tensor]]) -> float:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_a_run_may_train_on_other_sizes_than_windows_have(dims: int) -> None:
-    """The patch is the run's; a size that the poolings do not divide, or of other dimensions, is refused."""
+def test_a_run_may_have_its_own_patch_size(dims: int) -> None:
+    """Patches have the run's size; one that the network cannot process is refused."""
     size = [8, 12, 4][:dims]
     assert {
         tuple(patch["image"].shape) for patch in patches(dims, run={"patch_size": size}, count=2)
@@ -134,7 +136,7 @@ def test_2d_patches_are_slices_across_the_anatomical_axis(
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_the_mirror_is_anatomical(dims: int) -> None:
-    """Mirroring along R turns the axis that runs left and right, wherever the orientation has it, and no other."""
+    """Mirroring along R reverses the left-right axis of any orientation, and no other axis."""
     changes: dict[str, Any] = {"orientation": "SRA", "spacing": [None] * 3}
     if dims == 2:
         changes["slice_axis"] = "S"
@@ -152,7 +154,7 @@ def test_the_mirror_is_anatomical(dims: int) -> None:
 
 
 def _holds(volume: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether a padded patch lies somewhere in a volume: compared by its inner voxels."""
+    """Whether the inner voxels of a padded patch lie somewhere in a volume."""
     core = part[
         tuple(
             slice(n // 2, n // 2 + 1) if n < 4 else slice(n // 2 - 2, n // 2 + 2)
@@ -165,6 +167,24 @@ def _holds(volume: torch.Tensor, part: torch.Tensor) -> bool:
     return bool((windows == core).flatten(3).all(dim=-1).any())
 
 
+@pytest.mark.parametrize("network", [{}, {"padding": False}], ids=["padded", "unpadded"])
+def test_caching_stops_where_random_transforms_start(network: dict[str, Any]) -> None:
+    """The two parts give the patches of the whole, split where MONAI's CacheDataset splits."""
+    size = {"roi_size": [20, 20, 20], "overlap": 0} if network else {}
+    spec = parse_spec(3, network={"features": [2, 3], **network}, **size)
+    settings = parse_config(Run, RUN | {"batch_size": 2, "patches_per_case": 2}, "run")
+    transform = training_transform(preprocessing(spec), spec, settings)
+    assert transform.first_random == transform.get_index_of_first(
+        lambda step: isinstance(step, RandomizableTrait)
+    )
+    whole = transform.set_random_state(5)(labelled_case())
+    parts = transform.set_random_state(5).random(transform.deterministic(labelled_case()))
+    assert len(parts) == len(whole) == 2
+    for a, b in zip(parts, whole, strict=True):
+        assert torch.equal(a["image"], b["image"])
+        assert torch.equal(a["label"], b["label"])
+
+
 def test_the_same_seed_takes_the_same_patches() -> None:
     """Augmentation is random only by its seed."""
     for a, b in zip(patches(3), patches(3), strict=True):
@@ -173,7 +193,7 @@ def test_the_same_seed_takes_the_same_patches() -> None:
 
 
 def test_values_become_channel_numbers() -> None:
-    """In the order of the spec's labels, whatever the values."""
+    """Channels follow the order of the spec's labels, whatever their values."""
     names = {"background": 0, "b": 300, "a": 7}
     case = preprocessing(parse_spec(3, spacing=[None] * 3))(labelled_case())
     index = ClassIndexd("label", names)({**case, "case": "x"})["label"]
@@ -182,7 +202,7 @@ def test_values_become_channel_numbers() -> None:
 
 
 def test_a_value_that_no_label_names_is_refused() -> None:
-    """With the case and the values."""
+    """The message names the case and the values."""
     case = preprocessing(parse_spec(3))(labelled_case())
     with pytest.raises(VolumeError, match=r"x: label values 300, expected only \[0, 7\]"):
         ClassIndexd("label", {"background": 0, "front": 7})(case)
@@ -190,9 +210,9 @@ def test_a_value_that_no_label_names_is_refused() -> None:
 
 
 def test_cases_move_to_the_gpu_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two cases fit; the third stays where it is. A device without memory stands for the GPU."""
+    """Two cases fit, the third stays on the host; a meta device stands in for the GPU."""
     room = iter([True, True, False])
-    monkeypatch.setattr(augment, "fits_in_gpu_memory", lambda device: next(room))
+    monkeypatch.setattr(patches_module, "fits_in_gpu_memory", lambda device: next(room))
     move = ToGpud(("image", "label"), torch.device("meta"))
     cases = [move({"case": str(i), "image": torch.zeros(1, 2, 3, 4)}) for i in range(3)]
     assert [case["image"].device.type for case in cases] == ["meta", "meta", "cpu"]

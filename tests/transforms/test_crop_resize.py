@@ -1,4 +1,4 @@
-"""The way in of the FLAIR abnormality U-Net, each step against scikit-image's own calls, and the way back."""
+"""The FLAIR abnormality U-Net's preprocessing against scikit-image, and its inverse."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from skimage.transform import resize
 from pipeline.config.spec import CropResize, Intensity, NetworkSpec, Spec
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.connected_components import fill_holes, keep_components, largest_components
-from pipeline.inference.invert import inversion
+from pipeline.inference.invert import LabelInversion
 from pipeline.inference.overlap_tile import with_background
-from pipeline.transforms.preprocess import preprocessing
-from pipeline.transforms.slice_fitting import (
+from pipeline.transforms.crop_resize import (
     CropResizeSlicesd,
-    above_floor,
     nonzero_box,
-    padded_square,
-    resized_slices,
+    pad_to_squares,
+    resize_slices,
+    zero_below,
 )
+from pipeline.transforms.preprocess import preprocessing
 from pipeline.types import Array
 
 DATA = os.environ.get("VOLSEG_DATA")
@@ -64,7 +64,7 @@ def flair(step: int = 3) -> nib.Nifti1Image:
 
 
 def as_slices(image: nib.Nifti1Image) -> Array:
-    """(slice, row to the back, column to the left, 3 channels), as the code of the paper holds volumes."""
+    """Return (slice, row to the back, column to the left, 3 channels), as in the paper's code."""
     turned = nib.as_closest_canonical(image)
     array = np.asarray(turned.dataobj, dtype=np.float64)[::-1, ::-1]
     slices: Array = np.repeat(array.transpose(2, 1, 0)[..., None], 3, axis=-1)
@@ -84,14 +84,13 @@ def test_each_step_is_scikit_images(size: int) -> None:
     volume = as_slices(image)
     volume = volume / volume.max()
     volume[volume < np.max(volume) * 0.1] = 0
-    ours = above_floor(as_tensor(as_slices(image)).astype(np.float32), 0.1)
+    ours = zero_below(as_tensor(as_slices(image)).astype(np.float32), 0.1)
     assert np.abs(ours - as_tensor(volume)).max() <= 1e-6
 
     filled = np.argwhere(volume.max(axis=-1) > 0)
     low, high = filled.min(axis=0), filled.max(axis=0) + 1
     volume = volume[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-    first, last = nonzero_box(ours)
-    ours = ours[:, first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+    ours = nonzero_box(ours).of(ours)
     assert ours.shape == as_tensor(volume).shape
 
     rows, columns = volume.shape[1:3]
@@ -100,12 +99,12 @@ def test_each_step_is_scikit_images(size: int) -> None:
     ends = (missing // 2, missing - missing // 2)
     pads = [(0, 0), (0, 0), ends, (0, 0)] if rows > columns else [(0, 0), ends, (0, 0), (0, 0)]
     volume = np.pad(volume, pads)
-    ours, _ = padded_square(ours, 2)
+    ours, _ = pad_to_squares(ours, 2)
     assert np.abs(ours - as_tensor(volume)).max() <= 1e-6
 
     shape = (len(volume), size, size, 3)
     volume = resize(volume, shape, order=2, mode="constant", cval=0, anti_aliasing=False)
-    ours = resized_slices(ours, 2, size, order=2)
+    ours = resize_slices(ours, 2, size, order=2)
     assert np.abs(ours - as_tensor(volume)).max() <= 1e-5
 
     volume = rescale_intensity(
@@ -120,14 +119,15 @@ def test_each_step_is_scikit_images(size: int) -> None:
 @needs_data
 def test_one_flair_serves_three_channels(tmp_path: Path) -> None:
     image = flair()
-    way_in = preprocessing(spec_of())
-    alone, thrice = way_in({"image": image})["image"], way_in({"image": [image] * 3})["image"]
+    transform = preprocessing(spec_of())
+    alone = transform({"image": image})["image"]
+    thrice = transform({"image": [image] * 3})["image"]
     assert torch.equal(alone, thrice)
 
 
 @needs_data
-def test_the_affine_follows_through_cut_pad_and_resize() -> None:
-    """A ramp along each world axis keeps its values in mm: the resized grid knows where its voxels are."""
+def test_the_affine_follows_crop_pad_and_resize() -> None:
+    """A ramp along each world axis keeps its values in mm on the resized grid."""
     image = flair()
     shape = image.shape
     places = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
@@ -141,10 +141,10 @@ def test_the_affine_follows_through_cut_pad_and_resize() -> None:
         "".join(nib.aff2axcodes(image.affine)),
     )
     fitted = step({**case})["image"]
-    low, high = nonzero_box(above_floor(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
+    box = nonzero_box(zero_below(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
     for axis in range(3):
         field = MetaTensor(world[..., axis][None].astype(np.float32), affine=image.affine)
-        ramp = step._fitted(field, field.numpy(), low, high, order=1)
+        ramp = step._crop_resize(field, field.numpy(), box, order=1)
         found = apply_affine(np.asarray(ramp.affine), np.argwhere(np.ones(ramp.shape[1:])))[:, axis]
         inside = np.zeros(ramp.shape[1:], dtype=bool)
         inside[20:-20, 20:-20, 2:-2] = True
@@ -154,8 +154,8 @@ def test_the_affine_follows_through_cut_pad_and_resize() -> None:
 
 @needs_data
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "SAR", "PIR"])
-def test_there_and_back_is_the_files_grid(codes: str) -> None:
-    """What is drawn on the network's grid comes back on the file's voxels, and nothing where the volume was cut away."""
+def test_the_inverse_is_on_the_files_grid(codes: str) -> None:
+    """Labels return to the file's voxels, and there are none where the volume was cropped."""
     start = nib.orientations.io_orientation(flair().affine)
     image = flair().as_reoriented(
         nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(codes))
@@ -163,21 +163,21 @@ def test_there_and_back_is_the_files_grid(codes: str) -> None:
     spec = spec_of(96)
     case = preprocessing(spec)({"image": [image] * 3})
     seen = case["image"][:1]
-    everywhere = inversion(spec)({**case, "pred": as_pred(torch.full_like(seen.as_tensor(), 5.0))})[
-        "pred"
-    ]
+    everywhere = LabelInversion(spec)(
+        {**case, "pred": as_pred(torch.full_like(seen.as_tensor(), 5.0))}
+    )["pred"]
     assert everywhere.shape == (1, *image.shape)
     assert np.allclose(everywhere.affine, image.affine)
-    low, high = nonzero_box(above_floor(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
+    box = nonzero_box(zero_below(np.asarray(image.dataobj, dtype=np.float32)[None], 0.1))
     filled = np.argwhere(everywhere[0].numpy())
     margin = np.array(
         [0 if "S" in code or "I" in code else 200 for code in codes]
     )  # slices were padded to squares
-    assert (filled.min(axis=0) >= low - margin).all()
-    assert (filled.max(axis=0) <= high - 1 + margin).all()
+    assert (filled.min(axis=0) >= box.start - margin).all()
+    assert (filled.max(axis=0) <= box.stop - 1 + margin).all()
     bright = (np.asarray(image.dataobj) >= 0.6 * np.asarray(image.dataobj).max()).astype(np.float32)
     lone = torch.from_numpy(resampled(bright, case["image"], image.affine))[None]
-    back = inversion(spec_of(96, largest_component=[]))(
+    back = LabelInversion(spec_of(96, largest_component=[]))(
         {**case, "pred": as_pred(20 * (lone - 0.5))}
     )["pred"]
     agree = 2 * (back[0].numpy() * bright).sum() / (back.sum() + bright.sum())
@@ -198,7 +198,7 @@ def resampled(mask: Array, like: MetaTensor, affine: Array) -> Array:
     )
 
 
-def test_a_label_is_cut_and_resized_with_its_image() -> None:
+def test_a_label_is_cropped_and_resized_with_its_image() -> None:
     image = np.zeros((1, 20, 30, 8), dtype=np.float32)
     image[0, 5:15, 3:27, 2:7] = np.random.default_rng(0).uniform(1, 2, (10, 24, 5))
     label = (image > 1.5).astype(np.float32)
@@ -226,8 +226,8 @@ def test_the_largest_component_is_scikit_images() -> None:
     )
 
 
-def test_background_that_is_shut_in_is_a_hole() -> None:
-    """It takes the nearest structure, as scipy finds holes; what is open to a side stays, also at the volume's edge."""
+def test_enclosed_background_is_a_hole() -> None:
+    """Holes, as scipy finds them, get the nearest structure; open background stays."""
     rng = np.random.default_rng(0)
     index = np.where(rng.random((15, 19, 12)) < 0.8, rng.integers(1, 4, (15, 19, 12)), 0).astype(
         np.uint8
@@ -253,8 +253,8 @@ def test_each_structure_keeps_its_own_largest_component() -> None:
     assert largest_components(index).flatten().tolist() == [0, 0, 1, 1, 0, 2, 2, 0, 0, 0]
 
 
-def test_a_lone_part_takes_what_is_around_it() -> None:
-    """No hole is left where it lies within another structure, and other classes keep their parts."""
+def test_a_removed_component_gets_the_surrounding_label() -> None:
+    """It leaves no hole in another structure, and other classes keep their components."""
     index = torch.zeros(9, 8, 7, dtype=torch.uint8)
     index[1:8, 1:7, 1:6] = 1
     index[3:5, 3:5, 2:4] = 2
@@ -271,8 +271,8 @@ def test_a_lone_part_takes_what_is_around_it() -> None:
         parse_spec(largest_component=["nose"])
 
 
-def test_all_structures_together_keep_one_part() -> None:
-    """Whatever label its voxels have."""
+def test_all_structures_together_keep_one_component() -> None:
+    """The component counts all labels."""
     spec = parse_spec(largest_component=["all"])
     index = torch.tensor([1, 0, 1, 2, 0, 2, 0, 1, 1, 2, 0], dtype=torch.uint8).view(1, -1, 1, 1)
     assert keep_components(index, MetaTensor(index), spec).flatten().tolist() == [
@@ -301,4 +301,4 @@ def test_a_sigmoid_finds_a_structure_above_one_half() -> None:
 
 def test_a_volume_without_magnitudes_is_refused() -> None:
     with pytest.raises(VolumeError, match="no value above 0"):
-        above_floor(np.full((1, 2, 3, 4), -1, dtype=np.float32), 0.1)
+        zero_below(np.full((1, 2, 3, 4), -1, dtype=np.float32), 0.1)

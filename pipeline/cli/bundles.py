@@ -1,0 +1,117 @@
+"""The commands on bundles: check, refresh, import and export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cli.options import DONE, SOME_FAILED, Command, command, json_option, usage_errors
+
+
+@click.group("bundle")
+def bundle_group() -> None:
+    """Check and refresh bundles."""
+
+
+@bundle_group.command(cls=Command)
+@click.argument("bundle")
+@json_option("Print the results as JSON on stdout.")
+def check(bundle: str, as_json: bool) -> None:
+    """Check a bundle by MONAI's own checks, offline, and its weights against its spec.
+
+    BUNDLE is a folder, or the name of a shipped bundle. Exit status 1 when a check fails.
+    """
+    with usage_errors():
+        from pipeline.bundle import check_bundle
+
+        results = check_bundle(bundle)
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        for name, reason in results.items():
+            outcome = f"failed  {name}: {reason}" if reason else f"passed  {name}"
+            click.echo(outcome)
+    sys.exit(SOME_FAILED if any(results.values()) else DONE)
+
+
+@bundle_group.command(cls=Command)
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace wiring (inference.yaml, train.yaml) that was edited, too.",
+)
+def refresh(bundle: Path, overwrite: bool) -> None:
+    """Rewrite the generated files of a bundle as this version of volseg writes them.
+
+    These are its wiring and metadata.json; keys of the spec that an earlier version named otherwise
+    are renamed. Wiring that was edited stays, unless --overwrite is given.
+    """
+    with usage_errors():
+        from pipeline.bundle import refresh_bundle
+
+        refreshed = refresh_bundle(bundle, overwrite=overwrite)
+    for name in refreshed.written:
+        click.echo(f"written  configs/{name}")
+    for name in refreshed.kept:
+        click.echo(f"kept     configs/{name} (it was edited; --overwrite replaces it)")
+
+
+@command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle to write; it must not hold a bundle.",
+)
+def import_command(checkpoint: Path, output: Path) -> None:
+    """Make a bundle from a published checkpoint, which is recognised by its keys.
+
+    Known are the tutorial U-Net and brain-segmentation-pytorch (the unet of PyTorch Hub), in 2D and
+    3D and of any size.
+    """
+    with usage_errors():
+        from pipeline.bundle import import_checkpoint
+
+        network = import_checkpoint(checkpoint, output)
+    click.echo(f"recognised the {network.name}; the bundle is in {output}", err=True)
+
+
+@command()
+@click.argument("bundle")
+@click.option(
+    "--to",
+    type=click.Choice(["openvino", "onnx", "torchscript"]),
+    required=True,
+    help="Runtime that is to load the network.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Precision of the exported network; int8 needs --to openvino and --calibrate.",
+)
+@click.option(
+    "--calibrate",
+    multiple=True,
+    metavar="FOLDER",
+    help="File or folder of real volumes, to calibrate int8 on and to compare on; may be repeated.",
+)
+def export(bundle: str, to: Any, precision: Any, calibrate: tuple[str, ...]) -> None:
+    """Write a bundle's network for another runtime into its models/ folder.
+
+    A report of how far it agrees with torch is printed and written next to it. The int8 model is
+    what `segment --precision int8` runs.
+    """
+    with usage_errors():
+        from pipeline.bundle import export_bundle
+
+        report = export_bundle(bundle, to, precision=precision, calibrate=calibrate)
+    click.echo(json.dumps(report, indent=2))

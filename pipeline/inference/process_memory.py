@@ -1,0 +1,51 @@
+"""The memory of this process, as the kernel counts it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+KIB = 1024
+# ru_maxrss is in bytes on macOS, in KiB elsewhere
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else KIB
+
+
+def resident_bytes() -> int:
+    """Return the process's resident memory, bytes."""
+    return _proc_status("VmRSS") or peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory since `reset_peak`, bytes.
+
+    Where the kernel cannot say (other systems than Linux), since the start of the process; 0 on
+    Windows.
+    """
+    peak = _proc_status("VmHWM")
+    if peak:
+        return peak
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+
+
+def reset_peak() -> None:
+    """Start counting the peak from now, where the kernel allows it (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _proc_status(key: str) -> int:
+    """Return a size in the kernel's account of this process, bytes; 0 where there is none."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith(key):
+            return int(line.split()[1]) * KIB
+    return 0

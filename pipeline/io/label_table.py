@@ -1,0 +1,137 @@
+"""Names, values and colours of labels, for figures, viewers and label files.
+
+FreeSurfer's structures have the colours that FreeSurfer, Freeview and 3D Slicer show them in. All
+other labels get colours that differ from each other.
+
+References:
+    FreeSurfer: FreeSurferColorLUT.txt,
+    https://surfer.nmr.mgh.harvard.edu/fswiki/FsTutorial/AnatomicalROI/FreeSurferColorLUT
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from colorsys import hls_to_rgb
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import as_file, files
+from itertools import count
+
+from pipeline.io.tables import read_csv
+
+Rgb = tuple[int, int, int]
+
+BACKGROUND_COLOR: Rgb = (0, 0, 0)
+# Tableau 10, without its grey, which is hard to tell from the voxels of the image underneath
+PALETTE: tuple[Rgb, ...] = (
+    (31, 119, 180),
+    (255, 127, 14),
+    (44, 160, 44),
+    (214, 39, 40),
+    (148, 103, 189),
+    (140, 86, 75),
+    (227, 119, 194),
+    (188, 189, 34),
+    (23, 190, 207),
+)
+# steps of the golden ratio around the circle of hues never come back to the same place
+HUE_STEP = 0.618034
+LIGHTNESS = (0.55, 0.4, 0.7)  # alternates, because neighbours in hue alone are hard to tell apart
+SATURATION = 0.75
+
+# words that FreeSurfer's names abbreviate; "proper" was dropped from the thalamus in version 7
+FULL_WORDS = {
+    "inf": "inferior",
+    "lat": "lateral",
+    "vent": "ventricle",
+    "csf": "cerebrospinalfluid",
+    "proper": "",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelColor:
+    """One label with its colour.
+
+    Attributes:
+        name: as in the spec.
+        value: of its voxels in the label map.
+        color: red, green and blue, 0 to 255.
+    """
+
+    name: str
+    value: int
+    color: Rgb
+
+
+def label_table(labels: Mapping[str, int]) -> list[LabelColor]:
+    """Return the colour of each label.
+
+    A label whose name and value both are FreeSurfer's has FreeSurfer's colour (left and right sides
+    share one). Every other label has a colour that no label before it has. The background, value
+    0, is black. The same labels always give the same colours.
+
+    Args:
+        labels: name → value, as in a spec.
+
+    Returns:
+        one row per label, in the order of `labels`.
+    """
+    standard = {name: _standard_color(name, value) for name, value in labels.items()}
+    other_colors = _distinct_colors([color for color in standard.values() if color is not None])
+    return [
+        LabelColor(name=name, value=value, color=standard[name] or next(other_colors))
+        for name, value in labels.items()
+    ]
+
+
+def _standard_color(name: str, value: int) -> Rgb | None:
+    """Return the colour of the background or of FreeSurfer's structure, None for other labels."""
+    if value == 0:
+        return BACKGROUND_COLOR
+    known = _freesurfer_labels().get(value)
+    if known is None or _normalised(known.name) != _normalised(name):
+        return None
+    return known.color
+
+
+@cache
+def _freesurfer_labels() -> dict[int, LabelColor]:
+    """Return the structures of FreeSurfer's aseg.mgz by value."""
+    with as_file(files("pipeline.io") / "freesurfer_labels.csv") as path:
+        rows = read_csv(path)
+    labels = {}
+    for row in rows:
+        color = (int(row["red"]), int(row["green"]), int(row["blue"]))
+        value = int(row["value"])
+        labels[value] = LabelColor(name=row["name"], value=value, color=color)
+    return labels
+
+
+def _normalised(name: str) -> str:
+    """Return a name in lower case, with full words, without anything between them.
+
+    >>> _normalised("Left-Inf-Lat-Vent") == _normalised("left inferior lateral ventricle")
+    True
+    """
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return "".join(FULL_WORDS.get(word, word) for word in words)
+
+
+def _distinct_colors(taken: Collection[Rgb]) -> Iterator[Rgb]:
+    """Yield colours without end, none twice and none that is taken: the palette, then more hues."""
+    used = {BACKGROUND_COLOR, *taken}
+    for color in _candidate_colors():
+        if color not in used:
+            used.add(color)
+            yield color
+
+
+def _candidate_colors() -> Iterator[Rgb]:
+    yield from PALETTE
+    for number in count():
+        hue = (number * HUE_STEP) % 1.0
+        lightness = LIGHTNESS[number % len(LIGHTNESS)]
+        red, green, blue = hls_to_rgb(hue, lightness, SATURATION)
+        yield round(255 * red), round(255 * green), round(255 * blue)

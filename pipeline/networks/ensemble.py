@@ -1,0 +1,66 @@
+"""An ensemble of U-Nets that is trained, saved and run as one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from pipeline.networks.unet import UNet
+
+MIN_PROBABILITY = 1e-12  # lower probabilities are raised to it, so that their logarithm is finite
+
+
+class Ensemble(nn.Module):
+    """U-Nets of one shape, whose probabilities are averaged.
+
+    The members are trained together on the same batches from different initial weights, or come
+    from the folds of a cross-validation.
+
+    `torch.jit.script` and `torch.jit.trace` compile an ensemble in evaluation mode. A scripted
+    ensemble always returns the average and cannot be trained.
+
+    Args:
+        members: the networks.
+        sigmoid: whether each logit is a structure of its own; otherwise a softmax is taken over
+            all of them.
+
+    Shapes:
+        (B, in_channels, *spatial) → the logits of the mean probability, as a member returns them.
+        In training: a list of what each member returns.
+    """
+
+    def __init__(self, members: Sequence[UNet], *, sigmoid: bool) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.sigmoid = sigmoid
+        self.min_probability = MIN_PROBABILITY  # TorchScript does not see a module's constants
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor | list[torch.Tensor]]:
+        if not torch.jit.is_scripting() and self.training:
+            return [member(x) for member in self.members]
+        mean = torch.zeros((), device=x.device)
+        for member in self.members:
+            logits = member(x)
+            # In evaluation mode always true; TorchScript needs it to know the type
+            assert isinstance(logits, torch.Tensor)
+            logits = logits.float()
+            share = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
+            mean = mean + share / len(self.members)
+        if self.sigmoid:
+            return torch.logit(mean, eps=self.min_probability)
+        return torch.log(mean.clamp(min=self.min_probability))
+
+
+def member_states(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Return the state dict of each member, from that of an ensemble or of a single network."""
+    members: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in state.items():
+        # An entry of an ensemble is called members.<number>.<name in the U-Net>
+        prefix, _, rest = name.partition(".")
+        number, own_name = "0", name
+        if prefix == "members":
+            number, _, own_name = rest.partition(".")
+        members.setdefault(number, {})[own_name] = tensor
+    return list(members.values())

@@ -1,0 +1,49 @@
+"""Networks built from a spec."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.config import Spec
+from pipeline.networks.ensemble import Ensemble
+from pipeline.networks.unet import UNet
+
+
+def build_network(spec: Spec) -> nn.Module:
+    """Return the network of a spec with random weights: a U-Net, or an ensemble of U-Nets."""
+    size = spec.network.ensemble
+    if size == 1:
+        return build_unet(spec)
+    members = [build_unet(spec) for _ in range(size)]
+    return Ensemble(members, sigmoid=spec.output == "sigmoid")
+
+
+def build_unet(spec: Spec) -> UNet:
+    """Return one U-Net of the spec's shape with random weights, without its ensemble."""
+    network = spec.network
+    return UNet(
+        spec.spatial_dims,
+        len(spec.channels),
+        len(spec.outputs),
+        network.features,
+        spec.strides,
+        norm=network.norm,
+        activation=network.activation,
+        residual=network.residual,
+        dropout=network.dropout,
+        contraction_dropout=network.contraction_dropout,
+        deep_supervision=network.deep_supervision,
+        padding=network.padding,
+    )
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Store the network's kernels in channels_last order, in place, and return it.
+
+    Convolutions are fastest in this order. Kernels of 2D and of 3D convolutions have different
+    numbers of axes, and torch a memory format for each.
+    """
+    has_conv3d = any(isinstance(module, nn.Conv3d) for module in network.modules())
+    order = torch.channels_last_3d if has_conv3d else torch.channels_last
+    return network.to(memory_format=order)  # type: ignore[call-overload, no-any-return]

@@ -1,0 +1,93 @@
+"""The files of a plan: the run's YAML, and a bundle without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import BundlePaths
+from pipeline.io import Layout, write_atomically, write_json
+from pipeline.training.planning.choices import Choice, nested_values
+
+LINE_WIDTH = 110  # characters
+
+
+def write_plan(
+    path: Path,
+    run: Mapping[str, Any],
+    choices: Sequence[Choice],
+    splits: list[dict[str, list[str]]],
+    layout: Layout,
+) -> None:
+    """Write the run, and spec, card and splits of its bundle.
+
+    Args:
+        path: YAML file of the run.
+        run: `bundle` and `dataset` of the run.
+        choices: all other settings of spec and run.
+        splits: the folds.
+        layout: of the dataset, for the card.
+    """
+    paths = BundlePaths(run["bundle"])
+    reasons = {choice.name.partition(".")[2]: choice.reason for choice in choices}
+    spec = nested_values(choices, "spec.")
+    _write_yaml(
+        paths.spec,
+        spec,
+        reasons,
+        "The inputs and outputs of these weights. Changing any of it makes them invalid.",
+    )
+    write_json(paths.splits, splits)
+    _write_yaml(
+        paths.card, _card(paths, spec, layout), {}, "For readers of the bundle: complete it."
+    )
+    content = {
+        "bundle": run["bundle"],
+        "dataset": run["dataset"],
+        "splits": str(paths.splits),
+        "fold": 0,
+        **nested_values(choices, "run."),
+    }
+    _write_yaml(path, content, reasons, f"A training run: volseg train {path.name}")
+
+
+def _card(paths: BundlePaths, spec: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    structures = list(spec["labels"])[1:]  # the first label is the background
+    licence = f", {layout.licence}" if layout.licence else ""
+    return {
+        "name": paths.folder.name,
+        "description": f"A U-Net that segments {', '.join(structures)}.",
+        "task": "Segmentation of MR images",
+        "authors": "to be named",
+        "copyright": "to be named",
+        "intended_use": "Research; not a medical device, not for diagnosis.",
+        "data_source": f"{layout.kind}{licence}",
+        "data_type": "NIfTI",
+        "references": [],
+        "eval_metrics": {},
+        "changelog": {"0.1.0": "first weights"},
+    }
+
+
+def _write_yaml(
+    path: Path, content: Mapping[str, Any], reasons: Mapping[str, str], heading: str
+) -> None:
+    write_atomically(path, commented_yaml(content, reasons, heading).encode())
+
+
+def commented_yaml(content: Mapping[str, Any], reasons: Mapping[str, str], heading: str) -> str:
+    """Return YAML with a heading, and the reason of each top-level key in a comment above it."""
+    lines = [f"# {heading}"]
+    for key, value in content.items():
+        text = yaml.safe_dump(
+            value, sort_keys=False, default_flow_style=True, width=LINE_WIDTH, allow_unicode=True
+        )
+        # PyYAML ends a plain scalar by the marker "..."
+        first, *rest = text.removesuffix("...\n").splitlines()
+        if key in reasons:
+            lines.append(f"# {reasons[key]}")
+        lines += [f"{key}: {first}", *("  " + line.strip() for line in rest)]
+    return "\n".join(lines) + "\n"

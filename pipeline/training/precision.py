@@ -1,0 +1,72 @@
+"""The precision of training, and the processors that only emulate it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.inferers import SimpleInferer
+
+from pipeline.config import Run
+from pipeline.log import LOGGER
+from pipeline.training.distributed import is_first_process
+
+X86 = ("x86_64", "AMD64")  # `platform.machine()` on Linux and macOS, and on Windows
+# the tests of torch.cpu for instructions that multiply bfloat16; older releases of torch lack some
+BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Return whether a device only emulates bfloat16 convolutions, about 30 times slower.
+
+    That is known of x86 processors with neither AVX512-BF16 nor AMX. Any other processor is taken
+    to have them.
+    """
+    if device.type != "cpu" or platform.machine() not in X86:
+        return False
+    checks = [getattr(torch.cpu, name, None) for name in BFLOAT16_CHECKS]
+    known = [check for check in checks if check is not None]
+    return bool(known) and not any(check() for check in known)
+
+
+class TrainingInferer(SimpleInferer):
+    """Applies the network to a training batch in the precision of the run.
+
+    bfloat16 is torch's autocast; weights and logits stay in float32. On a processor that only
+    emulates bfloat16 the network runs in float32, after one warning.
+
+    Args:
+        run: settings of the training run.
+
+    Shapes:
+        (B, C, *roi_size) → logits (B, classes, *output_size) float32, or lists of them for a
+        network with deep supervision or an ensemble.
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.bfloat16 = run.precision == "bfloat16"
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.bfloat16 and emulates_bfloat16(inputs.device):
+            self._fall_back()
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
+            logits = network(inputs, *args, **kwargs)
+        return in_float32(logits)
+
+    def _fall_back(self) -> None:
+        self.bfloat16 = False
+        if is_first_process():
+            LOGGER.warning(
+                "run.precision: this processor has neither AVX512-BF16 nor AMX and would only "
+                "emulate bfloat16; training runs in float32"
+            )
+
+
+def in_float32(logits: Any) -> Any:
+    """Return logits, or lists of them at any depth, in float32."""
+    return [in_float32(level) for level in logits] if isinstance(logits, list) else logits.float()

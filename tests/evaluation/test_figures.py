@@ -1,0 +1,81 @@
+"""Charts of Dice and of a training run."""
+
+from __future__ import annotations
+
+from math import nan
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from pipeline.evaluation import figures
+from pipeline.evaluation.figures import draw_dice, draw_training_curves
+from pipeline.evaluation.metrics import METRICS, LabelScore
+from pipeline.evaluation.scores import ScoreRow
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were written as PNGs."""
+    saved: list[Figure] = []
+    save = figures.save_figure
+
+    def record(figure: Figure, path: Path, *, dpi: int) -> None:
+        saved.append(figure)
+        save(figure, path, dpi=dpi)
+
+    monkeypatch.setattr(figures, "save_figure", record)
+    return saved
+
+
+def rows(label: str, dice_of_case: dict[str, float]) -> list[ScoreRow]:
+    made = []
+    for case, dice in dice_of_case.items():
+        score = LabelScore(**(dict.fromkeys(METRICS, 0.5) | {"dice": dice}))
+        made.append(ScoreRow(case=case, label=label, score=score))
+    return made
+
+
+def test_dice_has_one_panel_per_label_and_one_bar_per_scored_case(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    """Sorted from the worst, with lines at mean and median; nan has no bar."""
+    scores = rows("x", {"a": 0.9, "b": 0.2, "c": nan, "d": 0.7}) + rows("y", {"a": nan})
+    path = tmp_path / "new" / "dice.png"
+    draw_dice(scores, path, title="two labels")
+    assert imread(path).ndim == 3
+    (figure,) = drawn
+    x, y = figure.axes
+    assert (x.get_title(), y.get_title()) == ("x", "y")
+    assert [text.get_text() for text in x.get_yticklabels()] == ["b", "d", "a"]
+    assert [bar.get_width() for bar in x.patches] == [0.2, 0.7, 0.9]
+    assert [text.get_text() for text in x.get_legend().get_texts()] == [
+        "mean 0.600",
+        "median 0.700",
+    ]
+    assert not y.patches
+
+
+def test_training_curves_draw_dice_where_epochs_were_validated(
+    drawn: list[Figure], tmp_path: Path
+) -> None:
+    """Epochs without validation have no point; labels beyond the legend's room have no name."""
+    labels = [f"dice_{i}" for i in range(10)]
+    history: list[dict[str, float | str]] = []
+    for epoch in range(1, 5):
+        row: dict[str, float | str] = {"epoch": epoch, "loss": 1 / epoch}
+        row |= {"learning_rate": 0.01, "seconds": 3.0}
+        if epoch % 2 == 0:
+            row |= {"dice": 0.5, **dict.fromkeys(labels, 0.4)}
+        history.append(row)
+    history[2] |= dict.fromkeys(["dice", *labels], "")  # as read back from history.csv
+    path = tmp_path / "progress.png"
+    draw_training_curves(history, path)
+    assert imread(path).ndim == 3
+    (figure,) = drawn
+    loss, dice = figure.axes[0], figure.axes[-1]
+    assert list(loss.get_lines()[0].get_xdata()) == [1, 2, 3, 4]
+    assert [list(line.get_xdata()) for line in dice.get_lines()] == [[2, 4]] * 11
+    names = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert names == ["training loss", "dice", *labels[:7]]

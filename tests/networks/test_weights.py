@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from references import Tutorial
+
+from pipeline.errors import ReadError
+from pipeline.networks import UNet
+from pipeline.networks.weights import load_weights, read_checkpoint, read_state, save_weights
+
+
+def test_saved_weights_load_with_kernels_in_float16(tmp_path: Path) -> None:
+    """Kernels are rounded to float16; biases and statistics are kept exactly."""
+    saved, loaded = (UNet(2, 1, 2, (3, 4), norm="batch") for _ in range(2))
+    saved(torch.rand(2, 1, 8, 6))
+    save_weights(saved, tmp_path / "model.pt")
+    load_weights(loaded, tmp_path / "model.pt")
+    for name, tensor in saved.state_dict().items():
+        expected = tensor.half().float() if tensor.ndim > 1 else tensor
+        assert torch.equal(loaded.state_dict()[name], expected)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    """The message names the file and each entry that does not fit."""
+    save_weights(UNet(2, 1, 2, (3, 4)), tmp_path / "model.pt")
+    with pytest.raises(ReadError, match=r"model\.pt: expected weights of this network") as raised:
+        load_weights(UNet(2, 1, 3, (3, 4)), tmp_path / "model.pt")
+    assert "output.weight" in str(raised.value)
+    assert "output.bias" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    ],
+    ids=["plain", "nested", "prefixed"],
+)
+def test_a_checkpoint_may_be_wrapped(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    """A state dict is found under a usual key, and the prefix of DataParallel is removed."""
+    state = Tutorial(features=2).state_dict()
+    torch.save(wrap(state), tmp_path / "model.pt")
+    assert read_checkpoint(tmp_path / "model.pt").keys() == state.keys()
+
+
+@pytest.mark.parametrize("read", [read_state, read_checkpoint])
+def test_files_without_weights_are_refused(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    """A missing file, a file that torch did not write, and a file with more than tensors."""
+    with pytest.raises(ReadError, match="cannot be read"):
+        read(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("weights")
+    with pytest.raises(ReadError, match="not a plain checkpoint of tensors"):
+        read(tmp_path / "text.pt")
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(ReadError, match="expected a state dict"):
+        read(tmp_path / "other.pt")

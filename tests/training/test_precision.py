@@ -1,0 +1,95 @@
+"""The precision of training on processors with and without bfloat16."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.config.run import Run, TrainingPrecision
+from pipeline.networks import UNet
+from pipeline.training import precision as precision_module
+from pipeline.training.precision import BFLOAT16_CHECKS, TrainingInferer, emulates_bfloat16
+
+RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+@pytest.mark.parametrize("deep", [0, 1])
+def test_a_run_names_the_precision_of_the_convolutions(
+    precision: TrainingPrecision,
+    dtype: torch.dtype,
+    deep: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits and gradients are in float32 in both precisions, and close to each other."""
+    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: False)
+    net = UNet(3, 1, 3, (4, 8, 8), norm="instance", deep_supervision=deep)
+    dtypes = []
+    net.output.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    x = torch.randn(1, 1, 8, 12, 16)
+    found = TrainingInferer(replace(RUN, precision=precision))(x, net)
+    logits, levels = (found[0], found) if deep else (found, [found])
+    assert dtypes == [dtype]
+    assert {level.dtype for level in levels} == {torch.float32}
+    assert [level.shape[2:] for level in levels] == [(8, 12, 16), (4, 6, 8)][: deep + 1]
+    logits.square().mean().backward()
+    assert net.output.weight.grad is not None
+    assert net.output.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(logits, net.eval()(x), atol=0.05, rtol=0.05)
+
+
+def test_emulated_bfloat16_trains_in_float32_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: True)
+    net = UNet(3, 1, 3, (4, 8), norm="instance")
+    x = torch.randn(1, 1, 8, 12, 16)
+    inferer = TrainingInferer(replace(RUN, precision="bfloat16"))
+    with caplog.at_level(logging.WARNING, logger="volseg"):
+        first, second = inferer(x, net), inferer(x, net)
+    assert len(caplog.records) == 1
+    assert "run.precision" in caplog.text
+    assert torch.equal(first, net(x))
+    assert torch.equal(first, second)
+
+
+def test_float32_gives_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: True)
+    TrainingInferer(RUN)(torch.randn(1, 1, 8, 8), UNet(2, 1, 3, (4, 8), norm="instance"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512", "amx", "emulated"),
+    [
+        ("x86_64", False, False, True),
+        ("x86_64", True, False, False),
+        ("x86_64", False, True, False),
+        ("AMD64", False, False, True),
+        ("aarch64", False, False, False),
+    ],
+)
+def test_x86_without_bfloat16_instructions_emulates(
+    machine: str, avx512: bool, amx: bool, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    for name, value in zip(BFLOAT16_CHECKS, (avx512, amx), strict=True):
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    assert emulates_bfloat16(CPU) is emulated
+    assert not emulates_bfloat16(torch.device("cuda"))
+
+
+def test_a_torch_without_these_checks_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in BFLOAT16_CHECKS:
+        monkeypatch.delattr(torch.cpu, name, raising=False)
+    assert not emulates_bfloat16(CPU)
