@@ -1,3 +1,3 @@
-"""Defaults that the command line and the Python API share; imports nothing, so that `--help` is fast."""
+"""Defaults of the command line and the Python API; imports nothing, so that `--help` is fast."""
 
 DEFAULT_BUNDLE = "brain_mr_structures"

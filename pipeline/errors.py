@@ -1,4 +1,4 @@
-"""The exceptions that volseg raises on purpose, and how to find them behind other libraries' wrappers.
+"""The exceptions that volseg raises on purpose, and how to find them behind wrappers.
 
 PipelineError            something the user can fix; its text says where, what was found, what was
 │                        expected and what to do

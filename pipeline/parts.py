@@ -1,7 +1,7 @@
 """The parts that a bundle's wiring (`inference.yaml`, `train.yaml`) may target.
 
-This module is stable: a name that stands here keeps its arguments from version to version, so that a bundle written by one
-version of volseg opens in the next. All other modules may change.
+This module is stable: a name in it keeps its arguments from version to version, so that a bundle
+written by one version of volseg opens in the next. All other modules may change.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def measure(root: Path, folder: Path, precision: str) -> dict[str, Any]:
     started = time.perf_counter()
     rows = segment_cases(model, cases, folder.parent / f"out_{precision}")
     wall = time.perf_counter() - started
-    network = sum(float(row["network_s"]) for row in rows)
+    network = sum(float(row.seconds["network"]) for row in rows)
     return {
         "precision": precision,
         "cases": len(rows),

@@ -24,12 +24,12 @@ from pipeline.cli import show_log
 from pipeline.evaluation import dice
 from pipeline.inference import predict_case
 from pipeline.io import fold_cases, read, write_json
-from pipeline.types import Array
+from pipeline.types import Array, Case
 
 PRECISIONS = ("float32", "int8")
 
 
-def score_precisions(bundle: Path, cases: list[dict[str, Any]]) -> dict[str, Any]:
+def score_precisions(bundle: Path, cases: list[Case]) -> dict[str, Any]:
     """Return the mean Dice of each precision against the labels, and of int8 against float32."""
     models = {name: open_bundle(bundle, device="cpu", precision=name) for name in PRECISIONS}
     values = {name: value for name, value in models["int8"].spec.labels.items() if value}
@@ -69,7 +69,7 @@ def main(bundle: str, dataset: str, splits: str, fold: int, output: Path | None)
     show_log()
     with tempfile.TemporaryDirectory() as name:
         copy = Path(shutil.copytree(find_bundle(bundle), Path(name) / "bundle"))
-        training = [case["image"] for case in fold_cases(dataset, splits, fold, "train")]
+        training = [str(case["image"]) for case in fold_cases(dataset, splits, fold, "train")]
         report = export_bundle(copy, "openvino", precision="int8", calibrate=training)
         found = score_precisions(copy, fold_cases(dataset, splits, fold, "val")) | {
             "export": report

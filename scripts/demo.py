@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib as mpl
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine
 from nilearn.datasets import load_mni152_template
 
 mpl.use("Agg")
@@ -49,7 +50,7 @@ def describe_centre(mask: Array, affine: Affine) -> str:
     voxels = np.argwhere(mask)
     if not len(voxels):
         return "nowhere: it was not found"
-    centre = nib.affines.apply_affine(affine, voxels.mean(axis=0))
+    centre = apply_affine(affine, voxels.mean(axis=0))
     coordinates = [f"{axis} {mm:.0f}" for axis, mm in zip("RAS", centre, strict=True)]
     return f"{', '.join(coordinates)} mm (MNI)"
 

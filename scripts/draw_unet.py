@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -132,7 +133,11 @@ def draw_maps(axes: Axes, found: Sequence[FeatureMap], boxes: Sequence[Box]) -> 
         own = width * m.features / (m.features + m.skip)
         axes.add_patch(Rectangle((x, y), own, height, facecolor="#cfe0f5", edgecolor=CONVOLUTION))
         if m.skip:
-            hatched = {"facecolor": "white", "edgecolor": CONVOLUTION, "hatch": "//"}
+            hatched: dict[str, Any] = {
+                "facecolor": "white",
+                "edgecolor": CONVOLUTION,
+                "hatch": "//",
+            }
             axes.add_patch(Rectangle((x + own, y), width - own, height, **hatched))
         channels = f"{m.features}+{m.skip}" if m.skip else str(m.features)
         size = "×".join(map(str, m.size))
@@ -174,7 +179,13 @@ def draw_arrow(
     axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str
 ) -> None:
     """Draw an arrow from one point to another."""
-    style = {"arrowstyle": "-|>", "mutation_scale": 8, "shrinkA": 1, "shrinkB": 1, "lw": 1.2}
+    style: dict[str, Any] = {
+        "arrowstyle": "-|>",
+        "mutation_scale": 8,
+        "shrinkA": 1,
+        "shrinkB": 1,
+        "lw": 1.2,
+    }
     axes.add_patch(FancyArrowPatch(start, end, color=colour, **style))
 
 

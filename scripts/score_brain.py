@@ -337,7 +337,7 @@ def segment_scans(model: Model, scans: list[Path], out: Path) -> None:
     cases = find_cases([str(path) for path in scans], model.spec)
     with progress_bar("segmenting", len(cases)) as advance:
         segment_cases(
-            model, cases, out, overwrite=True, progress=lambda _, row: advance(case_line(row))
+            model, cases, out, overwrite=True, progress=lambda row: advance(case_line(row))
         )
 
 

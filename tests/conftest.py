@@ -12,8 +12,8 @@ import torch
 from phantom import make_bundle, nifti, save
 
 from pipeline.bundle.opening import open_bundle
+from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import CACHE_VARIABLE
-from pipeline.inference.predictor import Model
 
 
 @pytest.fixture(scope="session", autouse=True)

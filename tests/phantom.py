@@ -20,7 +20,7 @@ from pipeline.bundle.wiring import refresh_bundle
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec, load_spec
 from pipeline.inference.invert import LabelInversion
-from pipeline.inference.predictor import Model
+from pipeline.inference.model import Model
 from pipeline.inference.sliding_window import build_inferer
 from pipeline.networks import build_unet, save_weights
 from pipeline.transforms.preprocess import preprocessing

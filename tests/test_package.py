@@ -49,7 +49,7 @@ def pip_install(wheel: Path, *options: str, python: Path | None = None, **variab
     """Install the wheel alone, without the network."""
     target = ["--python", str(python)] if python else []
     command = ["install", "--quiet", "--no-deps", "--no-index", *options, str(wheel)]
-    run(sys.executable, "-m", "pip", *target, *command, **variables)
+    run(sys.executable, "-m", "pip", *target, *command, cwd=None, **variables)
 
 
 def make_environment(folder: Path) -> Path:

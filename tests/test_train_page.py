@@ -1,4 +1,4 @@
-"""Every command of docs/train.md, in its order, on a few real crops."""
+"""All commands of docs/train.md, in their order, on a few real crops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHORT = {
 
 @pytest.fixture
 def place(hippocampus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that holds my_data, a Decathlon dataset of five crops."""
+    """Return a folder with my_data, a Decathlon dataset of five crops."""
     source, target = hippocampus[0].parent.parent, tmp_path / "my_data"
     pairs = [
         {"image": f"./imagesTr/{path.name}", "label": f"./labelsTr/{path.name}"}
@@ -47,7 +47,7 @@ def place(hippocampus: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_run(place: Path) -> None:
-    """As they stand, but shorter; what the page promises is there after them."""
+    """They run with shorter settings, and leave the files that the page names."""
     assert [line.split()[1] for line in COMMANDS] == [
         "plan",
         "train",

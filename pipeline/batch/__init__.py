@@ -1,5 +1,6 @@
 """Many cases: what is to be done, what was done, what failed and why.
 
+Modules:
     runner      segments cases one after the other, with reading ahead and writing behind
     case_row    one row of `cases.csv`
     outputs     the names of the files that a batch writes

@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from pipeline.bundle.wiring import refresh_bundle
-from pipeline.config import BundlePaths, NetworkSpec
+from pipeline.config import BundlePaths
 from pipeline.errors import ConfigError
 from pipeline.io import sha256, write_atomically
 from pipeline.networks import (
+    NetworkShape,
     PublishedKind,
     from_published,
     published_network,
@@ -132,12 +133,13 @@ def import_checkpoint(checkpoint: PathOrStr, output: PathOrStr) -> PublishedNetw
     checkpoint_state = read_checkpoint(checkpoint)
     published = PUBLISHED_NETWORKS[recognise(checkpoint_state)]
     state = from_published(checkpoint_state)
-    spec = _spec(published, *published_network(state))
+    shape = published_network(state)
+    spec = _spec(published, shape)
     source = f"{Path(checkpoint).name} (SHA-256 {sha256(Path(checkpoint))})"
     _write_weights(paths.weights, state)
     _write_yaml(paths.spec, spec)
     _write_yaml(paths.card, _card(published, source))
-    _write_yaml(paths.run, _run(published, paths, len(spec["roi_size"])))
+    _write_yaml(paths.run, _run(published, paths, shape.spatial_dims))
     write_atomically(paths.licence, _licence(source).encode())
     write_atomically(paths.readme, _readme(published, source, str(output)).encode())
     refresh_bundle(paths.folder)
@@ -157,29 +159,21 @@ def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, text.encode())
 
 
-def _spec(
-    published: PublishedNetwork, dims: int, channels: int, outputs: int, network: NetworkSpec
-) -> dict[str, Any]:
+def _spec(published: PublishedNetwork, shape: NetworkShape) -> dict[str, Any]:
     """Return the content of spec.yaml.
-
-    Args:
-        published: which network it is.
-        dims: spatial dimensions, 2 or 3.
-        channels: of the input.
-        outputs: channels of the output.
-        network: features and norm of the U-Net.
 
     Raises:
         ConfigError: the output has no channel for a structure.
     """
-    sigmoid = published.sigmoid or outputs == 1
-    structures = outputs if sigmoid else outputs - 1  # a softmax has one for the background
+    sigmoid = published.sigmoid or shape.out_channels == 1
+    # a softmax has a channel for the background too
+    structures = shape.out_channels if sigmoid else shape.out_channels - 1
     if structures < 1:
         raise ConfigError(
-            f"the weights have {outputs} output channels: expected background and at least one "
-            "structure"
+            f"the weights have {shape.out_channels} output channels: expected background and at "
+            "least one structure"
         )
-    channel_names = _channel_names(published, channels)
+    channel_names = _channel_names(published, shape.in_channels)
     spec: dict[str, Any] = {
         "labels": {"background": 0, **_structure_labels(published, structures)},
         "channels": channel_names,
@@ -187,12 +181,12 @@ def _spec(
         # the patient's right to left
         "orientation": "PLS",
         "spacing": [None, None, None],  # the file's own
-        "roi_size": [256, 256] if dims == 2 else [96, 96, 32],
+        "roi_size": [256, 256] if shape.spatial_dims == 2 else [96, 96, 32],
         "overlap": 0.5,
         "output": "sigmoid" if sigmoid else "softmax",
-        "network": {"features": list(network.features), "norm": network.norm},
+        "network": {"features": list(shape.network.features), "norm": shape.network.norm},
     }
-    if dims == 2:
+    if shape.spatial_dims == 2:
         spec["slice_axis"] = "S"
     spec |= published.spec
     if published.fallback_channel in channel_names:

@@ -1,5 +1,6 @@
 """The command line; only this package prints.
 
+Modules:
     app         the command `volseg` and its sub-commands
     segment, bundles, training, evaluation   the commands, by group
     options     what all commands share: verbosity, common options, exit statuses

@@ -44,7 +44,8 @@ from pipeline.defaults import DEFAULT_BUNDLE
     "--overlap",
     type=float,
     metavar="FRACTION",
-    help="Overlap of neighbouring windows, 0 to below 1.  [default: the bundle's own]",
+    show_default="the bundle's own",
+    help="Overlap of neighbouring windows, 0 to below 1.",
 )
 @click.option(
     "--runtime",
@@ -57,8 +58,8 @@ from pipeline.defaults import DEFAULT_BUNDLE
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    help="Memory that the process may use, such as 4G; the labels do not depend on it.  "
-    "[default: no limit]",
+    show_default="no limit",
+    help="Memory that the process may use, such as 4G; the labels do not depend on it.",
 )
 @click.option(
     "--uncertainty",
@@ -69,7 +70,8 @@ from pipeline.defaults import DEFAULT_BUNDLE
     "--labels-spacing",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MM",
-    help="Voxel size of the label maps, mm.  [default: that of each input]",
+    show_default="that of each input",
+    help="Voxel size of the label maps, mm.",
 )
 @click.option(
     "--volume",

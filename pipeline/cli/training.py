@@ -128,4 +128,3 @@ def crossval(config: Path, changes: tuple[str, ...], folds: tuple[int, ...]) -> 
 
             summary = cross_validate(run, content, only=folds, epoch_done=epoch_done)
     print_summary(summary)
-

@@ -58,7 +58,7 @@ class Intensity:
 class CropResize:
     """Cropping of a volume to its bright part, and resizing of its slices to one size.
 
-    `pipeline.transforms.slice_fitting` implements it.
+    `pipeline.transforms.crop_resize` implements it.
 
     Attributes:
         floor: fraction of a channel's largest value, 0 to 1; lower values become 0, and the volume

@@ -56,12 +56,12 @@ def _draw_dice_of_label(panel: Axes, rows: Sequence[ScoreRow]) -> None:
     scored.sort(key=lambda row: (row.score.dice, row.case))
     values = np.array([row.score.dice for row in scored])
     panel.barh(range(len(scored)), values, color="tab:blue", height=0.8)
-    panel.set_yticks(range(len(scored)), [row.case for row in scored], fontsize=5)
+    panel.set_yticks(range(len(scored)), [row.case for row in scored], fontsize=7)
     if scored:
         mean, median = float(values.mean()), float(np.median(values))
         panel.axvline(mean, color="tab:red", label=f"mean {mean:.3f}")
         panel.axvline(median, color="tab:green", ls="--", label=f"median {median:.3f}")
-        panel.legend(loc="lower left", fontsize=7)
+        panel.legend(loc="lower right", fontsize=7)  # where the bars are shortest
     panel.set(xlabel="Dice", xlim=(0, 1), ylim=(-0.6, len(scored) - 0.4))
 
 

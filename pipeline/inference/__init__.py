@@ -1,5 +1,6 @@
 """From a volume on the network's grid to labels on the file's own grid.
 
+Modules:
     predictor                one case through the whole path
     model                    what a prediction starts from and results in
     sliding_window           the network over a volume of any size
@@ -65,8 +66,8 @@ __all__ = [
     "noise_window",
     "openvino_core",
     "parse_size",
-    "plan_memory",
     "peak_bytes",
+    "plan_memory",
     "predict_case",
     "predict_prepared",
     "prepare",

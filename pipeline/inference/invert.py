@@ -29,9 +29,9 @@ class InvertedLabels:
     """A label map on its final grid.
 
     Attributes:
-        labels: (X', Y', Z') output values in the smallest unsigned type that holds the spec's labels.
+        labels: (X', Y', Z') output values in the smallest unsigned type that holds them all.
         grid: of the labels.
-        soft_mm3: each class's volume by its probabilities, mm³, where the spec asks for soft volumes.
+        soft_mm3: each class's volume by its probabilities, mm³, if the spec asks for it.
         uncertainty: (X', Y', Z') float32, the entropy of the scores from 0 to 1, where asked for.
     """
 

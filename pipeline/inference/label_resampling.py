@@ -203,7 +203,7 @@ def _sample_field(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 def _target_box(
     target_shape: Sequence[int], block: ScoreBlock, matrix: Affine
 ) -> tuple[slice, ...]:
-    """Return the box of target voxels that may lie in a block; outermost blocks reach to infinity."""
+    """Return the box of target voxels in a block; the outermost blocks reach to infinity."""
     sizes = block.scores.shape[1:]
     low = [-FAR if s == 0 else s - 1 for s in block.start]
     ends = zip(block.start, sizes, block.shape, strict=True)

@@ -11,7 +11,7 @@ from pipeline.inference.aggregator import HALO, ScoreBlock
 
 
 class ProbabilityCollector:
-    """Sums the probabilities of blocks of logits, and keeps those of some classes, while blocks pass.
+    """Sums the probabilities of blocks of logits, and keeps those of some classes.
 
     Args:
         kept_classes: the classes whose probability maps are kept.

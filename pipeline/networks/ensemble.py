@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.networks.unet import UNet
+from pipeline.networks.unet import UNet, is_scripting
 
 MIN_PROBABILITY = 1e-12  # lower probabilities are raised to it, so that their logarithm is finite
 
@@ -38,7 +38,7 @@ class Ensemble(nn.Module):
         self.min_probability = MIN_PROBABILITY  # TorchScript does not see a module's constants
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor | list[torch.Tensor]]:
-        if not torch.jit.is_scripting() and self.training:
+        if not is_scripting() and self.training:
             return [member(x) for member in self.members]
         mean = torch.zeros((), device=x.device)
         for member in self.members:

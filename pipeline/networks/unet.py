@@ -21,6 +21,7 @@ from pipeline.errors import ShapeError
 # `forward` methods here must compile with torch.jit.script, which `python -m monai.bundle
 # ckpt_export` uses. It reads comments that start with `# type:` as annotations, so that none may
 # stand in a `forward`; results are given their type by an annotated assignment instead.
+is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
 
 class InstanceNorm(nn.GroupNorm):
@@ -224,7 +225,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             self._check_input(x)
         skips: list[torch.Tensor] = []
         for level, (block, pool) in enumerate(zip(self.encoder, self.pool, strict=True), start=1):

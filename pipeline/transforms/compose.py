@@ -32,12 +32,12 @@ class Preprocessing(Compose):
         super().__init__([reader, *to_network_grid])
         self.reader = reader
 
-    def load(self, case: Mapping[Hashable, Any]) -> Data:
+    def load(self, case: Mapping[Any, Any]) -> Data:
         """Return the case with its files loaded, on their own grid and with their own values."""
         loaded: Data = self(case, end=1)
         return loaded
 
-    def to_network_grid(self, case: Mapping[Hashable, Any]) -> Data:
+    def to_network_grid(self, case: Mapping[Any, Any]) -> Data:
         """Return a case from `load` checked, resampled to the network's grid and normalised."""
         prepared: Data = self(case, start=1)
         return prepared
@@ -59,12 +59,12 @@ class TrainingTransform(Compose):
         super().__init__([*deterministic, *random])
         self.first_random = len(deterministic)
 
-    def deterministic(self, case: Mapping[Hashable, Any]) -> Data:
+    def deterministic(self, case: Mapping[Any, Any]) -> Data:
         """Return what can be cached of a case."""
         prepared: Data = self(case, end=self.first_random)
         return prepared
 
-    def random(self, case: Mapping[Hashable, Any]) -> list[Data]:
+    def random(self, case: Mapping[Any, Any]) -> list[Data]:
         """Return new patches of a case from `deterministic`."""
         patches: list[Data] | Data = self(case, start=self.first_random)
         return patches if isinstance(patches, list) else [patches]

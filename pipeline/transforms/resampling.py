@@ -64,9 +64,11 @@ class Resample(SpatialResample):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Resample an image as MONAI's transform does, with the same arguments."""
+        resampled: torch.Tensor
         if isinstance(img, MetaTensor) and _is_plain_linear(img, mode, kwargs):
-            source_affine = np.asarray(img.affine, dtype=np.float64)
-            matrix: Affine = np.linalg.inv(source_affine) @ np.asarray(dst_affine, dtype=np.float64)
+            source_affine: Affine = np.asarray(img.affine, dtype=np.float64)
+            target_affine: Affine = np.asarray(dst_affine, dtype=np.float64)
+            matrix: Affine = np.linalg.inv(source_affine) @ target_affine
             size = [int(n) for n in spatial_size]
             axes = parallel_axes(matrix, size)
             # MONAI returns an image that is on the grid already as it is
@@ -74,10 +76,9 @@ class Resample(SpatialResample):
                 img.shape[1:]
             )
             if axes is not None and not same_grid:
-                return self._resample_parallel(img, matrix, axes, size)
-        resampled: torch.Tensor = super().__call__(
-            img, dst_affine, spatial_size, mode, *args, **kwargs
-        )
+                resampled = self._resample_parallel(img, matrix, axes, size)
+                return resampled
+        resampled = super().__call__(img, dst_affine, spatial_size, mode, *args, **kwargs)
         return resampled
 
     def _resample_parallel(

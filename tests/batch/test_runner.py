@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from phantom import make_bundle, nifti, parse_spec, save, smooth
+from phantom import make_bundle, nifti, save, smooth
 
 from pipeline.batch import runner as batch
 from pipeline.batch.case_row import STEPS
@@ -22,7 +22,6 @@ from pipeline.inference import invert
 from pipeline.inference.predictor import Model, predict_case
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
-from pipeline.io.writer import as_nibabel, write_labels
 
 SMALL = (9, 11, 8)  # one window of the tiny network
 
@@ -41,7 +40,9 @@ def go(model: Model, folder: Path, **options: Any) -> dict[str, str]:
 
 
 def test_what_segment_leaves(model: Model, folder: Path) -> None:
-    """A label map a case, one row an input in cases.csv and volumes.csv, the versions and hashes in run.json, nothing else."""
+    """A label map a case, one row an input in cases.csv and volumes.csv, the versions and hashes in
+    run.json, nothing else.
+    """
     (folder / "in" / "b.nii.gz").write_bytes(b"nothing")
     seen: list[str] = []
     states = go(model, folder, progress=lambda row: seen.append(f"{row.case} {row.status}"))
@@ -98,7 +99,9 @@ def test_a_run_goes_on_where_it_stopped(model_3d: Model, folder: Path) -> None:
 def test_a_killed_run_loses_nothing(
     step: str, model_3d: Model, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the second case at any step and started again, the end is that of a run that was not stopped."""
+    """Stopped in the second case at any step and started again, the end is that of a run that was
+    not stopped.
+    """
     original, calls = getattr(batch, step), iter(range(100))
 
     def killed(*arguments: Any) -> Any:
@@ -142,7 +145,10 @@ def test_a_fault_in_any_step_leaves_the_others_written(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second of three cases fails: it is recorded with its reason, the two others are whole and their own."""
+    """The second of three cases fails.
+
+    It is recorded with its reason, the two others are whole and their own.
+    """
     resampling = model_3d.preprocessing.transforms[2]
     place: dict[str, tuple[Any, str]] = {
         "read": (type(model_3d.preprocessing.reader), "__call__"),

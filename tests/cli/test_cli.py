@@ -33,19 +33,36 @@ def test_help_needs_nothing_slow() -> None:
         "import sys; from pipeline.cli import main\n"
         "for command in [[], *([name] for name in main.commands)]:\n"
         "    main([*command, '--help'], standalone_mode=False)\n"
-        "slow = {'torch', 'monai', 'numpy', 'nibabel', 'ignite', 'SimpleITK', 'rich', 'yaml'} & set(sys.modules)\n"
+        "slow = {'torch', 'monai', 'numpy', 'nibabel', 'ignite', 'SimpleITK', 'rich', 'yaml'}\n"
+        "slow &= set(sys.modules)\n"
         "sys.exit(f'imported {slow}' if slow else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", sorted(main.commands))
-def test_each_command_explains_its_options(name: str) -> None:
-    """Help exits 0 and has every option with a sentence of its own."""
-    result = run(name, "--help")
+def commands(group: click.Group = main, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every command as the words that call it, those of sub-groups included."""
+    found = []
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found += commands(command, (*path, name))
+        else:
+            found.append((*path, name))
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_each_command_explains_its_options(words: tuple[str, ...]) -> None:
+    """Help exits 0 and has every option with a sentence of its own, verbosity included."""
+    result = run(*words, "--help")
     assert result.exit_code == 0
-    for parameter in main.commands[name].params:
+    command: click.Command = main
+    for word in words:
+        assert isinstance(command, click.Group)
+        command = command.commands[word]
+    assert {"verbose", "quiet"} <= {parameter.name for parameter in command.params}
+    for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert all(option in result.output for option in parameter.opts)
             assert parameter.help is not None
@@ -127,10 +144,11 @@ def test_json_is_for_machines(tiny_bundle_3d: Path, folder: Path) -> None:
         (["segment", "{in}"], "Missing option '-o'"),
         (["segment", "-o", "{out}", "-b", "{bundle}"], "Missing argument 'INPUT...'"),
         (["segmnt"], "No such command 'segmnt'"),
-        (["check", "none"], "none: no such bundle"),
+        (["bundle", "check", "none"], "none: no such bundle"),
         (
             ["train", "none.yaml"],
-            "none.yaml: cannot be read (No such file or directory); expected the YAML file of the run",
+            "none.yaml: cannot be read (No such file or directory); expected the YAML file of the "
+            "run",
         ),
     ],
 )
@@ -147,7 +165,10 @@ def test_a_wrong_command_is_status_2(
 
 
 def test_volume_picks_one_of_a_series(tiny_bundle_3d: Path, tmp_path: Path) -> None:
-    """Without it the file is refused with the option's name; with it, the result is that of the volume alone."""
+    """Without it the file is refused with the option's name.
+
+    With it, the result is that of the volume alone.
+    """
     import numpy as np
 
     series = [smooth(SMALL, seed=i) for i in range(2)]
@@ -216,7 +237,10 @@ def test_overlap_is_the_one_asked_for(tiny_bundle_3d: Path, folder: Path) -> Non
 
 
 def test_check_tells_each_check(tmp_path: Path) -> None:
-    """`passed` or `failed` with the reason, a line each; status 1 where one failed; the same as JSON."""
+    """`passed` or `failed` with the reason, a line each.
+
+    Status 1 where one failed; the same as JSON.
+    """
     root = make_bundle(tmp_path / "bundle")
     assert run("check", root).exit_code == 0
     (root / "models" / "model.pt").unlink()

@@ -1,6 +1,7 @@
 """Writes the golden files anew, after a bundle was trained: `python tests/golden/make.py`.
 
-For each shipped bundle `<name>.nii.gz`: its labels of a made-up volume, two blobs of other brightness in noise.
+For each shipped bundle `<name>.nii.gz` holds its labels of a made-up volume: two blobs of different
+brightness in noise.
 """
 
 from __future__ import annotations

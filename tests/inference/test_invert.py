@@ -59,7 +59,10 @@ def by_scipy(field: Array, matrix: Affine, shape: tuple[int, ...]) -> Array:
     "affine", [oblique(), oblique((0.9, 0.9, 4.0)), SHEARED], ids=["oblique", "thick", "sheared"]
 )
 def test_equals_monais_inverse_of_soft_scores(axcodes: str, affine: Affine) -> None:
-    """Softmax, Invertd with linear interpolation, argmax: the same label on at least .9999 of the voxels."""
+    """Softmax, Invertd with linear interpolation, argmax.
+
+    The same label on at least .9999 of the voxels.
+    """
     forward = preprocessing(parse())
     case: dict[Any, Any] = forward({"image": reorient(nifti(affine=affine), axcodes)})
     logits = scores(tuple(case["image"].shape[1:]))
@@ -112,7 +115,10 @@ def test_the_short_way_equals_the_long_one(name: str, size: tuple[int, int, int]
 
 @pytest.mark.parametrize("target", [oblique((0.7, 1.0, 3.0)), TURNED], ids=["parallel", "turned"])
 def test_labels_are_the_argmax_of_interpolated_scores(target: Affine) -> None:
-    """Class by class with a running maximum is the argmax of all classes at once; the first of equals wins."""
+    """Class by class with a running maximum is the argmax of all classes at once.
+
+    The first of equals wins.
+    """
     logits, shape = scores(SHAPE, 5), (15, 22, 13)
     matrix = np.linalg.inv(oblique()) @ target
     expected = np.stack([by_scipy(field, matrix, shape) for field in logits.numpy()]).argmax(axis=0)

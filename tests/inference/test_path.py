@@ -50,8 +50,10 @@ def upright(labels: Any) -> Array:
 def test_every_orientation_gives_its_own_grid_and_the_same_labels(
     axcodes: str, model: Model, tmp_path: Path
 ) -> None:
-    """Whatever the order and direction of the file's axes, its shape, affine, codes and units come back to the bit, and the
-    labels are those of the upright file."""
+    """Whatever the order and direction of the file's axes, its grid comes back to the bit.
+
+    That is its shape, affine, codes and units; the labels are those of the upright file.
+    """
     assert len(set(ORIENTATIONS)) == 48
     image = reorient(nifti(), axcodes)
     image.header.set_sform(image.affine, code=4)
@@ -98,7 +100,10 @@ def test_codes_and_units_come_back(
 def test_any_spacing_gives_its_own_grid(
     spacing: tuple[float, float, float], axcodes: str, model: Model
 ) -> None:
-    """Thick slices, fine and coarse voxels, turned against the axes: labels have the file's shape and affine."""
+    """Thick slices, fine and coarse voxels, turned against the axes.
+
+    Labels have the file's shape and affine.
+    """
     image = reorient(nifti(affine=oblique(spacing)), axcodes)
     prediction = predict_case(model, image)
     assert prediction.labels.shape == image.shape
@@ -112,14 +117,18 @@ def test_any_size_works(shape: tuple[int, int, int], model: Model) -> None:
 
 
 class RightIsBright(torch.nn.Module):
-    """The label `front` where a voxel is brighter than the volume's mean, `back` where it is darker."""
+    """The label `front` where a voxel is brighter than the volume's mean, `back` where it is
+    darker.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.full_like(x, -1), x, -x], dim=1) * 50
 
 
 def ramp(affine: Any, shape: tuple[int, ...] = SHAPE) -> tuple[Array, Array]:
-    """Voxels that are as bright as they lie to the right, mm, and a mask of those far from the middle."""
+    """Voxels that are as bright as they lie to the right, mm, and a mask of those far from the
+    middle.
+    """
     voxels = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
     right = (voxels @ affine[:3, :3].T + affine[:3, 3])[..., 0]
     return right.astype(np.float32), np.abs(right - right.mean()) > 3
@@ -128,7 +137,9 @@ def ramp(affine: Any, shape: tuple[int, ...] = SHAPE) -> tuple[Array, Array]:
 @pytest.mark.parametrize("axcodes", ORIENTATIONS)
 @pytest.mark.parametrize("dims", [2, 3])
 def test_left_never_becomes_right(axcodes: str, dims: int) -> None:
-    """What lies to the right in the world is labelled as such, whatever the orientation of file and network."""
+    """What lies to the right in the world is labelled as such, whatever the orientation of file and
+    network.
+    """
     orientation = {"R": "LAS", "L": "PSR", "A": "RAS", "P": "SLA", "S": "IPR", "I": "ASL"}[
         axcodes[0]
     ]
@@ -146,7 +157,7 @@ def test_left_never_becomes_right(axcodes: str, dims: int) -> None:
 def test_labels_lie_where_the_structure_does(spacing: list[float]) -> None:
     """A ball's centre and volume survive resampling to a finer and to a coarser grid and back.
 
-    It is large: the average that a coarser grid takes rounds off what is as small as a few of its voxels.
+    It is large, because averaging on a coarser grid rounds off structures of a few voxels.
     """
     affine = oblique((0.9, 0.9, 2.0))
     voxels = np.stack(np.meshgrid(*(np.arange(n) for n in (46, 44, 24)), indexing="ij"), axis=-1)
@@ -198,7 +209,10 @@ def test_several_channels(tmp_path: Path) -> None:
 
 
 def test_a_real_volume_in_all_orientations(hippocampus: list[Path], tmp_path: Path) -> None:
-    """A crop re-stored in each of the 48 ways: its grid exactly, and labels that agree with Dice ≥ .999."""
+    """A crop re-stored in each of the 48 ways.
+
+    Its grid exactly, and labels that agree with Dice ≥ .999.
+    """
     spec = spec_content(
         3,
         spacing=[1.0, 1.1, 1.2],
@@ -220,7 +234,9 @@ def test_a_real_volume_in_all_orientations(hippocampus: list[Path], tmp_path: Pa
 def test_a_real_volume_resampled(
     kind: str, hippocampus: list[Path], model: Model, tmp_path: Path
 ) -> None:
-    """An oblique and a 0.9 × 0.9 × 4 mm resampling of a crop keep their own shape, affine, codes and units."""
+    """An oblique and a 0.9 × 0.9 × 4 mm resampling of a crop keep their own shape, affine, codes
+    and units.
+    """
     source = nib.load(hippocampus[1])
     image = resample_to_output(source, (0.9, 0.9, 4.0))
     if kind == "oblique":

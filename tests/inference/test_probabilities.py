@@ -39,7 +39,7 @@ def model(bundle: Path) -> Model:
 
 
 def probabilities(model: Model, image: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(C, x, y, z) of the whole volume on the network's grid, in one piece, and that grid's affine."""
+    """Probabilities (C, x, y, z) of the whole volume on the network's grid, and its affine."""
     volume = model.preprocessing({IMAGE: image})[IMAGE]
     logits = model.inferer(volume[None].as_tensor(), model.network)[0]
     return torch.softmax(logits, dim=0).numpy().astype(np.float64), np.asarray(
@@ -60,7 +60,10 @@ def test_volumes_are_sums_of_probabilities(
 
 
 def test_sums_follow_the_structures_in_the_table(tmp_path: Path) -> None:
-    """Each is the sum of its own, in mm³; a name that a label has is refused, and so are parts that are no labels."""
+    """Each is the sum of its own, in mm³.
+
+    A name that a label has is refused, and so are parts that are no labels.
+    """
     both = make_bundle(
         tmp_path / "tiny", sums={"both": ["back", "front"], "one": ["back"], "whole": ["all"]}
     )
@@ -114,7 +117,10 @@ def test_entropy_goes_from_sure_to_all_alike() -> None:
 
 
 def test_the_command_writes_both(bundle: Path, tmp_path: Path) -> None:
-    """A second image on the input's grid, volumes by probabilities; asked for later, it is not missing."""
+    """A second image on the input's grid, volumes by probabilities.
+
+    Asked for later, it is not missing.
+    """
     volume, out = save(tmp_path / "a.nii.gz"), tmp_path / "out"
     arguments = ["segment", str(volume), "-o", str(out), "-b", str(bundle), "--device", "cpu"]
     assert CliRunner().invoke(main, arguments).exit_code == 0

@@ -40,9 +40,13 @@ def test_windows_give_what_the_whole_volume_gives(overlap: float, size: tuple[in
 @pytest.mark.parametrize("size", [(3, 2, 5), (16, 1, 1), (7, 40, 3)])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_volumes_smaller_than_the_window_are_padded(size: tuple[int, ...], dims: int) -> None:
-    """Any size goes in, and the same size comes out, also for a U-Net whose strides do not divide it."""
+    """Any size goes in, and the same size comes out, also for a U-Net whose strides do not divide
+    it.
+    """
     with torch.no_grad():
-        assert build_inferer(parse_spec(dims))(torch.randn(1, 2, *size), OneVoxelNetwork(dims)).shape == (
+        assert build_inferer(parse_spec(dims))(
+            torch.randn(1, 2, *size), OneVoxelNetwork(dims)
+        ).shape == (
             1,
             3,
             *size,
@@ -52,16 +56,19 @@ def test_volumes_smaller_than_the_window_are_padded(size: tuple[int, ...], dims:
 @pytest.mark.parametrize("slice_axis", "RAS")
 @pytest.mark.parametrize("axes", list(permutations("RAS")))
 def test_slices_do_not_see_their_neighbours(slice_axis: str, axes: tuple[str, ...]) -> None:
-    """A 2D network works across the spec's anatomical axis, and what changes in one slice stays in it."""
+    """A 2D network works across the spec's anatomical axis, and what changes in one slice stays in
+    it.
+    """
     spec = parse_spec(2, slice_axis=slice_axis, orientation="".join(axes), roi_size=[8, 6])
     dim = axes.index(slice_axis)
     x = torch.randn(1, 2, 13, 11, 9)
     changed = x.clone()
     changed.select(dim + 2, 4).normal_()
     with torch.no_grad():
-        differs = (build_inferer(spec)(x, OneVoxelNetwork(2)) != build_inferer(spec)(changed, OneVoxelNetwork(2))).any(
-            dim=1
-        )[0]
+        differs = (
+            build_inferer(spec)(x, OneVoxelNetwork(2))
+            != build_inferer(spec)(changed, OneVoxelNetwork(2))
+        ).any(dim=1)[0]
     others = [i for i in range(differs.shape[dim]) if i != 4]
     assert differs.select(dim, 4).all()
     assert not differs.index_select(dim, torch.tensor(others)).any()
@@ -70,7 +77,9 @@ def test_slices_do_not_see_their_neighbours(slice_axis: str, axes: tuple[str, ..
 @pytest.mark.parametrize("slice_axis", "RAS")
 @pytest.mark.parametrize("axcodes", ["RAS", "PIL", "SRA", "AIR"])
 def test_the_slice_axis_is_anatomical_in_any_file(slice_axis: str, axcodes: str) -> None:
-    """A network that tells slices apart by their mean labels whole anatomical slices, however the file is stored."""
+    """A network that tells slices apart by their mean labels whole anatomical slices, however the
+    file is stored.
+    """
 
     class Slices(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +137,9 @@ def test_equals_monais_sliding_window(overlap: float, size: tuple[int, ...], mod
     """With MONAI's placement of windows, to 1e-5, however little is held at a time."""
     x = torch.randn(2, 2, *size)
     with torch.no_grad():
-        expected = sliding_window_inference(x, (16, 12, 8), 1, OneVoxelNetwork(3), overlap, mode=mode)
+        expected = sliding_window_inference(
+            x, (16, 12, 8), 1, OneVoxelNetwork(3), overlap, mode=mode
+        )
         for held in (2**30, 1e5, 0):
             ours = WindowInferer(
                 (16, 12, 8), overlap, placement="monai", mode=mode, buffer_bytes=held
@@ -145,7 +156,9 @@ def test_equals_monais_slice_inferer(slice_dim: int) -> None:
     )
     ours = WindowInferer((8, 6), 0.5, slice_dim=slice_dim, sw_batch_size=16, placement="monai")
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, OneVoxelNetwork(2)), theirs(x, OneVoxelNetwork(2)), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            ours(x, OneVoxelNetwork(2)), theirs(x, OneVoxelNetwork(2)), rtol=0, atol=1e-5
+        )
 
 
 def test_images_of_two_dimensions() -> None:
@@ -174,7 +187,8 @@ def test_a_bad_voxel_spoils_nothing() -> None:
     before = bad.clone()
     with torch.no_grad():
         assert torch.equal(
-            WindowInferer((16, 12, 8))(bad, OneVoxelNetwork(3)), WindowInferer((16, 12, 8))(low, OneVoxelNetwork(3))
+            WindowInferer((16, 12, 8))(bad, OneVoxelNetwork(3)),
+            WindowInferer((16, 12, 8))(low, OneVoxelNetwork(3)),
         )
     assert torch.equal(bad.nan_to_num(), before.nan_to_num())
 

@@ -227,16 +227,17 @@ def test_sizes_that_the_strides_do_not_divide_are_refused(
     ],
 )
 def test_arguments_that_do_not_fit_together_are_refused(
-    arguments: dict[str, object], says: str
+    arguments: dict[str, Any], says: str
 ) -> None:
     """The message names each wrong argument."""
+    valid: dict[str, Any] = {
+        "spatial_dims": 3,
+        "in_channels": 1,
+        "out_channels": 2,
+        "features": (4, 6),
+    }
     with pytest.raises(ShapeError, match=says):
-        UNet(
-            **(
-                {"spatial_dims": 3, "in_channels": 1, "out_channels": 2, "features": (4, 6)}
-                | arguments
-            )
-        )  # type: ignore[arg-type]
+        UNet(**(valid | arguments))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -277,7 +278,7 @@ def test_scripts(dims: int, options: dict[str, Any]) -> None:
     expected = net(x)
     torch.manual_seed(0)
     torch.testing.assert_close(scripted(x), expected)
-    torch.jit.save(scripted, io.BytesIO())  # type: ignore[no-untyped-call]
+    torch.jit.save(scripted, io.BytesIO())
 
 
 def test_centre_crop_takes_the_middle_of_every_axis() -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.affines import apply_affine
 from nibabel.processing import resample_from_to
 from phantom import load_script, oblique, reorient, smooth
 
 import pipeline
 from pipeline.evaluation.metrics import dice
-from pipeline.inference.predictor import Model
+from pipeline.inference import Model
 from pipeline.io.image import Image
 
 PAIRED = ("thalamus", "caudate", "putamen", "hippocampus", "amygdala", "cerebral cortex")
@@ -43,7 +44,7 @@ def test_a_real_head(model: Model, data: Path) -> None:
     assert dice(result.labels > 0, brain) > 0.95
     for name in PAIRED:
         left, right = (
-            nib.affines.apply_affine(
+            apply_affine(
                 result.affine,
                 np.argwhere(result.labels == model.spec.labels[f"{side} {name}"]).mean(axis=0),
             )
@@ -131,13 +132,10 @@ def test_thick_slices_lie_at_the_mean_of_their_voxels(script: Any, axis: int) ->
     """An intensity that is linear in space has the value of the slice's own position."""
     gradient = np.array([0.3, -0.7, 1.1])
     affine = oblique()
-    places = nib.affines.apply_affine(affine, np.moveaxis(np.indices((17, 24, 21)), 0, -1))
+    places = apply_affine(affine, np.moveaxis(np.indices((17, 24, 21)), 0, -1))
     image = reorient(nib.Nifti1Image((places @ gradient).astype(np.float32), affine), "PIR")
     thick = script.average_to_slices(image, axis, 5.0)
-    found = (
-        nib.affines.apply_affine(thick.affine, np.moveaxis(np.indices(thick.shape), 0, -1))
-        @ gradient
-    )
+    found = apply_affine(thick.affine, np.moveaxis(np.indices(thick.shape), 0, -1)) @ gradient
     np.testing.assert_allclose(np.asarray(thick.dataobj), found, atol=1e-3)
     assert nib.aff2axcodes(thick.affine) == ("R", "A", "S")
     step = nib.as_closest_canonical(image).header.get_zooms()[axis]

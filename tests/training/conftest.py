@@ -14,7 +14,7 @@ from pipeline.io import write_json
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four labelled volumes of noise whose bright half is the label."""
+    """Return a dataset of four volumes of noise; the label is the brighter half."""
     folder = tmp_path_factory.mktemp("dataset")
     pairs = []
     for i in range(4):

@@ -37,12 +37,15 @@ def train(
         if row.epoch == cut_after:
             raise Interrupted
 
-    run, content = read_run(bundle / "configs" / "run.yaml", run_settings(bundle, dataset, **changes))
+    run, content = read_run(
+        bundle / "configs" / "run.yaml", run_settings(bundle, dataset, **changes)
+    )
     train_bundle(run, content, epoch_done, resume=resume)
     return sha256(BundlePaths(bundle).weights)
 
 
 @pytest.mark.parametrize("dims", [3, 2])
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path, dims: int) -> None:
     """Optimizer, schedule, average and all random numbers continue, to the bit."""
     labels = {"background": 0, "bright": 1}
@@ -56,6 +59,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, dataset: Path,
     assert not BundlePaths(bundle).checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, dataset: Path) -> None:
     """The best weights and the table of epochs are those of the run that was not interrupted."""
     changes: dict[str, Any] = {

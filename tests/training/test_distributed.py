@@ -31,7 +31,8 @@ from pipeline.training.trainer import read_run
 def start(bundle: Path, data: Path, *arguments: str) -> subprocess.Popen[str]:
     """`volseg train` in two processes of one thread each."""
     _, content = read_run(
-        bundle / "configs" / "run.yaml", run_settings(bundle, data, batch_size=1, epochs=6, repeats=25)
+        bundle / "configs" / "run.yaml",
+        run_settings(bundle, data, batch_size=1, epochs=6, repeats=25),
     )
     config = bundle.parent / f"{bundle.name}.yaml"
     config.write_text(yaml.safe_dump(content))
@@ -50,6 +51,7 @@ def rows(bundle: Path) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: Path) -> None:
     """They share the cases, one of them writes, and a killed run is resumed to the same end."""
     labels = {"background": 0, "bright": 1}

@@ -305,6 +305,7 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.slow
 def test_plan_train_evaluate(name: str, tmp_path: Path) -> None:
     """Three commands lead from a folder to a bundle that passes its checks and has a score."""
     places = [str(place) for place in LAYOUTS[name][0](tmp_path / "data")]

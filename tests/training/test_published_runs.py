@@ -38,6 +38,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_it_trains_and_segments(path: Path, dataset: Path, tmp_path: Path) -> None:
     """One epoch gives a bundle that passes its checks and segments on the file's own grid."""
     bundle = Path(yaml.safe_load(path.read_text())["bundle"])

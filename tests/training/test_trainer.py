@@ -13,12 +13,16 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from phantom import CARD, nifti, oblique, save, smooth, spec_content
+from phantom import CARD, make_bundle, nifti, oblique, save, smooth, spec_content
 
+import pipeline
 from pipeline.bundle.check import check_bundle
+from pipeline.bundle.wiring import read_wiring
 from pipeline.cli.app import main
+from pipeline.config.paths import BundlePaths
 from pipeline.io.tables import read_csv
 from pipeline.networks import member_states
+from pipeline.training.history import EpochRow
 from pipeline.training.optimisation import COMPILERS
 
 CASES = 6
@@ -92,6 +96,7 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.slow
 def test_training_leaves_a_complete_bundle_that_segments(
     dims: int, dataset: Path, tmp_path: Path
 ) -> None:
@@ -148,6 +153,7 @@ def test_without_an_average_the_last_weights_are_kept(dataset: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.slow
 def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_path: Path) -> None:
     """Each network learns, none is a copy of another, and the bundle is complete."""
     network = {"features": [4, 6, 8], "norm": "instance", "ensemble": 3, "deep_supervision": 1}
@@ -168,6 +174,7 @@ def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_pat
 
 
 @pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="no C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_network_leaves_the_same_bundle(dataset: Path, tmp_path: Path) -> None:
     """Its weights have the same names, and nearly the same values."""
     weights = []
@@ -193,6 +200,7 @@ def test_compiling_without_a_compiler_is_refused(
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.slow
 def test_validation_is_evaluation(dims: int, dataset: Path, tmp_path: Path) -> None:
     """The last validation agrees with `evaluate` on the kept weights; no row is missing."""
     result = train(tmp_path, dataset, dims, epochs=5, validate_every=2)
@@ -228,6 +236,7 @@ def test_validation_is_evaluation(dims: int, dataset: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_the_run_ends_when_they_get_no_better(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -306,6 +315,7 @@ TABLE = f"""{COLUMNS}
 """
 
 
+@pytest.mark.slow
 def test_training_on_images_drawn_from_label_maps(tmp_path: Path) -> None:
     """Label maps and their table are enough; the result is repeatable and segments an image."""
     maps = tmp_path / "maps"
@@ -334,3 +344,30 @@ def test_training_on_images_drawn_from_label_maps(tmp_path: Path) -> None:
         ["segment", str(volume), "-o", str(tmp_path / "out"), "-b", str(tmp_path / "one/bundle")],
     )
     assert segmented.exit_code == 0, segmented.output
+
+
+def test_the_wiring_has_the_paths_of_a_bundle(dataset: Path, tmp_path: Path) -> None:
+    """Its handlers are parts of their own, in the order that events need."""
+    root = make_bundle(tmp_path / "tiny", run={"dataset": str(dataset)})
+    parser = read_wiring(root)
+    paths = BundlePaths(root)
+    parts = {}
+    for name in ("average", "budget", "validation", "history", "checkpoint", "schedule_handler"):
+        parts[name] = parser.get_parsed_content(f"train::{name}")
+    assert parser.get_parsed_content("train::handlers") == list(parts.values())
+    assert parts["validation"].path == paths.best_weights
+    assert parts["history"].folder == paths.training
+    assert parts["checkpoint"].path == paths.checkpoint
+    assert parts["validation"].model.network is parts["average"].ema_model
+
+
+def test_the_api_trains_and_reports_each_epoch(dataset: Path, tmp_path: Path) -> None:
+    root = make_bundle(tmp_path / "tiny", run={"dataset": str(dataset)})
+    rows: list[EpochRow] = []
+    config = BundlePaths(root).run
+    folder = pipeline.train(config, [f"bundle={root}", "epochs=2"], progress=rows.append)
+    assert folder == root
+    assert [row.epoch for row in rows] == [1, 2]
+    table = read_csv(BundlePaths(root).training / "history.csv")
+    assert [float(row["loss"]) for row in table] == [row.loss for row in rows]
+    assert EpochRow.from_columns(rows[0].columns()) == rows[0]
