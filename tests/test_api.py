@@ -14,7 +14,7 @@ from phantom import LABELS, SHAPE, make_bundle, nifti, save, smooth
 import pipeline
 from pipeline.cli.app import main
 from pipeline.errors import PipelineError
-from pipeline.inference.predictor import Model
+from pipeline.inference.model import Model
 from pipeline.io.tables import read_csv
 
 READERS: dict[str, Callable[[str], Any]] = {

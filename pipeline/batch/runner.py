@@ -209,7 +209,7 @@ def _predict(
             return (before or CaseRow(case=case["case"], status="done", input="")).as_skipped()
         if started is _NotRead.MEMORY_LIMIT:
             return predict_case(model, case["image"])
-        return predict(model, started)  # type: ignore[arg-type]
+        return predict(model, started)
     except Exception as error:
         return CaseRow.failed(case, _failure(error), peak_bytes())
 

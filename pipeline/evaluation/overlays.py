@@ -163,7 +163,8 @@ def _ras_volume(image: Any, labels: Array) -> _Volume:
 def _ras_labels(labels: Array, affine: Array) -> Array:
     # float32 holds output values up to 2^24 exactly; nibabel does not write all integer types
     image = nib.as_closest_canonical(nib.Nifti1Image(labels.astype(np.float32), affine))
-    return np.rint(np.asarray(image.dataobj)).astype(np.int32)
+    values: Array = np.rint(np.asarray(image.dataobj)).astype(np.int32)
+    return values
 
 
 def _known_labels(labels: Array, table: Sequence[LabelColor]) -> Array:
@@ -179,10 +180,12 @@ def _slice_positions(labels: Array, slices: int) -> Array:
         # Nothing was found: slices through the whole volume.
         voxels = np.array([np.zeros(3), np.array(labels.shape) - 1])
     if slices == 1:
-        return np.rint(voxels.mean(axis=0, keepdims=True)).astype(int)
-    lowest, highest = voxels.min(axis=0), voxels.max(axis=0)
-    # Without the two ends, where a label is hardly more than a dot.
-    return np.rint(np.linspace(lowest, highest, slices + 2)[1:-1]).astype(int)
+        positions = voxels.mean(axis=0, keepdims=True)
+    else:
+        # Without the two ends, where a label is hardly more than a dot.
+        positions = np.linspace(voxels.min(axis=0), voxels.max(axis=0), slices + 2)[1:-1]
+    indices: Array = np.rint(positions).astype(int)
+    return indices
 
 
 def _draw_slice(

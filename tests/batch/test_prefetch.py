@@ -8,8 +8,8 @@ import pytest
 from pipeline.batch.prefetch import prefetch, write_behind
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_results_come_in_order_and_failures_with_their_item(beside: bool) -> None:
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_results_come_in_order_and_failures_with_their_item(concurrent: bool) -> None:
     """A function that fails for one item fails there, and the others go on."""
 
     def half(number: int) -> float:
@@ -18,7 +18,7 @@ def test_results_come_in_order_and_failures_with_their_item(beside: bool) -> Non
         return number / 2
 
     found = []
-    for number, later in prefetch(half, range(6), beside=beside):
+    for number, later in prefetch(half, range(6), concurrent=concurrent):
         try:
             found.append((number, later.result()))
         except ZeroDivisionError:
@@ -29,7 +29,7 @@ def test_results_come_in_order_and_failures_with_their_item(beside: bool) -> Non
 def test_the_next_item_is_begun_while_one_is_used() -> None:
     """And no more than that one."""
     begun: list[int] = []
-    for number, later in prefetch(begun.append, range(5), beside=True):
+    for number, later in prefetch(begun.append, range(5), concurrent=True):
         later.result()
         for _ in range(200):
             if len(begun) == min(5, number + 2):
@@ -41,13 +41,13 @@ def test_the_next_item_is_begun_while_one_is_used() -> None:
 def test_nothing_is_begun_early_when_not_beside() -> None:
     """As a memory limit wants it."""
     begun: list[int] = []
-    for number, later in prefetch(begun.append, range(5), beside=False):
+    for number, later in prefetch(begun.append, range(5), concurrent=False):
         later.result()
         assert begun == list(range(number + 1))
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_what_is_done_behind_keeps_its_order(beside: bool) -> None:
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_what_is_done_behind_keeps_its_order(concurrent: bool) -> None:
     """In one other thread, and all of it is done in the end."""
     done: list[int] = []
     threads = set()
@@ -56,7 +56,7 @@ def test_what_is_done_behind_keeps_its_order(beside: bool) -> None:
         threads.add(threading.get_ident())
         done.append(number)
 
-    write_behind(note, range(7), beside=beside)
+    write_behind(note, range(7), concurrent=concurrent)
     assert done == list(range(7))
     assert threads.isdisjoint({threading.get_ident()})
 
@@ -64,4 +64,4 @@ def test_what_is_done_behind_keeps_its_order(beside: bool) -> None:
 def test_a_failure_behind_is_raised() -> None:
     """Not swallowed by the thread."""
     with pytest.raises(ZeroDivisionError):
-        write_behind(lambda number: 1 / number, [1, 0, 1], beside=True)  # type: ignore[arg-type]
+        write_behind(lambda number: 1 / number, [1, 0, 1], concurrent=True)  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ from pipeline.bundle.opening import open_bundle
 from pipeline.bundle.wiring import read_wiring
 from pipeline.errors import ConfigError, PipelineError, VolumeError
 from pipeline.inference import invert
-from pipeline.inference.predictor import Model, predict_case
+from pipeline.inference.model import Model
+from pipeline.inference.predictor import predict_case
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
 

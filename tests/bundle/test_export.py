@@ -16,6 +16,7 @@ from pipeline.bundle.export import ExportReport, Format, export_bundle
 from pipeline.bundle.opening import open_bundle
 from pipeline.config.paths import BundlePaths
 from pipeline.errors import ConfigError
+from pipeline.inference.runtime import Runtime
 
 pytest.importorskip("openvino")
 
@@ -56,7 +57,9 @@ def test_int8_runs_and_is_bound_to_its_weights(bundle: Path, volume_file: Path) 
     assert report["file"] == "model_int8.xml"
     model = open_bundle(bundle, device="cpu", precision="int8")
     int8 = segment(model, str(volume_file)).labels
+    assert isinstance(model.network, Runtime)
     description = model.network.description
+    assert description is not None
     assert (description.runtime, description.precision) == ("openvino", "int8")
     float32 = segment(open_bundle(bundle, device="cpu"), str(volume_file)).labels
     assert (int8 == float32).mean() > 0.8

@@ -242,9 +242,9 @@ def test_check_tells_each_check(tmp_path: Path) -> None:
     Status 1 where one failed; the same as JSON.
     """
     root = make_bundle(tmp_path / "bundle")
-    assert run("check", root).exit_code == 0
+    assert run("bundle", "check", root).exit_code == 0
     (root / "models" / "model.pt").unlink()
-    result = run("check", root)
+    result = run("bundle", "check", root)
     assert result.exit_code == 1
     lines = dict(line.split("  ", 1)[::-1] for line in result.stdout.splitlines())
     assert lines["spec"] == "passed"
@@ -252,6 +252,6 @@ def test_check_tells_each_check(tmp_path: Path) -> None:
         line.startswith("weights fit the spec: ") and state == "failed"
         for line, state in lines.items()
     )
-    told = json.loads(run("check", root, "--json").stdout)
+    told = json.loads(run("bundle", "check", root, "--json").stdout)
     assert told["spec"] == ""
     assert "model.pt" in told["weights fit the spec"]

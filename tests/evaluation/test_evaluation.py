@@ -94,21 +94,22 @@ def test_an_evaluation_is_written(evaluation: Evaluation, output: Path) -> None:
 def test_scoring_alone_writes_no_tables_of_scores(
     model_3d: Model, cases: list[Case], evaluation: Evaluation, tmp_path: Path
 ) -> None:
-    """The same scores as `evaluate`, with the files of `segment_cases` only."""
-    scored = segment_and_score(model_3d, cases, tmp_path / "out", tolerance_mm=2.0)
+    """The same scores as `evaluate`, the files of `segment_cases` only, and progress per case."""
+    seen: list[str] = []
+    scored = segment_and_score(
+        model_3d,
+        cases,
+        tmp_path / "out",
+        tolerance_mm=2.0,
+        progress=lambda row: seen.append(row.case),
+    )
+    assert seen == list(NAMES)
     assert repr(scored.scores) == repr(evaluation.scores)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert not written & {"scores.csv", "summary.json", "dice.png", "worst.png"}
 
 
-def test_progress_is_called_once_per_case(
-    model_3d: Model, cases: list[Case], tmp_path: Path
-) -> None:
-    seen: list[str] = []
-    segment_and_score(model_3d, cases, tmp_path, progress=lambda row: seen.append(row.case))
-    assert seen == list(NAMES)
-
-
+@pytest.mark.slow
 def test_the_command_gives_the_same_scores(
     evaluation: Evaluation, output: Path, tiny_bundle_3d: Path, dataset: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_the_command_gives_the_same_scores(
     assert repr(json.loads(as_json.stdout)) == repr([row.columns() for row in evaluation.summary])
 
 
+@pytest.mark.slow
 def test_the_api_evaluates_a_fold(
     tiny_bundle_3d: Path, model_3d: Model, dataset: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +144,7 @@ def test_the_api_evaluates_a_fold(
 
 
 def test_compare_prints_one_line_per_label(evaluation: Evaluation, output: Path) -> None:
-    """Both means and the p-value; exit status 2 for an unknown metric or a folder without scores."""
+    """Both means and the p-value; status 2 for an unknown metric or a folder without scores."""
     result = run("compare", output, output)
     assert result.exit_code == 0, result.output
     dice = evaluation.summary[0].metrics["dice"].mean

@@ -17,7 +17,8 @@ from pipeline.inference.memory_plan import (
     parse_size,
     ready_bytes,
 )
-from pipeline.inference.predictor import Model, predict_case
+from pipeline.inference.model import Model
+from pipeline.inference.predictor import predict_case
 from pipeline.io.header import read_header
 from pipeline.transforms.preprocess import preprocessing
 

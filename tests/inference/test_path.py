@@ -24,9 +24,11 @@ from phantom import (
 )
 
 from pipeline.api import segment
-from pipeline.batch.runner import output_path, segment_cases
+from pipeline.batch.outputs import output_path
+from pipeline.batch.runner import segment_cases
 from pipeline.bundle.opening import open_bundle
-from pipeline.inference.predictor import Model, predict_case
+from pipeline.inference.model import Model
+from pipeline.inference.predictor import predict_case
 from pipeline.types import Array
 
 GRID = ("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d")
@@ -37,8 +39,8 @@ def segmented(model: Model, path: Path, out: Path) -> Any:
     (row,) = segment_cases(
         model, [{"case": path.name.split(".")[0], "image": str(path)}], out, overwrite=True
     )
-    assert row["status"] == "done", row
-    return nib.load(output_path(out, row["case"]))
+    assert row.status == "done", row
+    return nib.load(output_path(out, row.case))
 
 
 def upright(labels: Any) -> Array:

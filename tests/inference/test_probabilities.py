@@ -18,7 +18,8 @@ import pipeline
 from pipeline.bundle.opening import open_bundle
 from pipeline.cli.app import main
 from pipeline.errors import ConfigError
-from pipeline.inference.predictor import Model, predict_case
+from pipeline.inference.model import Model
+from pipeline.inference.predictor import predict_case
 from pipeline.inference.probabilities import entropy
 from pipeline.io.tables import read_csv
 from pipeline.transforms.preprocess import IMAGE

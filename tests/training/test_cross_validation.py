@@ -1,4 +1,4 @@
-"""All folds of a run: out-of-fold scores, and the ensemble that is left."""
+"""Cross-validation: out-of-fold scores, and the ensemble of the folds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 from pipeline.bundle.check import check_bundle
 from pipeline.cli.app import main
 from pipeline.io.tables import read_csv, sha256
+from pipeline.training.cross_validation import _largest_component_of_each
 
 NAMES = [f"case_{i}" for i in range(6)]
 
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of six volumes in three folds, and a run over it."""
+    """A run with three folds of six volumes."""
     root = tmp_path_factory.mktemp("crossval")
     pairs = []
     for i, name in enumerate(NAMES):
@@ -42,8 +43,14 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     configs.mkdir(parents=True)
     for name, content in {"spec": spec_content(3, overlap=0.0), "card": CARD}.items():
         (configs / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    run = {"bundle": str(root / "bundle"), "dataset": str(root / "data"), "splits": "splits.json", "epochs": 3, "batch_size": 2,
-           "learning_rate": 0.05}  # fmt: skip
+    run = {
+        "bundle": str(root / "bundle"),
+        "dataset": str(root / "data"),
+        "splits": "splits.json",
+        "epochs": 3,
+        "batch_size": 2,
+        "learning_rate": 0.05,
+    }
     (root / "run.yaml").write_text(yaml.safe_dump(run))
     return root / "run.yaml"
 
@@ -55,8 +62,9 @@ def call(*arguments: str) -> Result:
     return result
 
 
+@pytest.mark.slow
 def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> None:
-    """One fold, then the rest: nothing is trained twice; every case is scored once; the ensemble is a bundle that segments."""
+    """One fold, then all: none is trained twice, each case is scored once, the ensemble runs."""
     root = run_file.parent / "bundle"
     first = call("crossval", str(run_file), "--fold", "1")
     assert first.exit_code == 0, first.output
@@ -81,6 +89,8 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     )
     assert set(summary["by_fold"]) == {"0", "1", "2"}
     assert "| all | 6 |" in (root / "docs" / "README.md").read_text()
+    written = {path.name for path in (root / "crossval" / "fold_0").iterdir()}
+    assert not written & {"scores.csv", "summary.json", "dice.png", "worst.png"}
 
     assert not any(check_bundle(root).values())
     spec = yaml.safe_load((root / "configs" / "spec.yaml").read_text())
@@ -101,8 +111,9 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     assert segmented.exit_code == 0, segmented.output
 
 
-def test_a_fold_that_was_cut_off_goes_on(run_file: Path, tmp_path: Path) -> None:
-    """From its checkpoint, to the weights that it has without the cut."""
+@pytest.mark.slow
+def test_a_fold_has_the_same_weights_in_another_bundle(run_file: Path, tmp_path: Path) -> None:
+    """A fold that is trained in another bundle has the same weights; unknown folds are refused."""
     whole = run_file.parent / "bundle"
     assert (whole / "folds" / "0" / "models" / "model.pt").is_file()
     other = tmp_path / "bundle"
@@ -114,8 +125,9 @@ def test_a_fold_that_was_cut_off_goes_on(run_file: Path, tmp_path: Path) -> None
     assert call("crossval", str(run_file), "splits=null").exit_code == 2
 
 
+@pytest.mark.slow
 def test_folds_of_ensembles_join_to_one(run_file: Path, tmp_path: Path) -> None:
-    """Two folds of two networks each are four, fold by fold; the bundle passes its checks."""
+    """Two folds of two networks each join to an ensemble of four, in the order of the folds."""
     root = tmp_path / "bundle"
     (root / "configs").mkdir(parents=True)
     network = spec_content(3)["network"] | {"ensemble": 2}
@@ -139,3 +151,15 @@ def test_folds_of_ensembles_join_to_one(run_file: Path, tmp_path: Path) -> None:
             for name in names
         )
     assert not any(check_bundle(root).values())
+
+
+def test_the_largest_component_of_each_label_is_kept() -> None:
+    """Output values need not be consecutive; a lone part becomes background."""
+    predicted = np.zeros((9, 8, 7), dtype=np.uint16)
+    predicted[1:3, 1:4, 1:5] = 300
+    predicted[5:7, 2:5, 2:4] = 7
+    expected = predicted.copy()
+    predicted[8, 7, 6] = 300
+    predicted[0, 7, 0] = 7
+    found = _largest_component_of_each(predicted, {"front": 7, "back": 300})
+    np.testing.assert_array_equal(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def cases(dataset: Path) -> list[Case]:
 
 @pytest.fixture
 def spec() -> Spec:
-    return parse_spec(3, labels={"background": 0, "bright": 1})
+    tiny: Spec = parse_spec(3, labels={"background": 0, "bright": 1})
+    return tiny
 
 
 def run_with(**changes: Any) -> Run:
@@ -70,7 +72,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(TrainingInferer, "__call__", call)
-    monkeypatch.setattr(timing.time, "perf_counter", fake)
+    monkeypatch.setattr("pipeline.training.planning.timing.time.perf_counter", fake)
     monkeypatch.setattr(timing, "emulates_bfloat16", lambda device: False)
     monkeypatch.setattr("pipeline.training.precision.emulates_bfloat16", lambda device: False)
     return fake
@@ -127,10 +129,8 @@ def test_paths_that_look_like_references_are_only_paths(
     monkeypatch.chdir(tmp_path)
     odd = []
     for prefix, case in zip("@$%", cases, strict=False):
-        copies = {"case": case["case"]}
-        for key in ("image", "label"):
-            copy = Path(f"{prefix}{case['case']}_{key}.nii.gz")
-            copy.write_bytes(Path(case[key]).read_bytes())  # type: ignore[literal-required]
-            copies[key] = str(copy)
-        odd.append(copies)
-    assert measure(spec, run_with(), odd).step > 0  # type: ignore[arg-type]
+        image, label = (f"{prefix}{case['case']}_{key}.nii.gz" for key in ("image", "label"))
+        shutil.copyfile(case["image"], image)  # type: ignore[arg-type]
+        shutil.copyfile(case["label"], label)
+        odd.append(Case(case=case["case"], image=image, label=label))
+    assert measure(spec, run_with(), odd).step > 0

@@ -136,6 +136,7 @@ def test_training_leaves_a_complete_bundle_that_segments(
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(dataset: Path, tmp_path: Path) -> None:
     """They are equal to the bit; another seed gives other weights."""
     weights = []

@@ -25,7 +25,7 @@ from pipeline.transforms import IMAGE
 from pipeline.types import Case
 
 # the first steps are slower: torch chooses algorithms and asks for memory
-WARM_UP_STEPS, TIMED_STEPS = 2, 4
+WARM_UP_STEPS, TIMED_STEPS = 2, 3
 # timing of a precision ends at a step that takes this many times the slowest one of the best so far
 CLEARLY_SLOWER = 3.0
 STARTUP_SECONDS = 8.0  # of a run, before its first case and after its last step
