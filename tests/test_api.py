@@ -86,7 +86,7 @@ def test_a_list_is_one_case_of_several_channels(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         in_memory.labels, pipeline.segment(model, [str(file) for file in files]).labels
     )
-    with pytest.raises(PipelineError, match="got 1 image, expected 2, one a channel: T1w, FLAIR"):
+    with pytest.raises(PipelineError, match="got 1 image, expected 2, one per channel: T1w, FLAIR"):
         pipeline.segment(model, images[0])
 
 

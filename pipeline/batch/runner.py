@@ -60,7 +60,7 @@ def segment_cases(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    predict: Predict = predict_prepared,
+    predict: Predict | None = None,
 ) -> list[CaseRow]:
     """Segment each case and write its label map, the tables and `run.json`.
 
@@ -74,7 +74,7 @@ def segment_cases(
         output_dir: where results go; made if it does not exist.
         overwrite: whether cases that are done already are done again.
         progress: called with the row of each case.
-        predict: segments a prepared case.
+        predict: segments a prepared case; `predict_prepared` by default.
 
     Returns:
         one row per case, in the order of `cases`.
@@ -107,11 +107,12 @@ def segment_cases(
 
     named = [_with_name(case) for case in cases]
     concurrent = model.max_memory is None
+    compute = predict or predict_prepared
     started = prefetch(start, named, concurrent=concurrent)
 
     def results() -> Iterator[tuple[Case, Prediction | CaseRow]]:
         for case, future in started:
-            yield case, _predict(model, case, future, before.get(case["case"]), predict)
+            yield case, _predict(model, case, future, before.get(case["case"]), compute)
 
     write_behind(finish, results(), concurrent=concurrent)
     return rows

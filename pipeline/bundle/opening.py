@@ -85,7 +85,7 @@ def open_bundle(
             if "runtime" not in parser:
                 raise ConfigError(
                     f"{root}: its wiring has no `runtime`, so --runtime and --precision do not "
-                    f"apply; `volseg bundle refresh {root}` writes one that has"
+                    f"apply; refresh the bundle by `volseg bundle refresh --overwrite {root}`"
                 )
             parser["runtime"].update(runtime=runtime, precision=precision)
         parser.get_parsed_content("initialize")

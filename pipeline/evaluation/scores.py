@@ -218,16 +218,19 @@ def summarise_scores(rows: Iterable[ScoreRow], seed: int = 0) -> list[SummaryRow
 
 def _values_of_metrics(scores: Sequence[LabelScore]) -> dict[str, Array]:
     """Return metric → (cases,) its value in each case."""
-    return {
-        metric: np.array([getattr(score, metric) for score in scores], dtype=float)
-        for metric in METRICS
-    }
+    values: dict[str, Array] = {}
+    for metric in METRICS:
+        values[metric] = np.array([getattr(score, metric) for score in scores], dtype=float)
+    return values
 
 
 def _mean_over_labels(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """Return metric → (cases,) the mean over the labels of each case."""
     # `score_case` gives each case all labels, so the cases of all tables stand in one order.
-    return {metric: _nanmean(np.stack([table[metric] for table in tables])) for metric in METRICS}
+    means: dict[str, Array] = {}
+    for metric in METRICS:
+        means[metric] = _nanmean(np.stack([table[metric] for table in tables]))
+    return means
 
 
 def _summary_row(label: str, table: Mapping[str, Array], random: np.random.Generator) -> SummaryRow:

@@ -238,8 +238,11 @@ def _batches(grid: WindowGrid, group: _Group, size: int) -> Iterator[list[tuple[
     """Yield the first voxels of a group's windows, in the grid's order, up to `size` at a time."""
     members = [grid.groups(axis)[group.index[axis]] for axis in grid.order]
     position_in_order = [grid.order.index(axis) for axis in range(len(grid.order))]
-    starts = [tuple(start[i] for i in position_in_order) for start in product(*members)]
-    return (starts[i : i + size] for i in range(0, len(starts), size))
+    starts: list[tuple[int, ...]] = []
+    for in_order in product(*members):
+        starts.append(tuple(in_order[i] for i in position_in_order))
+    for first in range(0, len(starts), size):
+        yield starts[first : first + size]
 
 
 def _buffer_range(grid: WindowGrid, axis: int, number: int) -> slice:

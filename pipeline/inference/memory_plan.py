@@ -78,7 +78,7 @@ def plan_memory(model: Model, headers: Sequence[Header]) -> float | None:
     if limit is None:
         return None
     base = ready_bytes(model)
-    allowed = None
+    allowed: float | None = None
     if isinstance(model.inferer, WindowInferer):
         allowed = limit - base - _bytes_besides_sums(model, headers)
         allowed = max(1.0, allowed)  # the smallest groups of windows, and the estimate decides

@@ -79,7 +79,10 @@ def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
     """
     first = structures[0]
     if isinstance(first, Mapping):
-        return {key: map_tensors(function, *(s[key] for s in structures)) for key in first}
+        mapped = {}
+        for key in first:
+            mapped[key] = map_tensors(function, *(structure[key] for structure in structures))
+        return mapped
     if isinstance(first, list | tuple):
         return type(first)(map_tensors(function, *parts) for parts in zip(*structures, strict=True))
     return function(*structures)

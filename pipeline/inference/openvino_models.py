@@ -136,30 +136,30 @@ class OpenVinoNetwork:
         self._lock = threading.Lock()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        ov = import_openvino()
+        openvino = import_openvino()
         array = x.detach().to(torch.float32).contiguous().numpy()
         with self._lock:
             request = self._request(x.shape)
             _, *size = request.get_compiled_model().output(0).get_partial_shape()
             # a new tensor for each result: OpenVINO writes into the memory of the tensor
             result = torch.empty((len(x), *(n.get_length() for n in size)))
-            request.set_input_tensor(ov.Tensor(array, shared_memory=True))
-            request.set_output_tensor(ov.Tensor(result.numpy(), shared_memory=True))
+            request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
+            request.set_output_tensor(openvino.Tensor(result.numpy(), shared_memory=True))
             request.infer()
         return result
 
-    def precision(self) -> str:
-        """Return the type that the processor computes in, after the first call.
+    def precision(self, x: torch.Tensor) -> str:
+        """Return the type that the processor computes in, for inputs with the shape of `x`.
 
-        OpenVINO computes in float32 where a processor does not have the type asked for.
+        OpenVINO computes in float32 where a processor does not have the requested type.
         """
         with self._lock:
-            compiled = next(iter(self._requests.values())).get_compiled_model()
+            compiled = self._request(x.shape).get_compiled_model()
         for operation in compiled.get_runtime_model().get_ordered_ops():
             info = operation.get_rt_info()
             if "runtimePrecision" in info and info["runtimePrecision"].astype(str) in INT8_TYPES:
                 return "int8"
-        name = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        name: str = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         return OPENVINO_TYPES.get(name, name)
 
     def _request(self, shape: torch.Size) -> ov.InferRequest:
@@ -176,12 +176,12 @@ class OpenVinoNetwork:
 
 def convert_to_openvino(network: nn.Module, spec: Spec) -> ov.Model:
     """Return OpenVINO's model of a torch network, in float32."""
-    ov = import_openvino()
+    openvino = import_openvino()
     any_size = [-1 for _ in spec.roi_size]
     with _TRACING_LOCK, warnings.catch_warnings():
         # torch warns that sizes are traced as constants, which they are: windows have one size
         warnings.simplefilter("ignore")
-        model: ov.Model = ov.convert_model(
+        model: ov.Model = openvino.convert_model(
             network.eval(),
             example_input=noise_window(spec),
             input=[-1, len(spec.channels), *any_size],

@@ -155,7 +155,9 @@ def build_tile_inferer(spec: Spec, sw_batch_size: int | None = None) -> OverlapT
         spec: gives roi_size, strides and the axis of slices.
         sw_batch_size: tiles that go through the network together; by default 1 in 3D, 4 in 2D.
     """
-    steps = [prod(stride[axis] for stride in spec.strides) for axis in range(spec.spatial_dims)]
+    steps = []
+    for axis in range(spec.spatial_dims):
+        steps.append(prod(stride[axis] for stride in spec.strides))
     default = TILES_PER_BATCH_3D if spec.slice_dim is None else TILES_PER_BATCH_2D
     return OverlapTileInferer(
         spec.roi_size, spec.margin, steps, sw_batch_size or default, spec.slice_dim

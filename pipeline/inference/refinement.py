@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from nibabel.affines import apply_affine
 from scipy import ndimage
 from torch.nn import functional
 
@@ -141,7 +141,7 @@ def _contested_voxels(
     # one voxel around counts as well: labels interpolate between voxels of the network
     widened = functional.max_pool3d(likely[None], 3, stride=1, padding=1)[0]
     is_contested = ((widened >= CONTESTING_PROBABILITY).sum(dim=0) > 1).numpy().astype(np.uint8)
-    first, stop = _covered_box(is_contested.shape, np.linalg.inv(to_likely), labels.shape)
+    first, stop = _covered_box(is_contested.shape, to_likely, labels.shape)
     part = labels[tuple(slice(a, b) for a, b in zip(first, stop, strict=True))]
     part_to_likely = to_likely.copy()
     part_to_likely[:3, 3] += to_likely[:3, :3] @ first
@@ -151,17 +151,17 @@ def _contested_voxels(
 
 
 def _covered_box(
-    shape: Sequence[int], matrix: Affine, target_shape: Sequence[int]
+    shape: Sequence[int], from_target: Affine, target_shape: Sequence[int]
 ) -> tuple[Array, Array]:
     """Return the first and the stop voxel of the box on a target grid that covers another grid.
 
     Args:
         shape: of the other grid, voxels.
-        matrix: voxel of the other grid → voxel of the target grid.
+        from_target: voxel of the target grid → voxel of the other grid.
         target_shape: of the target grid, voxels.
     """
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    places = nib.affines.apply_affine(matrix, corners)
+    places = apply_affine(np.linalg.inv(from_target), corners)
     first = np.floor(places.min(axis=0)).astype(int).clip(0, target_shape)
     last = np.ceil(places.max(axis=0)).astype(int).clip(first - 1, np.array(target_shape) - 1)
     return first, last + 1

@@ -114,21 +114,21 @@ class Runtime(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._reset()
 
     def forward(self, x: torch.Tensor) -> Any:
-        if self._forward is not None:
-            return self._forward(x)
+        compute = self._forward or self._prepare_once(x)
+        return compute(x)
+
+    def _prepare_once(self, x: torch.Tensor) -> NetworkFunction:
+        """Prepare for inputs like `x`, unless another thread has done so meanwhile."""
         with self._preparing:
-            if self._forward is None:  # no other thread was first
-                forward = self._prepare(x.device)
-                # only after the first window OpenVINO's precision is known
-                result = forward(x)
-                self.description = _describe(forward, x.device)
-                self._forward = forward
-                return result
-        return self._forward(x)
+            if self._forward is None:
+                network = self._prepare(x.device)
+                self.description = _describe(network, x)
+                self._forward = network  # last, because other threads take it without the lock
+            return self._forward
 
     def _prepare(self, device: torch.device) -> TorchNetwork | OpenVinoNetwork:
         """Return what computes on a device."""
@@ -185,14 +185,14 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _describe(forward: TorchNetwork | OpenVinoNetwork, device: torch.device) -> RuntimeDescription:
-    is_openvino = isinstance(forward, OpenVinoNetwork)
+def _describe(network: TorchNetwork | OpenVinoNetwork, x: torch.Tensor) -> RuntimeDescription:
+    is_openvino = isinstance(network, OpenVinoNetwork)
     return RuntimeDescription(
         runtime="openvino" if is_openvino else "torch",
-        precision=forward.precision(),
+        precision=network.precision(x),
         openvino_version=openvino_version() if is_openvino else None,
-        device=str(device),
-        processor=processor_name(device),
+        device=str(x.device),
+        processor=processor_name(x.device),
     )
 
 
@@ -219,6 +219,6 @@ class TorchNetwork:
         with torch.inference_mode(), autocast:
             return self.network(x.to(memory_format=layout))
 
-    def precision(self) -> str:
-        """Return the type that convolutions are computed in."""
+    def precision(self, x: torch.Tensor) -> str:
+        """Return the type that convolutions are computed in, for any input."""
         return str(self.dtype).removeprefix("torch.")

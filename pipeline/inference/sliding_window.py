@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -198,11 +198,7 @@ class WindowInferer(Inferer):
 
         results = []
         for image in images:
-            results.append(
-                with_host_fallback(
-                    lambda device, image=image: self._whole(image, bound, device), image
-                )
-            )
+            results.append(with_host_fallback(partial(self._whole, image, bound), image))
         return _collated(results)
 
     def blocks(

@@ -236,6 +236,7 @@ def test_run_bundle_fails_after_all_cases(
     """The error names each failed case; the others are written, as `segment_cases` writes them."""
     parser = read_wiring(tiny_bundle_3d, ["inference.yaml"])
     parser["device"] = torch.device("cpu")
+    parser["dataset"]["data"] = []
     parser.get_parsed_content("initialize")
     evaluator = parser.get_parsed_content("evaluator")
     (folder / "in" / "a.nii.gz").write_bytes(b"")

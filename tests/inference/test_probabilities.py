@@ -85,7 +85,7 @@ def test_sums_follow_the_structures_in_the_table(tmp_path: Path) -> None:
     assert float(row["both"]) == pytest.approx(float(row["front"]) + float(row["back"]))
     assert float(row["one"]) == float(row["back"])
     for sums, says in (
-        ({"front": ["back"]}, "no label's"),
+        ({"front": ["back"]}, "a name other than a label's"),
         ({"both": ["nose"]}, r"sums.both: .* got nose"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ from pipeline.errors import ConfigError
 from pipeline.inference import runtime
 from pipeline.inference.device import processor_name
 from pipeline.inference.openvino_models import CACHE_VARIABLE, cached_model, disagreement
-from pipeline.inference.runtime import Runtime, RuntimeDescription
+from pipeline.inference.runtime import Runtime, RuntimeDescription, RuntimeName
 from pipeline.inference.sliding_window import build_inferer
 from pipeline.networks import build_network
 
@@ -243,12 +243,12 @@ def test_an_unpadded_network_runs_in_openvino(dims: int, features: tuple[int, ..
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
-def test_the_description_is_what_computes(name: str) -> None:
+def test_the_description_is_what_computes(name: Literal["torch", "openvino"]) -> None:
     """It is known after the first call."""
     net, spec = made()
-    ours = Runtime(net, spec, runtime=name)
-    assert ours.description is None
+    unused, ours = Runtime(net, spec, runtime=name), Runtime(net, spec, runtime=name)
     ours(torch.zeros(1, 1, *spec.roi_size))
+    assert unused.description is None
     assert ours.description == RuntimeDescription(
         runtime=name,
         precision="float32",
@@ -260,20 +260,28 @@ def test_the_description_is_what_computes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
-def test_several_threads_get_their_own_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_get_their_own_logits(
+    name: RuntimeName, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They may all be the first to call it: it is prepared once."""
     net, spec = made()
     ours = Runtime(net, spec, runtime=name)
     prepared: list[torch.device] = []
     prepare = ours._prepare
-    monkeypatch.setattr(ours, "_prepare", lambda device: prepared.append(device) or prepare(device))
+
+    def counted(device: torch.device) -> Any:
+        prepared.append(device)
+        return prepare(device)
+
+    monkeypatch.setattr(ours, "_prepare", counted)
     windows = [torch.randn(1 + i % 2, 1, *spec.roi_size) for i in range(12)]
     together = threading.Barrier(4)
 
     def compute(window: torch.Tensor) -> torch.Tensor:
         if not prepared:
             together.wait()
-        return ours(window)
+        logits: torch.Tensor = ours(window)
+        return logits
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compute, windows))
@@ -287,7 +295,7 @@ def test_several_threads_get_their_own_logits(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"]
 )
-def test_a_copy_is_prepared_again(name: str, copied: Callable[[Runtime], Runtime]) -> None:
+def test_a_copy_is_prepared_again(name: RuntimeName, copied: Callable[[Runtime], Runtime]) -> None:
     """Neither a lock nor a compiled model can be copied."""
     net, spec = made()
     ours, x = Runtime(net, spec, runtime=name), torch.randn(1, 1, *spec.roi_size)
@@ -309,14 +317,14 @@ def send_logits(ours: Runtime, x: Any, pipe: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["torch", "openvino"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_another_process_gets_the_same_logits(name: str, method: str) -> None:
+def test_another_process_gets_the_same_logits(name: RuntimeName, method: str) -> None:
     """A forked process uses what is prepared, a spawned one prepares again."""
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"{method} does not exist on this system")
     net, spec = made()
     ours, x = Runtime(net, spec, runtime=name), torch.randn(1, 1, *spec.roi_size)
     expected = ours(x).numpy()
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_logits, args=(ours, x.numpy(), sender))
     process.start()

@@ -33,7 +33,9 @@ def test_channels_of_one_grid_are_stacked(tmp_path: Path) -> None:
     first = save(tmp_path / "a.nii.gz", nifti(smooth(seed=1)))
     second = tmp_path / "b.mha"
     like = sitk.Image([*SHAPE], sitk.sitkFloat32)
-    sitk.WriteImage(as_sitk(smooth(seed=2), oblique(), like), str(second))
+    image = sitk.GetImageFromArray(smooth(seed=2).transpose())
+    image.CopyInformation(as_sitk(np.zeros(SHAPE, dtype=np.uint8), oblique(), like))
+    sitk.WriteImage(image, str(second))
     tensor = load([str(first), str(second)])
     np.testing.assert_array_equal(np.asarray(tensor), np.stack([smooth(seed=1), smooth(seed=2)]))
     np.testing.assert_allclose(np.asarray(tensor.affine), oblique(), atol=1e-5)
