@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError, VolumeError
-from pipeline.inference.aggregator import buffer_bytes
+from pipeline.inference.aggregator import FLOAT32_BYTES, buffer_bytes
 from pipeline.inference.label_resampling import PIECE_VALUES
 from pipeline.inference.model import Model
 from pipeline.inference.process_memory import resident_bytes
@@ -24,7 +24,7 @@ SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # Bytes per voxel that each step holds at its highest, the volume itself included, as measured on
 # volumes of 4e7 voxels
 READ, CHECK, RESAMPLE, NORMALISE = 8, 13, 17, 13
-FLOAT32 = 4  # bytes
+
 REFINE = 6  # bytes per voxel of the label map, as measured on a head
 PIECE_COPIES = 3.5  # copies of one piece of scores that inversion holds
 
@@ -112,7 +112,7 @@ def estimate_memory(
     if isinstance(model.inferer, WindowInferer):
         sums = buffer_bytes(model.inferer.windows(grid, channels, allowed), channels)
     else:
-        sums = 2 * FLOAT32 * channels * prod(grid)  # whole logits, and their softmax
+        sums = 2 * FLOAT32_BYTES * channels * prod(grid)  # whole logits, and their softmax
     network = sums + _bytes_besides_sums(model, headers)
     return MemoryEstimate(base=base, prepare=int(max(prepare)), network=int(network))
 
@@ -127,14 +127,14 @@ def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
     grid = prod(network_grid_shape(spec, headers[0]))
     channels = len(spec.labels)
     windows = 2 * (SLICES_PER_BATCH if spec.spatial_dims == 2 else 1)  # input and output
-    window = FLOAT32 * channels * prod(spec.roi_size) * windows
-    piece = FLOAT32 * min(PIECE_VALUES, channels * grid)
+    window = FLOAT32_BYTES * channels * prod(spec.roi_size) * windows
+    piece = FLOAT32_BYTES * min(PIECE_VALUES, channels * grid)
     labels = 2 * prod(label_shape) * (1 if channels <= 256 else 4)
     refine = 0
     if spec.refine:  # the scan as read, probabilities in float16, and the contested voxels
         scan = sum(prod(header.shape) for header in headers)
-        refine = FLOAT32 * scan + 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
-    image = FLOAT32 * grid * len(headers)
+        refine = FLOAT32_BYTES * scan + 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
+    image = FLOAT32_BYTES * grid * len(headers)
     return int(image + window + PIECE_COPIES * piece + labels + refine)
 
 
