@@ -44,6 +44,7 @@ def imported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
     return kind, tmp_path / "imported"
 
 
+@pytest.mark.slow
 def test_the_bundle_is_complete(imported: tuple[str, Path]) -> None:
     kind, root = imported
     assert check_bundle(root) == dict.fromkeys(check_bundle(root), "")

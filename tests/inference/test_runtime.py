@@ -68,6 +68,7 @@ def test_openvino_gives_torchs_logits(dims: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.slow
 def test_an_ensemble_runs_in_openvino(dims: int) -> None:
     """It is one network there and agrees with torch to 1e-4."""
     spec = parse_spec(dims, network={"features": [4, 6], "norm": "instance", "ensemble": 3})
@@ -88,6 +89,7 @@ def test_results_do_not_share_memory() -> None:
     assert torch.equal(first, before)
 
 
+@pytest.mark.slow
 def test_other_weights_are_converted_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The key of the cache contains the weights, and several threads may fill it at once."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
@@ -218,6 +220,7 @@ def test_a_bundle_wired_without_a_runtime(
 @pytest.mark.parametrize(
     ("dims", "features"), [(2, (2, 4)), (3, (2, 4)), (2, (2, 3, 4, 5, 6)), (3, (2, 2, 3))]
 )
+@pytest.mark.slow
 def test_an_unpadded_network_runs_in_openvino(dims: int, features: tuple[int, ...]) -> None:
     """Its output is smaller than the window; a tiled volume is the same in both runtimes."""
     spec = Spec(
