@@ -220,8 +220,9 @@ class WindowInferer(Inferer):
         Raises:
             VolumeError: scores that are NaN or infinite.
         """
+        # a generator, so that placing the windows counts as time of the first block
         started = self._start(image, network, device or image.device)
-        return self._placed_blocks(started, buffer_bytes)
+        yield from self._placed_blocks(started, buffer_bytes)
 
     def windows(
         self, shape: Sequence[int], channels: int, buffer_bytes: float | None = None
