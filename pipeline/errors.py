@@ -7,7 +7,9 @@ PipelineError            something the user can fix; its text says where, what w
 ├── VolumeError          a volume that was read and cannot be segmented as it is
 ├── GeometryError        grids that do not agree
 ├── ShapeError           a tensor that does not fit the network (also a ValueError)
-└── WriteError           a result that cannot be written
+├── WriteError           a result that cannot be written
+└── RunStoppedError      a batch that cannot go on: the disk is full, the output folder is gone
+    └── InterruptedRunError  a signal ended it
 
 Any other exception is a bug of volseg.
 """
@@ -20,8 +22,10 @@ from contextlib import contextmanager
 __all__ = [
     "ConfigError",
     "GeometryError",
+    "InterruptedRunError",
     "PipelineError",
     "ReadError",
+    "RunStoppedError",
     "ShapeError",
     "VolumeError",
     "WriteError",
@@ -57,6 +61,25 @@ class ShapeError(PipelineError, ValueError):
 
 class WriteError(PipelineError):
     """A result that cannot be written."""
+
+
+class RunStoppedError(PipelineError):
+    """A batch that cannot go on; what it has done stays done."""
+
+
+class InterruptedRunError(RunStoppedError):
+    """A signal ended a batch.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+    def __reduce__(self) -> tuple[type[InterruptedRunError], tuple[str, int]]:
+        return type(self), (str(self), self.number)
 
 
 def find_pipeline_error(error: BaseException) -> PipelineError | None:

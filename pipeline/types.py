@@ -5,7 +5,7 @@ Voxel axes are written (X, Y, Z) in the order of the array; C is channels or cla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
@@ -50,10 +50,14 @@ class Case(_NamedCase, total=False):
         case: the name, always present; a relative path without suffix for a case to segment.
         image: the source of a single channel, or a list with one source per channel.
         label: the path of the label map, for training and evaluation.
+        problem: why the case cannot be segmented, where that is known before it is read.
+        columns: further facts about the case, which are kept in the tables of results.
     """
 
     image: ImageSource | list[ImageSource]
     label: str
+    problem: str
+    columns: Mapping[str, str]
 
 
 __all__ = [

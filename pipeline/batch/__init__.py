@@ -1,22 +1,58 @@
 """Many cases: what is to be done, what was done, what failed and why.
 
+The data plane is the file system: one atomic record per case is the only truth, tables are derived
+from records, and a claim per case lets several runs share one output folder.
+
 Modules:
-    runner      segments cases one after the other, with reading ahead and writing behind
-    case_row    one row of `cases.csv`
-    outputs     the names of the files that a batch writes
-    provenance  `run.json`: which model made the results
-    prefetch    reading ahead and writing behind
+    runner        a batch from its cases to its tables, in this process or in worker processes
+    planning      what a run has to do, and what is known of a case from its header
+    coordinator   who gets which case next, and what follows when a process died
+    case_worker   one case: read, compute, write its output and then its record
+    records       the record of a case
+    tables        cases.csv, volumes.csv and run.json, derived from records
+    identity      whose results a folder holds: model, settings, runtime
+    resume        whether a case is done: these bytes in, these bytes out
+    claims, locks     who works on which case
+    suspects      cases during which a process died
+    pool, stages  worker processes; reading, computing and writing at the same time
+    shards, resources   parts of a batch for several jobs; the cores and memory allotted
+    outputs, log_file, peak_memory   names in an output folder, volseg.log, memory per case
 """
 
-from pipeline.batch.case_row import CaseRow
+from pipeline.batch.coordinator import Progress
 from pipeline.batch.outputs import output_path, uncertainty_path
-from pipeline.batch.runner import Progress, run_bundle, segment_cases
+from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
+from pipeline.batch.records import CaseRecord
+from pipeline.batch.resources import allotted_cores, allotted_memory
+from pipeline.batch.runner import (
+    BatchSummary,
+    local_executor,
+    pool_executor,
+    run_batch,
+    run_bundle,
+    segment_cases,
+)
+from pipeline.batch.shards import Shard, parse_shard
+from pipeline.batch.tables import case_columns, write_tables
 
 __all__ = [
-    "CaseRow",
+    "BatchSummary",
+    "CaseRecord",
+    "Forecast",
     "Progress",
+    "Shard",
+    "allotted_cores",
+    "allotted_memory",
+    "case_columns",
+    "choose_jobs",
+    "forecast_cases",
+    "local_executor",
     "output_path",
+    "parse_shard",
+    "pool_executor",
+    "run_batch",
     "run_bundle",
     "segment_cases",
     "uncertainty_path",
+    "write_tables",
 ]

@@ -1,56 +1,345 @@
-"""Many cases, one after the other; a case that fails is recorded and the next one continues."""
+"""A batch from its cases to its tables: plan, claim, compute, record, derive."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from monai.engines import SupervisedEvaluator
 
-from pipeline.batch.case_row import CaseRow
-from pipeline.batch.outputs import CASES, VOLUMES, output_path, uncertainty_path
-from pipeline.batch.prefetch import prefetch, write_behind
-from pipeline.batch.provenance import holds_other_results, write_run
-from pipeline.errors import PipelineError, WriteError, describe_error, find_pipeline_error
-from pipeline.inference import (
-    Model,
-    Prediction,
-    PreparedCase,
-    evaluate_prepared,
-    peak_bytes,
-    predict_case,
-    predict_prepared,
-    prepare,
-    reset_peak,
-)
-from pipeline.io import (
-    as_nibabel,
-    case_name,
-    fractions_as_nibabel,
-    is_written_by_volseg,
-    read_csv,
-    write_csv,
-    write_labels,
-)
+from pipeline.batch.case_worker import CaseWorker, Predict, Task
+from pipeline.batch.claims import Claims, claims_of_run
+from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
+from pipeline.batch.identity import remove_output, settle_identity
+from pipeline.batch.outputs import OutputFolder
+from pipeline.batch.planning import PlannedCase, plan_case
+from pipeline.batch.pool import Died, Finished, Pool, TimedOut
+from pipeline.batch.records import CaseRecord, read_record
+from pipeline.batch.suspects import Suspect, clear_suspect, read_suspects
+from pipeline.batch.tables import write_tables
+from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError
+from pipeline.inference import Model, Prediction, PreparedCase, evaluate_prepared
+from pipeline.io import case_name
 from pipeline.types import Case, PathOrStr
 
-Progress = Callable[[CaseRow], None]
-Predict = Callable[[Model, PreparedCase], Prediction]
+# The tables are derived again during a run when they are so old, and either so many of their rows
+# are new or they are much older: what is written per case stays the same however many there are
+TABLE_SECONDS, TABLE_GROWTH, OLD_TABLE_SECONDS = 30.0, 0.1, 600.0
+
+Executor = Callable[[Coordinator, CaseWorker, "Guard"], None]
+StartMethod = Literal["fork", "spawn"]
 
 
-class _NotRead(Enum):
-    """Why a case was not read ahead."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSummary:
+    """What became of the cases of a run.
 
-    DONE_BEFORE = "an earlier run has done it"
-    MEMORY_LIMIT = "under a memory limit a case is read when its turn comes"
+    Attributes:
+        counts: status → number of cases; `skipped` were done before.
+        seconds: wall time of the run.
+    """
+
+    counts: Mapping[str, int]
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """All cases of the run."""
+        return sum(self.counts.values())
+
+    @property
+    def failed(self) -> int:
+        """Cases without a result."""
+        return self.counts.get("failed", 0) + self.counts.get("quarantined", 0)
 
 
-Start = PreparedCase | _NotRead
+@dataclass
+class Guard:
+    """What a run looks at several times a second: signals, its heartbeat, the age of the tables."""
+
+    out: OutputFolder
+    coordinator: Coordinator
+    claims: Claims
+    signal_number: int = 0
+    kill: Callable[[], None] | None = None
+    _tables_at: float = field(default_factory=time.monotonic)
+    _table_rows: int = 0
+
+    def tick(self) -> None:
+        """Do what is due.
+
+        Raises:
+            InterruptedRunError: a signal came.
+        """
+        self.claims.beat()
+        self.refresh_tables()
+        if self.signal_number:
+            name = signal.Signals(self.signal_number).name
+            raise InterruptedRunError(f"interrupted ({name})", self.signal_number)
+
+    def refresh_tables(self) -> None:
+        """Derive the tables, if they are old."""
+        done = sum(self.coordinator.counts.values())
+        age, new = time.monotonic() - self._tables_at, done - self._table_rows
+        grown = age > TABLE_SECONDS and new > TABLE_GROWTH * self._table_rows
+        if new and (grown or age > OLD_TABLE_SECONDS):
+            write_tables(self.out.root)
+            self._tables_at, self._table_rows = time.monotonic(), done
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Note the first signal; end at once at the second."""
+        if self.signal_number:
+            if self.kill is not None:
+                self.kill()
+            os._exit(128 + number)
+        self.signal_number = number
+
+
+@contextmanager
+def _signals(guard: Guard) -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the run in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, guard.on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_batch(
+    model: Model,
+    cases: Sequence[Case],
+    output_dir: PathOrStr,
+    executor: Executor,
+    *,
+    overwrite: bool = False,
+    check_hashes: bool = False,
+    progress: Progress | None = None,
+    predict: Predict | None = None,
+) -> BatchSummary:
+    """Segment cases into an output folder; continue where an earlier run of it stopped.
+
+    A case is done if its record names the bytes of its input as they are, the model and the
+    settings, and the bytes of its output as they are. Several runs may work on one folder at the
+    same time: they share the cases.
+
+    Args:
+        model: an opened bundle.
+        cases: with `image`, and with `case` where it is not the name of the file.
+        output_dir: made if it does not exist.
+        executor: how the cases are computed: `local_executor`, or one that `pool_executor` returns.
+        overwrite: whether cases that are done are done again, and results of another model or
+            setting in the folder are removed.
+        check_hashes: whether files are compared by hash even if size and time are the same.
+        progress: called with the record of each case.
+        predict: segments a prepared case; `predict_prepared` by default.
+
+    Raises:
+        ConfigError: the folder holds results of another model or setting.
+        RunStoppedError: the run cannot go on; what it has done stays done.
+        InterruptedRunError: a signal ended it.
+    """
+    begun = time.monotonic()
+    out = OutputFolder.create(Path(output_dir))
+    identity = settle_identity(out, model, overwrite=overwrite)
+    worker = CaseWorker(
+        model=model, out=out, identity=identity, predict=predict, overwrite=overwrite
+    )
+    with claims_of_run(out) as claims:
+        worker.may_publish = partial(_holds, claims)
+        coordinator = Coordinator(out, claims, identity, progress)
+        guard = Guard(out, coordinator, claims)
+        with _signals(guard):
+            try:
+                _plan(out, cases, coordinator, guard, overwrite=overwrite, hashes=check_hashes)
+                executor(coordinator, worker, guard)
+            except BaseException as error:
+                coordinator.drop()
+                _write_tables_if_possible(out)
+                if isinstance(error, RunStoppedError):
+                    raise _with_remaining(error, coordinator) from None
+                raise
+        out.check(out.root / "cases.csv")
+        write_tables(out.root)
+    return BatchSummary(counts=dict(coordinator.counts), seconds=time.monotonic() - begun)
+
+
+def _holds(claims: Claims, case: str) -> bool:
+    return claims.holds(case)
+
+
+def _with_remaining(error: RunStoppedError, coordinator: Coordinator) -> RunStoppedError:
+    text = f"{error}; {remaining_text(coordinator.remaining)}"
+    if isinstance(error, InterruptedRunError):
+        return InterruptedRunError(text, error.number)
+    return RunStoppedError(text)
+
+
+def _write_tables_if_possible(out: OutputFolder) -> None:
+    """Derive the tables after an error, which must not be hidden by another one."""
+    try:
+        out.check(out.root / "cases.csv")
+        write_tables(out.root)
+    except PipelineError:
+        return
+
+
+def _plan(
+    out: OutputFolder,
+    cases: Sequence[Case],
+    coordinator: Coordinator,
+    guard: Guard,
+    *,
+    overwrite: bool,
+    hashes: bool,
+) -> None:
+    """Give the coordinator what is to be done, and report what is done already."""
+    suspects = read_suspects(out)
+    tasks: list[Task] = []
+    for case in cases:
+        guard.tick()
+        named = _with_name(case)
+        if overwrite:
+            tasks.append(_overwritten(out, named))
+            continue
+        suspect = suspects.get(named["case"])
+        planned = plan_case(out, named, suspect, check_hashes=hashes)
+        if planned.state == "to do":
+            tasks += _to_do(planned, suspect, coordinator)
+        elif planned.record is not None:
+            done = planned.state == "done"
+            record = planned.record
+            coordinator.report(replace(record, status="skipped") if done else record)
+    coordinator.add(tasks)
+
+
+def _to_do(planned: PlannedCase, suspect: Suspect | None, coordinator: Coordinator) -> list[Task]:
+    """Return the task of a case, or none for one that is given up."""
+    if suspect is None or not suspect.is_given_up:
+        return [planned.task]
+    coordinator.give_up(planned.task, suspect)
+    return []
+
+
+def _overwritten(out: OutputFolder, case: Case) -> Task:
+    """Return the task of a case whose result, if there is one, is removed first."""
+    record = read_record(out.record(case["case"]))
+    if record is not None and record.case == case["case"]:
+        for state in record.outputs:
+            remove_output(out, state.path)
+    out.record(case["case"]).unlink(missing_ok=True)
+    clear_suspect(out, case["case"])
+    return Task(case=case, reason="" if record is None else "--overwrite was given")
+
+
+def _with_name(case: Case) -> Case:
+    return case if case.get("case") else Case(**(case | {"case": case_name(case)}))
+
+
+def local_executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -> None:
+    """Do the cases in this process, one after the other."""
+    guard.claims.beat_in_thread()
+    worker.prepare_network()
+
+    def finish(record: CaseRecord) -> None:
+        coordinator.finish(record)
+        guard.refresh_tables()
+
+    def tasks() -> Iterator[Task]:
+        for task in coordinator.tasks():
+            if guard.signal_number:
+                return
+            yield task
+
+    worker.run(tasks(), finish)
+    guard.tick()
+
+
+@dataclass
+class _CaseWork:
+    """What a worker process does."""
+
+    worker: CaseWorker
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.worker.prepare_network()
+
+    def run(self, items: Iterator[Task], emit: Callable[[Hashable, Any], None]) -> None:
+        self.worker.run(items, lambda record: emit(record.case, record))
+
+
+def pool_executor(
+    *,
+    jobs: int,
+    threads: int,
+    case_timeout: float | None = None,
+    start_method: StartMethod | None = None,
+) -> Executor:
+    """Return an executor that does the cases in worker processes.
+
+    A case whose process dies is tried once more, alone; a case that takes too long is failed.
+
+    Args:
+        jobs: number of processes.
+        threads: per process.
+        case_timeout: seconds that a case may take; None for no limit.
+        start_method: `fork` (Linux, on a CPU) or `spawn`; by default the one that fits.
+    """
+
+    def executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -> None:
+        method = start_method or default_start_method(worker.model)
+        pool: Pool[Task] = Pool(
+            _CaseWork(worker),
+            jobs=jobs,
+            threads=threads,
+            timeout=case_timeout,
+            start_method=method,
+        )
+        guard.kill = pool.kill
+
+        def on_event(event: Finished[CaseRecord] | Died[Task] | TimedOut[Task]) -> None:
+            if isinstance(event, Finished):
+                coordinator.finish(event.result)
+            elif isinstance(event, Died):
+                if not coordinator.stopped and not guard.signal_number:
+                    coordinator.died(event.items, event.why)
+            else:
+                coordinator.timed_out(event.item, case_timeout or 0)
+                coordinator.give_back(event.others)
+
+        pool.run(coordinator, on_event, guard.tick)
+
+    return executor
+
+
+def default_start_method(model: Model) -> StartMethod:
+    """Return how worker processes are started.
+
+    A forked process shares the memory of the model and starts at once, but only Linux forks safely,
+    and only while no thread and no GPU is in use.
+    """
+    alone = threading.active_count() == 1 and not _gpu_in_use()
+    return "fork" if sys.platform == "linux" and alone and model.device.type == "cpu" else "spawn"
+
+
+def _gpu_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def segment_cases(
@@ -61,61 +350,30 @@ def segment_cases(
     overwrite: bool = False,
     progress: Progress | None = None,
     predict: Predict | None = None,
-) -> list[CaseRow]:
-    """Segment each case and write its label map, the tables and `run.json`.
-
-    The next case is read and the last one written while the network computes, unless the model has
-    a memory limit. The tables are rewritten after each case, so a killed run loses nothing, and a
-    run that is started again continues where it stopped.
-
-    Args:
-        model: an opened bundle.
-        cases: with `case` and `image`.
-        output_dir: where results go; made if it does not exist.
-        overwrite: whether cases that are done already are done again.
-        progress: called with the row of each case.
-        predict: segments a prepared case; `predict_prepared` by default.
+) -> list[CaseRecord]:
+    """Segment cases in this process; see `run_batch`.
 
     Returns:
-        one row per case, in the order of `cases`.
-
-    Raises:
-        ConfigError: the folder holds results of another model.
+        one record per case, in the order of `cases`; `skipped` if an earlier run has done it.
     """
-    out = Path(output_dir)
-    replaces = holds_other_results(out, model, overwrite=overwrite)
-    tables = _Tables.read(out, empty=replaces)
-    before = dict(tables.rows)
-    write_run(model, out)
-    rows: list[CaseRow] = []
-
-    def start(case: Case) -> Start:
-        return _start(model, case, out, before.get(case["case"]), overwrite=overwrite)
-
-    def finish(item: tuple[Case, Prediction | CaseRow]) -> None:
-        case, result = item
-        row = result if isinstance(result, CaseRow) else _write(case, result, out)
-        volumes = None
-        if isinstance(result, Prediction) and row.status == "done":
-            volumes = result.volumes_mm3
-        if row.status == "done" and not rows:
-            write_run(model, out)  # now the network has computed, and is known to the record
-        rows.append(row)
-        tables.add(row, volumes)
-        if progress is not None:
-            progress(row)
-
     named = [_with_name(case) for case in cases]
-    concurrent = model.max_memory is None
-    compute = predict or predict_prepared
-    started = prefetch(start, named, concurrent=concurrent)
+    records: dict[str, CaseRecord] = {}
 
-    def results() -> Iterator[tuple[Case, Prediction | CaseRow]]:
-        for case, future in started:
-            yield case, _predict(model, case, future, before.get(case["case"]), compute)
+    def keep(record: CaseRecord) -> None:
+        records[record.case] = record
+        if progress is not None:
+            progress(record)
 
-    write_behind(finish, results(), concurrent=concurrent)
-    return rows
+    run_batch(
+        model,
+        named,
+        output_dir,
+        local_executor,
+        overwrite=overwrite,
+        progress=keep,
+        predict=predict,
+    )
+    return [records[case["case"]] for case in named]
 
 
 def run_bundle(
@@ -133,113 +391,10 @@ def run_bundle(
     def predict(model: Model, prepared: PreparedCase) -> Prediction:
         return evaluate_prepared(evaluator, model, prepared)
 
-    rows = segment_cases(model, cases, output_dir, overwrite=True, predict=predict)
-    failed = [f"{row.case}: {row.message}" for row in rows if row.status == "failed"]
+    records = segment_cases(model, cases, output_dir, overwrite=True, predict=predict)
+    failed = [f"{record.case}: {record.error}" for record in records if record.is_failure]
     if failed:
         raise PipelineError(
-            f"{len(failed)} of {len(rows)} cases failed, the others are written:\n"
+            f"{len(failed)} of {len(records)} cases failed, the others are written:\n"
             + "\n".join(failed)
         )
-
-
-@dataclass
-class _Tables:
-    """The rows of `cases.csv` and `volumes.csv`, by case."""
-
-    folder: Path
-    rows: dict[str, CaseRow]
-    volumes: dict[str, dict[str, object]]
-
-    @classmethod
-    def read(cls, folder: Path, *, empty: bool) -> _Tables:
-        """Return the tables of a folder; empty ones where there are none, or none that count."""
-        if empty:
-            return cls(folder, {}, {})
-        rows = {row["case"]: CaseRow.from_table(row) for row in read_csv(folder / CASES)}
-        volumes: dict[str, dict[str, object]] = {}
-        for row in read_csv(folder / VOLUMES):
-            volumes[row["case"]] = dict(row)
-        return cls(folder, rows, volumes)
-
-    def add(self, row: CaseRow, volumes_mm3: dict[str, float] | None) -> None:
-        """Add a case and write both tables; a failed case has no volumes."""
-        self.rows[row.case] = row
-        if volumes_mm3 is not None:
-            self.volumes[row.case] = {"case": row.case, **volumes_mm3}
-        elif row.status == "failed":
-            self.volumes.pop(row.case, None)
-        write_csv(self.folder / CASES, [known.to_table() for known in self.rows.values()])
-        write_csv(self.folder / VOLUMES, self.volumes.values())
-
-
-def _with_name(case: Case) -> Case:
-    return {**case, "case": case.get("case") or case_name(case)}
-
-
-def _start(
-    model: Model, case: Case, out: Path, before: CaseRow | None, *, overwrite: bool
-) -> Start:
-    """Return a case that was read, or a mark that it is done or to be read later.
-
-    Raises:
-        PipelineError: it cannot be read, or its output exists and is not ours.
-    """
-    path = output_path(out, case["case"])
-    if not overwrite and path.is_file():
-        complete = not model.inversion.uncertainty
-        complete = complete or uncertainty_path(out, case["case"]).is_file()
-        if complete and before is not None and before.status in ("done", "skipped"):
-            return _NotRead.DONE_BEFORE
-        if not is_written_by_volseg(path):
-            raise WriteError(
-                f"{path}: exists and was not written by volseg; move it away, or --overwrite"
-            )
-    if model.max_memory is not None:
-        return _NotRead.MEMORY_LIMIT
-    return prepare(model, case["image"])
-
-
-def _predict(
-    model: Model, case: Case, future: Future[Start], before: CaseRow | None, predict: Predict
-) -> Prediction | CaseRow:
-    """Return the prediction of a case, or the row of one that was done before or that failed."""
-    try:
-        started = future.result()
-        reset_peak()
-        if started is _NotRead.DONE_BEFORE:
-            return (before or CaseRow(case=case["case"], status="done", input="")).as_skipped()
-        if started is _NotRead.MEMORY_LIMIT:
-            return predict_case(model, case["image"])
-        return predict(model, started)
-    except Exception as error:
-        return CaseRow.failed(case, _failure(error), peak_bytes())
-
-
-def _write(case: Case, prediction: Prediction, out: Path) -> CaseRow:
-    """Write a case's label map, and its uncertainty if there is one, and return its row."""
-    started = time.perf_counter()
-    affine, header = prediction.affine, prediction.header
-    try:
-        if prediction.uncertainty is not None:
-            fractions = fractions_as_nibabel(prediction.uncertainty, affine, header)
-            write_labels(uncertainty_path(out, case["case"]), fractions)
-        labels = as_nibabel(prediction.labels, affine, header)
-        write_labels(output_path(out, case["case"]), labels)
-    except Exception as error:
-        return CaseRow.failed(case, _failure(error), peak_bytes())
-    seconds = prediction.seconds | {"write": time.perf_counter() - started}
-    return CaseRow.done(case, prediction.warnings, seconds, peak_bytes())
-
-
-def _failure(error: BaseException) -> str:
-    """Return why a case failed, in one message."""
-    if find_pipeline_error(error) is not None:
-        return describe_error(error)
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    # torch's CPU allocator raises a plain RuntimeError, known by its text only
-    out_of_memory = isinstance(cause, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or "can't allocate memory" in str(cause):
-        return f"out of memory ({cause}); free some, or use a machine with more"
-    return f"unexpected {describe_error(error)} (a bug of volseg: please report it)"

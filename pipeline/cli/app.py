@@ -6,7 +6,7 @@ import click
 
 from pipeline.cli.bundles import bundle_group, export, import_command
 from pipeline.cli.evaluation import compare, evaluate
-from pipeline.cli.segment import segment
+from pipeline.cli.segment import segment, tables
 from pipeline.cli.training import crossval, plan, train
 
 
@@ -16,12 +16,13 @@ def main() -> None:
     """Segment MRI volumes with 2D and 3D U-Nets, as MONAI bundles.
 
     Exit status: 0 all done, 1 at least one case failed (the others are written), 2 the command or
-    its configuration is wrong.
+    its configuration is wrong, 130 and 143 interrupted.
     """
 
 
 COMMANDS = (
     segment,
+    tables,
     plan,
     train,
     evaluate,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +13,11 @@ from typing import Any
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError
 from pipeline.log import LOGGER
 
 DONE, SOME_FAILED, USAGE = 0, 1, 2  # exit statuses
+SIGNAL = 128  # exit status of a process that a signal ended, less the signal's number
 OTHER_LOGGERS = ("monai", "ignite", "torch", "nncf", "matplotlib")
 
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
@@ -33,6 +36,10 @@ def usage_errors() -> Iterator[None]:
     """Turn errors that the user can fix into messages without a traceback."""
     try:
         yield
+    except RunStoppedError as error:
+        click.echo(f"Error: {error}", err=True)
+        number = error.number if isinstance(error, InterruptedRunError) else None
+        sys.exit(SOME_FAILED if number is None else SIGNAL + number)
     except PipelineError as error:
         raise UsageError(str(error)) from error
 
@@ -75,7 +82,11 @@ class Command(click.Command):
         verbose, quiet = ctx.params.pop("verbose"), ctx.params.pop("quiet")
         level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
         show_log(level)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Error: interrupted", err=True)
+            sys.exit(SIGNAL + signal.SIGINT)
 
 
 command = partial(click.command, cls=Command)
@@ -102,6 +113,16 @@ def precision_option() -> Decorator:
         default="auto",
         show_default=True,
         help="Precision of the network's arithmetic.",
+    )
+
+
+def trust_option() -> Decorator:
+    """Return the option `--trust`."""
+    return click.option(
+        "--trust",
+        is_flag=True,
+        help="Open a bundle although volseg did not write its wiring, which can run any code: "
+        "look at it first.",
     )
 
 

@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.io.formats import printable
 from pipeline.log import LOGGER
 
 if TYPE_CHECKING:
-    from pipeline.batch import CaseRow
+    from pipeline.batch import CaseRecord
     from pipeline.training import EpochRow
 
 Advance = Callable[[str], None]
 
 
-def case_line(row: CaseRow) -> str:
-    """Return one line about a case that was done, skipped or failed."""
-    if row.status == "failed":
-        return f"failed   {row.case}: {row.message}"
-    return f"{row.status:8} {row.case}" + (f" (warning: {row.warnings})" if row.warnings else "")
+def case_line(record: CaseRecord) -> str:
+    """Return one line about a case: what became of it, and why or with which warnings."""
+    line = f"{record.status:8} {printable(record.case)}"
+    if record.is_failure:
+        return f"{line}: {record.error}"
+    return line + (f" (warning: {'; '.join(record.warnings)})" if record.warnings else "")
 
 
 def epoch_line(row: EpochRow, epochs: int) -> str:
@@ -68,11 +70,13 @@ def progress_bar(title: str, total: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # without a thread that refreshes the bar, because a process with threads cannot fork safely
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
         task = bar.add_task(title, total=total)
 
         def advance(line: str) -> None:
             bar.console.print(line, markup=False, highlight=False)
             bar.advance(task)
+            bar.refresh()
 
         yield advance

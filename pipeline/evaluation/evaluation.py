@@ -30,11 +30,11 @@ class Evaluation:
     """Scores of a model on labelled cases.
 
     Attributes:
-        scores: one row per case and label; a failed case is scored as one in which nothing was
-            predicted.
+        scores: one row per case and label; a case that failed is scored as if its prediction were
+            empty.
         summary: one row per label and, with several labels, one for their mean.
-        failed: name of each case that could not be segmented → the reason.
-        tolerance_mm: tolerance of surface Dice in `scores`, mm.
+        failed: name of the case → why it could not be segmented.
+        tolerance_mm: tolerance of the surface Dice (`nsd`) in `scores`, mm.
     """
 
     scores: Sequence[ScoreRow]
@@ -52,22 +52,24 @@ def evaluate(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Segment labelled cases, score them against their labels as read, and write the results.
+    """Segment labelled cases, score the predictions, and write tables and pictures.
 
-    Writes, next to the files of `segment_cases`: scores.csv (one row per case and label),
-    summary.json (means with bootstrap 95 % intervals), dice.png and worst.png.
+    Predictions are compared with the label maps as read from their files. Written to `output_dir`,
+    besides what `segment_cases` writes there, are scores.csv (one row per case and label),
+    summary.json (means with bootstrap 95 % intervals), dice.png (Dice of each case) and worst.png
+    (the cases with the lowest Dice).
 
     Args:
-        model: an opened bundle.
-        cases: each has an image and the path of its label map.
+        model: opened bundle.
+        cases: labelled cases, each with `image` and the path `label`.
         output_dir: folder of the results; created if it does not exist.
-        tolerance_mm: tolerance of surface Dice, mm.
+        tolerance_mm: tolerance of the surface Dice (`nsd`), mm.
         overwrite: whether cases that are already segmented are segmented again.
-        progress: called after each segmented case.
+        progress: called with the row of each case after it has been segmented.
 
     Raises:
-        ConfigError: the folder holds results of another model.
-        GeometryError: an image and its label do not share a grid.
+        ConfigError: the folder contains results of another model.
+        GeometryError: an image and its label map are on different grids.
     """
     output = Path(output_dir)
     evaluation = segment_and_score(
@@ -100,19 +102,21 @@ def segment_and_score(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Segment labelled cases and score them as `evaluate` does, but write no scores or pictures.
+    """Segment labelled cases and score the predictions, without writing scores or pictures.
+
+    Only the files of `segment_cases` are written.
 
     Args:
-        model: an opened bundle.
-        cases: each has an image and the path of its label map.
-        output_dir: folder of the label maps; created if it does not exist.
-        tolerance_mm: tolerance of surface Dice, mm.
+        model: opened bundle.
+        cases: labelled cases, each with `image` and the path `label`.
+        output_dir: folder of the predictions; created if it does not exist.
+        tolerance_mm: tolerance of the surface Dice (`nsd`), mm.
         overwrite: whether cases that are already segmented are segmented again.
-        progress: called after each segmented case.
+        progress: called with the row of each case after it has been segmented.
 
     Raises:
-        ConfigError: the folder holds results of another model.
-        GeometryError: an image and its label do not share a grid.
+        ConfigError: the folder contains results of another model.
+        GeometryError: an image and its label map are on different grids.
     """
     output = Path(output_dir)
     results = segment_cases(model, cases, output, overwrite=overwrite, progress=progress)
@@ -123,7 +127,7 @@ def segment_and_score(
     return Evaluation(
         scores=scores,
         summary=summarise_scores(scores),
-        failed={row.case: row.message for row in results if row.status == "failed"},
+        failed={row.case: row.error for row in results if row.is_failure},
         tolerance_mm=tolerance_mm,
     )
 
@@ -131,7 +135,7 @@ def segment_and_score(
 def _draw_worst(
     cases: Sequence[Case], scores: Sequence[ScoreRow], output: Path, names: Mapping[str, int]
 ) -> None:
-    """Write worst.png: the segmented cases with the lowest Dice; nothing if none is scored."""
+    """Write worst.png with the segmented cases of lowest Dice; write nothing if none is scored."""
     segmented = {}
     for case in cases:
         if output_path(output, case["case"]).is_file():

@@ -11,7 +11,7 @@ Modules:
     invert, label_resampling from logits to labels on another grid, block by block
     probabilities, volumes   soft volumes and entropy; volumes in mm³
     refinement, connected_components, quality_checks   after the labels
-    memory_plan, process_memory, device   the machine at hand
+    memory_plan, process_memory, device, forking   the machine at hand
 """
 
 from pipeline.inference.aggregator import window_grid
@@ -19,6 +19,7 @@ from pipeline.inference.connected_components import largest_components
 from pipeline.inference.device import keep_freed_memory, resolve_device
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.memory_plan import (
+    MemoryEstimate,
     estimate_memory,
     parse_size,
     plan_memory,
@@ -31,6 +32,7 @@ from pipeline.inference.openvino_models import (
     compare_runtimes,
     convert_to_openvino,
     import_openvino,
+    model_hashes,
     noise_window,
     openvino_core,
     weights_hash,
@@ -44,10 +46,11 @@ from pipeline.inference.predictor import (
 )
 from pipeline.inference.process_memory import peak_bytes, reset_peak, resident_bytes
 from pipeline.inference.runtime import Runtime, RuntimeDescription
-from pipeline.inference.sliding_window import build_inferer
+from pipeline.inference.sliding_window import WindowInferer, build_inferer
 
 __all__ = [
     "LabelInversion",
+    "MemoryEstimate",
     "Model",
     "OpenVinoNetwork",
     "Prediction",
@@ -55,6 +58,7 @@ __all__ = [
     "Runtime",
     "RuntimeAgreement",
     "RuntimeDescription",
+    "WindowInferer",
     "build_inferer",
     "compare_runtimes",
     "convert_to_openvino",
@@ -63,6 +67,7 @@ __all__ = [
     "import_openvino",
     "keep_freed_memory",
     "largest_components",
+    "model_hashes",
     "noise_window",
     "openvino_core",
     "parse_size",

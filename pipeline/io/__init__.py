@@ -10,7 +10,9 @@ Images are read and written here only; all other packages take arrays and affine
 - `grid`: the grid that a label map is written on.
 - `case_warnings`: the warnings about a case, in the `meta` of its tensor.
 - `writer`: label maps as NIfTI files; atomic writing.
-- `cases`: the cases to segment in files, folders and globs.
+- `cases`: the cases to segment in files, folders, globs and manifests.
+- `discovery`: image files in folders and globs.
+- `manifest_file`: lists of cases in CSV, TSV and JSON lines.
 - `layouts`: the layouts of labelled datasets.
 - `dataset`: labelled cases and their folds.
 - `label_table`: names, values and colours of labels.
@@ -18,7 +20,7 @@ Images are read and written here only; all other packages take arrays and affine
 """
 
 from pipeline.io.case_warnings import add_warnings, warnings_of
-from pipeline.io.cases import case_name, find_cases, is_written_by_volseg
+from pipeline.io.cases import case_name, find_cases
 from pipeline.io.dataset import (
     expand_variables,
     fold_cases,
@@ -27,23 +29,29 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
+from pipeline.io.discovery import is_written_by_volseg
+from pipeline.io.formats import printable
 from pipeline.io.grid import Grid
-from pipeline.io.header import Header, read_header
-from pipeline.io.image import SAME_GRID_MM, Image, check_same_grid, corner_distance
+from pipeline.io.header import read_header, source_files
+from pipeline.io.image import SAME_GRID_MM, Header, Image, check_same_grid, corner_distance
 from pipeline.io.itk import as_sitk
 from pipeline.io.label_table import LabelColor, label_table
 from pipeline.io.layouts import Layout, Problem, find_pairs
 from pipeline.io.reader import read, source_list
-from pipeline.io.tables import read_csv, sha256, write_csv, write_json
+from pipeline.io.tables import read_csv, read_json, sha256, write_csv, write_json
 from pipeline.io.writer import (
+    TEMPORARY_SUFFIX,
     as_nibabel,
     fractions_as_nibabel,
+    host_code,
+    retry_io,
     write_atomically,
     write_labels,
 )
 
 __all__ = [
     "SAME_GRID_MM",
+    "TEMPORARY_SUFFIX",
     "Grid",
     "Header",
     "Image",
@@ -61,14 +69,19 @@ __all__ = [
     "find_pairs",
     "fold_cases",
     "fractions_as_nibabel",
+    "host_code",
     "is_written_by_volseg",
     "label_maps",
     "label_table",
+    "printable",
     "read",
     "read_csv",
     "read_header",
+    "read_json",
     "read_splits",
+    "retry_io",
     "sha256",
+    "source_files",
     "source_list",
     "training_cases",
     "validation_cases",

@@ -1,36 +1,36 @@
-"""Finding the cases to segment in files, folders and globs, and naming their outputs."""
+"""The cases to segment, from files, folders, globs and manifests; the names of their outputs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-
-import nibabel as nib
 
 from pipeline.config import Spec
 from pipeline.errors import ConfigError
-from pipeline.io.formats import image_stem, image_suffix
+from pipeline.io.discovery import NamedFile, named_files
+from pipeline.io.formats import image_stem, printable
+from pipeline.io.manifest_file import MANIFEST_SUFFIXES, read_manifest
 from pipeline.io.reader import source_list
-from pipeline.io.writer import DESCRIPTION
 from pipeline.types import Case, PathOrStr
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
-RESULT_ENDINGS = ("_seg.nii.gz", "_uncertainty.nii.gz")
 
 
 def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
-    """Find the cases in files, folders and globs.
+    """Find the cases in files, folders, globs and manifests.
 
-    Folders are searched recursively; label maps that volseg wrote there are skipped. A model of
-    several channels takes one file per channel. The end of a file's name, before the suffix, states
-    its channel: by name (`sub-01_FLAIR.nii.gz`) or by number (`sub-01_0001.nii.gz`). Where the spec
-    has a fallback channel, a file without such an ending belongs to that channel, and its file is
-    used for channels without a file.
+    Folders are searched recursively, links are followed, and label maps that volseg wrote are left
+    out. A model of several channels takes one file per channel. The end of a file's name, before
+    the suffix, states its channel: by name (`sub-01_FLAIR.nii.gz`) or by number
+    (`sub-01_0001.nii.gz`). Where the spec has a fallback channel, a file without such an ending
+    belongs to that channel, and its file is used for channels without a file.
+
+    What was given and cannot be used (a broken link, a folder that cannot be searched, a case
+    without one of its channels) is a case with a `problem`, so that it is not lost.
 
     Args:
-        inputs: paths and glob patterns.
+        inputs: paths, glob patterns, and manifests (see `read_manifest`).
         spec: the channels of the model.
 
     Returns:
@@ -38,26 +38,25 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
         list with one path per channel), in the order of the inputs, folders sorted by path.
 
     Raises:
-        ConfigError: an input does not exist or holds no image, a channel has no file, or two inputs
-            have the same output.
+        ConfigError: no input exists, a folder holds no image, a manifest cannot be understood, or
+            two inputs have the same output.
     """
-    named_files: dict[tuple[str, Path], None] = {}  # a dict keeps the order and drops repetitions
+    files: dict[NamedFile, None] = {}  # a dict keeps the order and drops repetitions
+    listed: list[Case] = []
     for item in inputs:
-        named_files.update(dict.fromkeys(_image_files(item)))
+        path = Path(item)
+        if path.suffix.lower() in MANIFEST_SUFFIXES and path.is_file():
+            listed += read_manifest(path, spec.channels)
+        else:
+            files.update(dict.fromkeys(named_files(item)))
+    _check_any_usable(list(files), listed)
     if len(spec.channels) > 1:
-        cases = _group_channels(list(named_files), spec.channels, spec.fallback_channel)
+        found = list(_group_channels(files, spec.channels, spec.fallback_channel))
     else:
-        cases = [{"case": name, "image": str(path)} for name, path in named_files]
+        found = [_case(file.name, str(file.path), file.problem) for file in files]
+    cases = [*found, *listed]
     _check_outputs_differ(cases)
     return cases
-
-
-def is_written_by_volseg(path: Path) -> bool:
-    """Return whether volseg wrote a NIfTI file, by the description in its header."""
-    try:
-        return bool(nib.load(path).header.get("descrip") == DESCRIPTION)
-    except Exception:  # nibabel raises errors of many types for damaged files
-        return False
 
 
 def case_name(case: Case) -> str:
@@ -65,98 +64,72 @@ def case_name(case: Case) -> str:
     return image_stem(Path(source_list(case["image"])[0]))
 
 
-def _image_files(item: PathOrStr) -> Iterator[tuple[str, Path]]:
-    """Yield each image file of one input, with the name of its output."""
-    path = Path(item)
-    if path.is_file():
-        yield image_stem(path), _header_file(path)
+def _case(name: str, image: str | list[str], problem: str = "") -> Case:
+    case = Case(case=name, image=image)
+    if problem:
+        case["problem"] = f"{printable(source_list(image)[0])}: {problem}"
+    return case
+
+
+def _check_any_usable(files: Sequence[NamedFile], listed: Sequence[Case]) -> None:
+    """Raise an error if nothing that was given can be used: the command itself is wrong."""
+    if listed or not files or not all(file.problem for file in files):
         return
-    if path.is_dir():
-        root, found = path, list(path.rglob("*"))
-    elif has_magic(str(item)):
-        root = _constant_folder(path)
-        found = [Path(match) for match in glob(str(item), recursive=True)]
-    else:
-        raise ConfigError(f"{path}: no such file or folder")
-    images = sorted(candidate for candidate in found if _is_input(candidate))
-    if not images:
-        raise ConfigError(f"{path}: no image files there; expected names such as scan.nii.gz")
-    for image in images:
-        yield image.relative_to(root).with_name(image_stem(image)).as_posix(), image
-
-
-def _constant_folder(pattern: Path) -> Path:
-    """Return the leading part of a glob pattern that has no wildcards."""
-    parts = pattern.parts
-    first_wildcard = next(i for i, part in enumerate(parts) if has_magic(part))
-    return Path(*parts[:first_wildcard])
-
-
-def _is_input(path: Path) -> bool:
-    """Return whether a file found in a folder is an image to segment."""
-    suffix = image_suffix(path)
-    # the .img of a pair is read together with its .hdr
-    if suffix in (None, ".img", ".img.gz") or path.name.startswith(".") or not path.is_file():
-        return False
-    # the name is compared first, because opening every file of a large folder is slow
-    return not (path.name.endswith(RESULT_ENDINGS) and is_written_by_volseg(path))
-
-
-def _header_file(path: Path) -> Path:
-    """Return the .hdr of a pair that was named by its .img, so that the pair is one input."""
-    suffix = image_suffix(path) or ""
-    stem = path.name[: len(path.name) - len(suffix)]
-    header = path.with_name(stem + suffix.replace("img", "hdr"))
-    return header if header.is_file() else path
+    raise ConfigError("; ".join(f"{printable(file.path)}: {file.problem}" for file in files))
 
 
 def _group_channels(
-    named_files: Sequence[tuple[str, Path]], channels: Sequence[str], fallback: str | None
-) -> list[Case]:
-    """Return one case for all files whose names differ in the channel only."""
-    files_of: dict[str, dict[str, str]] = {}
-    for file_name, path in named_files:
-        name, channel = _split_channel(file_name, channels, fallback)
-        files = files_of.setdefault(name, {})
-        if channel in files:
-            raise ConfigError(
-                f"{name}: two files for channel {channel}, {files[channel]} and {path}; keep one"
+    files: Iterable[NamedFile], channels: Sequence[str], fallback: str | None
+) -> Iterator[Case]:
+    """Yield one case for all files whose names differ in the channel only."""
+    groups: dict[str, list[tuple[str, NamedFile]]] = {}
+    for file in files:
+        name, channel = _split_channel(file.name, channels, fallback)
+        groups.setdefault(name, []).append((channel, file))
+    for name, group in groups.items():
+        problem = _group_problem(group, channels, fallback)
+        paths = {channel: str(file.path) for channel, file in group}
+        if problem:
+            yield Case(
+                case=name, image=list(paths.values()), problem=f"{printable(name)}: {problem}"
             )
-        files[channel] = str(path)
-    return [
-        {"case": name, "image": _files_in_order(name, files, channels, fallback)}
-        for name, files in files_of.items()
-    ]
+            continue
+        ordered = [paths.get(channel, paths.get(fallback or "", "")) for channel in channels]
+        yield Case(case=name, image=ordered)
 
 
-def _files_in_order(
-    name: str, files: dict[str, str], channels: Sequence[str], fallback: str | None
-) -> list[str]:
-    """Return one file per channel; the fallback channel's file where a channel has none."""
-    missing = [channel for channel in channels if channel not in files]
-    if not missing:
-        return [files[channel] for channel in channels]
-    if fallback is None or fallback not in files:
-        raise ConfigError(
-            f"{name}: no file for channel {', '.join(missing)}; found {', '.join(files.values())}"
-        )
-    return [files.get(channel, files[fallback]) for channel in channels]
+def _group_problem(
+    group: Sequence[tuple[str, NamedFile]], channels: Sequence[str], fallback: str | None
+) -> str:
+    """Return why the files of one name are no case; empty if they are."""
+    names = [channel for channel, _ in group]
+    for channel, file in group:
+        if file.problem:
+            return f"{printable(file.path)}: {file.problem}"
+        if not channel:
+            return (
+                f"which channel is {printable(file.path)}? Expected a name that ends in one of "
+                f"_{', _'.join(channels)}, or _0000, _0001, …"
+            )
+        if names.count(channel) > 1:
+            both = [printable(other.path) for name, other in group if name == channel]
+            return f"two files for channel {channel}, {' and '.join(both)}; keep one"
+    missing = [channel for channel in channels if channel not in names]
+    if missing and fallback not in names:
+        found = ", ".join(printable(file.path) for _, file in group)
+        return f"no file for channel {', '.join(missing)}; found {found}"
+    return ""
 
 
 def _split_channel(name: str, channels: Sequence[str], fallback: str | None) -> tuple[str, str]:
-    """Split a file's name into the name of the case and the channel."""
+    """Split a file's name into the name of the case and the channel, empty where none is stated."""
     for channel in channels:
         if name.endswith(f"_{channel}"):
             return name.removesuffix(f"_{channel}"), channel
     number = CHANNEL_NUMBER.search(name)
     if number and int(number[1]) < len(channels):
         return name[: number.start()], channels[int(number[1])]
-    if fallback is not None:
-        return name, fallback
-    raise ConfigError(
-        f"{name}: which channel is it? Expected a name that ends in one of "
-        f"_{', _'.join(channels)}, or _0000, _0001, …"
-    )
+    return name, fallback or ""
 
 
 def _check_outputs_differ(cases: Sequence[Case]) -> None:
@@ -167,6 +140,7 @@ def _check_outputs_differ(cases: Sequence[Case]) -> None:
     if repeated:
         name, images = next(iter(repeated.items()))
         raise ConfigError(
-            f"{len(repeated)} outputs would be written more than once, {name}_seg.nii.gz for one, "
-            f"from {' and '.join(images)}: rename the files, or give the folder that holds them all"
+            f"{len(repeated)} outputs would be written more than once, for one "
+            f"{printable(name)}_seg.nii.gz from {printable(' and '.join(images))}: rename the "
+            "files, or give the folder that holds them all"
         )

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,40 @@ from pipeline.errors import ConfigError
 from pipeline.io.writer import write_atomically
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table atomically.
+def write_csv(
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    columns: Sequence[str] | None = None,
+    staging: Path | None = None,
+) -> None:
+    """Write a CSV file atomically (complete or not at all).
 
     Args:
-        path: the CSV file.
-        rows: column → value. The columns are those of all rows, in the order in which they first
-            occur; a value that a row does not have is left empty.
+        path: the CSV file; its folder is created if it does not exist.
+        rows: one mapping per row, column → value; a cell is empty where the row lacks the column.
+        columns: the columns in order; by default those of all rows, in the order in which they
+            first occur, for which all rows are held in memory.
+        staging: folder of the temporary file; see `write_atomically`.
 
     Raises:
-        WriteError: the folder cannot be made or written to.
+        WriteError: the folder cannot be created or written to.
     """
-    rows = list(rows)
-    columns: dict[str, None] = {}
-    for row in rows:
-        columns.update(dict.fromkeys(row))
+    if columns is None:
+        rows = list(rows)
+        columns = list({column: None for row in rows for column in row})
     text = io.StringIO()
-    if rows:
+    if columns:
         # "\n" on every system, so that the same table is the same bytes
         writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    # names of files may hold bytes that are no text
+    write_atomically(path, text.getvalue().encode(errors="backslashreplace"), staging=staging)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table, column → text; no rows where there is no file."""
+    """Return the rows of a CSV file, column → text; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -50,7 +58,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        ConfigError: the file cannot be read, or is not JSON.
+        ConfigError: the file does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -60,15 +68,20 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: is not JSON: {error}") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically.
+def write_json(path: Path, content: Any, *, staging: Path | None = None) -> None:
+    """Write a JSON file atomically (complete or not at all).
+
+    Args:
+        path: the JSON file; its folder is created if it does not exist.
+        content: dicts, lists, strings, numbers, booleans or None.
 
     Raises:
-        WriteError: the folder cannot be made or written to.
+        WriteError: the folder cannot be created or written to.
     """
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode(errors="backslashreplace"), staging=staging)
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 hash of a file's content, hexadecimal."""
+    """Return the SHA-256 hash of a file's content as 64 hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import itertools
 import os
+import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
 
 from pipeline.errors import WriteError
+from pipeline.io.formats import printable
+from pipeline.io.nifti import MAX_NIFTI1_SIZE, NIFTI1_BYTES, SCANNER_CODE
 from pipeline.types import Affine, Array, LabelMap
 
 COMPRESSION = 3  # igzip's levels are 0 to 3; 3 makes the smallest files and is still fast
-NIFTI1_BYTES = 348
 DESCRIPTION = b"volseg label map"  # in the header of every label map that volseg writes
 BYTE = 255
-SCANNER_CODE = 1  # NIFTI_XFORM_SCANNER_ANAT, for inputs that are not NIfTI
+# errors of network file systems and overloaded disks that may be gone a moment later
+PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
+RETRY_SECONDS = (0.1, 0.5, 2.0)
+TEMPORARY_SUFFIX = ".tmp"
+T = TypeVar("T")
+_NUMBERS = itertools.count()  # of temporary files: several threads of a process write at once
 
 
 def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
@@ -25,12 +39,13 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
 
     Args:
         labels: (X, Y, Z), of an unsigned type.
-        affine: voxel index → RAS+ world, mm; the header's own where there is a header.
+        affine: voxel index → RAS+ world, mm; not used where there is a header.
         header: the bytes of the input's NIfTI header. Its qform and sform, their codes and its
-            units are kept to the last bit.
+            units are kept to the last bit, and the image's affine is in its unit.
     """
     if not header:
-        image = nib.Nifti1Image(labels, affine)
+        large = max(labels.shape) > MAX_NIFTI1_SIZE
+        image = (nib.Nifti2Image if large else nib.Nifti1Image)(labels, affine)
         image.set_sform(affine, code=SCANNER_CODE)
         image.set_qform(affine, code=SCANNER_CODE, strip_shears=True)
         image.header.set_xyzt_units("mm")
@@ -46,7 +61,8 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
     kept.set_intent("label", (), "", allow_unknown=True)
     kept["cal_min"] = kept["cal_max"] = 0  # the input's display window fits no labels
     kept["descrip"] = DESCRIPTION
-    return image_class(labels, affine, kept)
+    # the header's own affine, in its own unit, so that nibabel leaves the header as it is
+    return image_class(labels, kept.get_best_affine(), kept)
 
 
 def fractions_as_nibabel(values: Array, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
@@ -63,28 +79,68 @@ def fractions_as_nibabel(values: Array, affine: Affine, header: bytes = b"") -> 
     return image
 
 
-def write_labels(path: Path, image: nib.Nifti1Image) -> None:
+def write_labels(path: Path, image: nib.Nifti1Image, *, staging: Path | None = None) -> None:
     """Write a label map as .nii.gz, atomically; the same labels give the same bytes.
+
+    Args:
+        path: the file.
+        image: from `as_nibabel`.
+        staging: see `write_atomically`.
 
     Raises:
         WriteError: the folder cannot be made or written to.
     """
     # without a time in the gzip header, so that results can be compared by their hash
-    write_atomically(path, igzip.compress(image.to_bytes(), COMPRESSION, mtime=0))
+    content = igzip.compress(image.to_bytes(), COMPRESSION, mtime=0)
+    write_atomically(path, content, staging=staging)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, staging: Path | None = None) -> None:
     """Write a file completely or not at all, and make its folder.
 
-    The content goes to a temporary file in the same folder, which is then renamed. Whatever stops
-    the writing, the final name holds the old file or none.
+    The content goes to a temporary file, which is then renamed. Whatever stops the writing, the
+    final name holds the old file or none. Errors of a disk that may pass are tried again.
+
+    Args:
+        path: the file.
+        content: all of it.
+        staging: folder of the temporary file, on the same file system; the file's own by default.
 
     Raises:
         WriteError: the folder cannot be made or written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        retry_io(lambda: _write_and_rename(path, content, staging))
+    except OSError as error:
+        raise WriteError(
+            f"{printable(path)}: cannot be written: {error.strerror or error}; "
+            "is the disk full or read-only?"
+        ) from error
+
+
+def retry_io(action: Callable[[], T]) -> T:
+    """Return the result of an action on files, tried again after errors that may pass.
+
+    Raises:
+        OSError: the last one, or the first one that cannot pass.
+    """
+    for pause in RETRY_SECONDS:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in PASSING_ERRORS:
+                raise
+            time.sleep(pause)
+    return action()
+
+
+def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent if staging is None else staging
+    # short, because the final name may be as long as a name can be; the machine and the process
+    # are in it, so that what a dead process left can be told from what a living one writes
+    temporary = folder / f".{host_code()}-{os.getpid()}-{next(_NUMBERS)}{TEMPORARY_SUFFIX}"
+    try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
@@ -94,8 +150,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise WriteError(
-            f"{path}: cannot be written: {error.strerror or error}; is the disk full or read-only?"
-        ) from error
+        if staging is not None and isinstance(error, OSError) and error.errno == errno.EXDEV:
+            _write_and_rename(path, content, None)  # another disk is mounted below the folder
+            return
+        raise
+
+
+@cache
+def host_code() -> str:
+    """Return a short code for this machine's name, fit for file names."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]

@@ -1,0 +1,379 @@
+"""What is done with one case: read it, compute it, write its output and then its record."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.batch.identity import remove_output, settle_runtime
+from pipeline.batch.outputs import (
+    ENDINGS,
+    OutputFolder,
+    name_problem,
+    output_path,
+    uncertainty_path,
+)
+from pipeline.batch.peak_memory import PeakMemory
+from pipeline.batch.records import (
+    CaseRecord,
+    FileState,
+    read_record,
+    state_of,
+    states_of_inputs,
+    write_record,
+)
+from pipeline.batch.stages import run_stages
+from pipeline.errors import (
+    ReadError,
+    RunStoppedError,
+    VolumeError,
+    WriteError,
+    describe_error,
+    find_pipeline_error,
+)
+from pipeline.inference import (
+    Model,
+    Prediction,
+    PreparedCase,
+    predict_case,
+    predict_prepared,
+    prepare,
+)
+from pipeline.io import (
+    as_nibabel,
+    fractions_as_nibabel,
+    is_written_by_volseg,
+    printable,
+    retry_io,
+    source_files,
+    source_list,
+    write_labels,
+)
+from pipeline.types import Case
+
+Predict = Callable[[Model, PreparedCase], Prediction]
+STEPS = ("read", "preprocess", "network", "invert", "write")
+PACKAGES = ("volseg", "monai", "torch", "nibabel", "SimpleITK", "pytorch-ignite", "numpy")
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """A case that a worker is to do.
+
+    Attributes:
+        case: the case.
+        reason: why it is done again; empty the first time.
+        alone: whether no other case may be under way in the same process, because a process died
+            while this one was.
+        record_time: when the record was written that the case had as the run began, nanoseconds;
+            0 for none. A later record is another run's work.
+    """
+
+    case: Case
+    reason: str = ""
+    alone: bool = False
+    record_time: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the case."""
+        return self.case["case"]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Job:
+    """A task under way."""
+
+    task: Task
+    started: str = ""
+    inputs: tuple[FileState, ...] = ()
+    prepared: PreparedCase | None = None
+    prediction: Prediction | None = None
+    error: BaseException | None = None
+
+
+@dataclass(kw_only=True)
+class CaseWorker:
+    """Does cases with one model, for one output folder.
+
+    Attributes:
+        model: an opened bundle.
+        out: the output folder.
+        identity: of the folder's results.
+        predict: segments a prepared case; `predict_prepared` by default.
+        overwrite: whether files that volseg did not write are replaced.
+        may_publish: asked for the name of a case before anything of it is written; False drops the
+            case, because another run has taken it over.
+    """
+
+    model: Model
+    out: OutputFolder
+    identity: Mapping[str, str]
+    predict: Predict | None = None
+    overwrite: bool = False
+    may_publish: Callable[[str], bool] | None = None
+    _peaks: PeakMemory = field(default_factory=PeakMemory)
+    _computed: Mapping[str, Any] | None = None
+
+    def prepare_network(self) -> None:
+        """Prepare the network with the runtime and precision of the folder's results.
+
+        Raises:
+            PipelineError: this process cannot do so.
+        """
+        self._computed = settle_runtime(self.out, self.model)
+
+    def run(self, tasks: Iterable[Task], emit: Callable[[CaseRecord], None]) -> None:
+        """Do tasks; reading and writing overlap with the network, unless memory is limited.
+
+        Args:
+            tasks: an iterator that may wait for the next task.
+            emit: called with the record of each task, once it is on the disk.
+
+        Raises:
+            RunStoppedError: nothing more can be written.
+        """
+        concurrent = self.model.max_memory is None
+
+        def write(job: _Job) -> None:
+            record = self._write(job)
+            if record is not None:
+                emit(record)
+
+        run_stages(tasks, self._read, self._compute, write, concurrent=concurrent)
+
+    def _read(self, task: Task) -> _Job:
+        """Begin a case: check its name and files, read and preprocess it."""
+        job = _Job(task=task, started=_now())
+        self._peaks.begin(task.name)
+        try:
+            self._check_start(task)
+            files = [file for path in _paths(task.case) for file in source_files(path)]
+            job.inputs = retry_io(lambda: states_of_inputs(files))
+            if self.model.max_memory is None:
+                job.prepared = retry_io(lambda: prepare(self.model, task.case["image"]))
+                self._check_unchanged(job)
+        except BaseException as error:  # a reader may even raise SystemExit
+            job.error = error
+        return job
+
+    def _check_start(self, task: Task) -> None:
+        problem = task.case.get("problem", "")
+        if problem:
+            raise ReadError(problem)
+        problem = name_problem(task.name)
+        if problem:
+            raise WriteError(f"{printable(task.name)}: {problem}")
+        path = output_path(self.out.root, task.name)
+        if path.exists() and not self.overwrite and not is_written_by_volseg(path):
+            raise WriteError(
+                f"{printable(path)}: exists and was not written by volseg; move it away, or "
+                "--overwrite"
+            )
+
+    def _check_unchanged(self, job: _Job) -> None:
+        """Check that the files are still those that were hashed before they were read."""
+        for state in job.inputs:
+            status = Path(state.path).stat()
+            if (status.st_size, status.st_mtime_ns) != (state.size, state.mtime_ns):
+                raise ReadError(
+                    f"{printable(state.path)}: changed while it was read; start again when it is "
+                    "complete"
+                )
+
+    def _compute(self, job: _Job) -> _Job:
+        """Segment a case that was read."""
+        if job.error is not None:
+            return job
+        try:
+            if job.prepared is None:
+                job.prediction = predict_case(self.model, job.task.case["image"])
+                self._check_unchanged(job)
+            else:
+                job.prediction = (self.predict or predict_prepared)(self.model, job.prepared)
+        except Exception as error:
+            job.error = error
+        job.prepared = None
+        return job
+
+    def _write(self, job: _Job) -> CaseRecord | None:
+        """Write a case's output and record; return None for a case that another run took over.
+
+        Raises:
+            RunStoppedError: nothing more can be written.
+        """
+        name = job.task.name
+        if self.may_publish is not None and not self.may_publish(name):
+            self._peaks.end(name)
+            return None
+        record = self._outcome(job)
+        self.out.check(self.out.record(name))
+        try:
+            if record.is_failure:
+                self._remove_old_outputs(name)
+            write_record(self.out, record)
+        except (OSError, WriteError) as error:
+            raise RunStoppedError(f"{self.out.root}: no record can be written: {error}") from error
+        return record
+
+    def _outcome(self, job: _Job) -> CaseRecord:
+        """Write the output of a case that was computed, and return the record of any case."""
+        record = self._blank(job)
+        outputs: tuple[FileState, ...] = ()
+        begun = time.perf_counter()
+        if job.error is None and job.prediction is not None:
+            try:
+                outputs = self._write_outputs(job.task.name, job.prediction)
+            except RunStoppedError:
+                raise
+            except Exception as error:
+                _stop_if_disk_is_full(error, self.out)
+                job.error = error
+        record = replace(record, peak_memory=self._peaks.end(job.task.name), ended=_now())
+        if job.error is not None or job.prediction is None:
+            failure = job.error or RuntimeError("the case was neither computed nor refused")
+            return replace(record, error=_failure(failure), error_class=_class(failure))
+        seconds = job.prediction.seconds | {"write": time.perf_counter() - begun}
+        return replace(
+            record,
+            status="done",
+            warnings=job.prediction.warnings,
+            seconds=seconds,
+            volumes_mm3=job.prediction.volumes_mm3,
+            outputs=outputs,
+        )
+
+    def _blank(self, job: _Job) -> CaseRecord:
+        """Return what the record of a case holds whatever became of it."""
+        case = job.task.case
+        description = getattr(self.model.network, "description", None)
+        return CaseRecord(
+            case=case["case"],
+            status="failed",
+            image=tuple(str(path) for path in _paths(case)),
+            reason=job.task.reason,
+            inputs=job.inputs,
+            columns=dict(case.get("columns", {})),
+            made_by=dict(self.identity),
+            computed=asdict(description) if description is not None else self._computed,
+            versions=package_versions(),
+            host=socket.gethostname(),
+            started=job.started,
+        )
+
+    def _write_outputs(self, name: str, prediction: Prediction) -> tuple[FileState, ...]:
+        affine, header = prediction.affine, prediction.header
+        images = {}
+        if prediction.uncertainty is not None:
+            path = uncertainty_path(self.out.root, name)
+            images[path] = fractions_as_nibabel(prediction.uncertainty, affine, header)
+        images[output_path(self.out.root, name)] = as_nibabel(prediction.labels, affine, header)
+        states = []
+        for path, image in images.items():
+            self.out.check(path)
+            write_labels(path, image, staging=self.out.staging)
+            states.append(state_of(path, path.relative_to(self.out.root).as_posix()))
+        return tuple(states)
+
+    def _remove_old_outputs(self, name: str) -> None:
+        """Remove the outputs of an earlier run of a case that failed now."""
+        before = read_record(self.out.record(name))
+        for state in before.outputs if before is not None else ():
+            remove_output(self.out, state.path)
+        if name_problem(name):
+            return
+        for ending in ENDINGS:  # of a run whose record was lost
+            path = self.out.root / f"{name}{ending}"
+            if path.is_file() and is_written_by_volseg(path):
+                remove_output(self.out, f"{name}{ending}")
+
+
+def failed_record(
+    task: Task, identity: Mapping[str, str], error: BaseException, **changes: Any
+) -> CaseRecord:
+    """Return the record of a case that failed outside a worker.
+
+    Args:
+        task: the case.
+        identity: of the folder's results.
+        error: why it failed.
+        changes: fields of the record that differ.
+    """
+    record = CaseRecord(
+        case=task.name,
+        status="failed",
+        image=tuple(str(path) for path in _paths(task.case)),
+        error=_failure(error),
+        error_class=_class(error),
+        reason=task.reason,
+        columns=dict(task.case.get("columns", {})),
+        made_by=dict(identity),
+        versions=package_versions(),
+        host=socket.gethostname(),
+        started=_now(),
+        ended=_now(),
+    )
+    return replace(record, **changes)
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that the voxels of results may depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def _paths(case: Case) -> list[Path]:
+    """Return the files of a case; images in memory have none."""
+    return [Path(x) for x in source_list(case.get("image", [])) if isinstance(x, str | Path)]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _stop_if_disk_is_full(error: BaseException, out: OutputFolder) -> None:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
+            raise RunStoppedError(
+                f"{out.root}: {cause.strerror}; free some space and start the same command again: "
+                "it continues with the cases that are not done"
+            ) from error
+        cause = cause.__cause__
+
+
+def _failure(error: BaseException) -> str:
+    """Return why a case failed, in one message."""
+    if find_pipeline_error(error) is not None:
+        return printable(describe_error(error))
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    # torch's CPU allocator raises a plain RuntimeError, known by its text only
+    out_of_memory = isinstance(cause, MemoryError | torch.OutOfMemoryError)
+    if out_of_memory or "can't allocate memory" in str(cause):
+        return f"out of memory ({printable(str(cause))}); free some, or use a larger machine"
+    if isinstance(cause, OSError):
+        return printable(f"{cause.filename or 'a file'}: {cause.strerror or cause}")
+    return printable(f"unexpected {describe_error(error)} (a bug of volseg: please report it)")
+
+
+def _class(error: BaseException) -> str:
+    known = find_pipeline_error(error)
+    if isinstance(known, VolumeError) or known is not None:
+        return type(known).__name__
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return type(cause).__name__

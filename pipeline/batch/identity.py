@@ -1,0 +1,212 @@
+"""Whose results an output folder holds: one model with one set of settings, and one runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.batch.outputs import ENDINGS, RUN, OutputFolder
+from pipeline.batch.records import read_record, record_files
+from pipeline.bundle import code_hash, wiring_origin
+from pipeline.config import BundlePaths, spec_fingerprint
+from pipeline.errors import ConfigError
+from pipeline.inference import Model, Runtime
+from pipeline.io import is_written_by_volseg, read_json, sha256, write_atomically
+
+# To be raised when the voxels of results may change from one version of volseg to the next:
+# results of different numbers do not belong together.
+RESULTS_VERSION = 1
+
+
+def results_identity(model: Model) -> dict[str, str]:
+    """Return what must be equal for results to belong together.
+
+    Number of processes, shard, machine and version of the package are no part of it.
+    """
+    paths, reader = BundlePaths(model.root), model.preprocessing.reader
+    return {
+        "bundle": paths.folder.resolve().name,
+        "weights_sha256": sha256(paths.weights),
+        "spec_sha256": spec_fingerprint(model.spec),
+        "wiring": _wiring(paths),
+        "int8_model_sha256": _int8_model(model, paths),
+        "overlap": str(getattr(model.inferer, "overlap", "")),
+        "volume": str(reader.volume),
+        "labels_spacing": str(reader.labels_spacing),
+        "uncertainty": str(model.inversion.uncertainty),
+        "results_version": str(RESULTS_VERSION),
+    }
+
+
+def _wiring(paths: BundlePaths) -> str:
+    """Return `volseg` for wiring that volseg wrote, else the hash of the bundle's code."""
+    ours = wiring_origin(paths.inference) in ("current", "released")
+    return "volseg" if ours else code_hash(paths.folder)
+
+
+def _int8_model(model: Model, paths: BundlePaths) -> str:
+    """Return the hash of the int8 model where it computes: another calibration, other voxels."""
+    if getattr(model.network, "precision", "") != "int8" or not paths.int8_model.is_file():
+        return ""
+    return sha256(paths.int8_model)
+
+
+def settle_identity(out: OutputFolder, model: Model, *, overwrite: bool) -> dict[str, str]:
+    """Return the identity of an output folder's results, which is the model's.
+
+    Args:
+        out: the output folder.
+        model: an opened bundle.
+        overwrite: whether results of another model or setting are removed.
+
+    Raises:
+        ConfigError: the folder holds results of another model or setting.
+    """
+    wanted = results_identity(model)
+    found = _stored(out)
+    if found == wanted:
+        return wanted
+    if found is not None and not overwrite:
+        raise ConfigError(_difference(out, found, wanted))
+    if found is not None:
+        _remove_results(out)
+    if not _write_new(out.identity, wanted):
+        found = _stored(out)  # another run was first
+        if found != wanted:
+            raise ConfigError(_difference(out, found or {}, wanted))
+    return wanted
+
+
+def settle_runtime(out: OutputFolder, model: Model) -> Mapping[str, Any] | None:
+    """Prepare the network with the runtime and precision that the folder's results have.
+
+    The first process of a folder decides; all others follow, so that voxels do not depend on which
+    process computed a case.
+
+    Returns:
+        what computes the network; None for a network that is not ours to prepare.
+
+    Raises:
+        ConfigError: this process cannot follow.
+    """
+    network = model.network
+    if not isinstance(network, Runtime):
+        return None
+    decided = _stored_runtime(out)
+    if decided is not None:
+        _follow(network, decided, out)
+    description = asdict(network.prepare(model.device))
+    chosen = {key: str(description[key]) for key in ("runtime", "precision")}
+    if decided is None and not _write_new(out.runtime, chosen):
+        decided = _stored_runtime(out)
+    if decided is not None and chosen != decided:
+        raise ConfigError(
+            f"{out.root}: its results are computed by {_words(decided)}, this process on "
+            f"{description['processor']} computes by {_words(chosen)}: "
+            "choose another folder, or --overwrite"
+        )
+    return description
+
+
+def _follow(network: Runtime, decided: Mapping[str, str], out: OutputFolder) -> None:
+    """Ask for the runtime and precision that were decided, unless others were asked for."""
+    for key in ("runtime", "precision"):
+        asked = getattr(network, key)
+        if asked not in ("auto", decided[key]):
+            raise ConfigError(
+                f"{out.root}: its results are computed by {_words(decided)}, --{key} {asked} was "
+                "asked for: choose another folder, or --overwrite"
+            )
+        setattr(network, key, decided[key])
+
+
+def _words(choice: Mapping[str, str]) -> str:
+    return f"{choice['runtime']} in {choice['precision']}"
+
+
+def _stored(out: OutputFolder) -> dict[str, str] | None:
+    """Return the identity of a folder's results.
+
+    Returns:
+        None where the folder holds none; an empty one for results without a readable identity.
+    """
+    if out.identity.exists():
+        try:
+            stored: dict[str, str] = read_json(out.identity)
+            return stored
+        except ConfigError:
+            return {}
+    if (out.root / RUN).exists() or next(record_files(out), None) is not None:
+        return {}
+    return None
+
+
+def _stored_runtime(out: OutputFolder) -> dict[str, str] | None:
+    with suppress(ConfigError, KeyError, TypeError):
+        stored = read_json(out.runtime)
+        return {key: str(stored[key]) for key in ("runtime", "precision")}
+    return None
+
+
+def _difference(out: OutputFolder, found: Mapping[str, str], wanted: Mapping[str, str]) -> str:
+    advice = "choose another folder, or --overwrite to remove them"
+    if not found:
+        return (
+            f"{out.root}: holds results without volseg's record of how they were made, as versions "
+            f"before 0.2 left them: {advice}"
+        )
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    listed = ", ".join(f"{key} {found.get(key)}, now {wanted[key]}" for key in changed)
+    return f"{out.root}: holds results of another model or setting ({listed}): {advice}"
+
+
+def _remove_results(out: OutputFolder) -> None:
+    """Remove all results of a folder, so that none of another model stays among new ones."""
+    for path in list(record_files(out)):
+        record = read_record(path)
+        for state in record.outputs if record is not None else ():
+            remove_output(out, state.path)
+        path.unlink(missing_ok=True)
+    for folder, _, names in os.walk(out.root):
+        for name in names:
+            path = Path(folder) / name
+            if name.endswith(ENDINGS) and is_written_by_volseg(path):
+                path.unlink(missing_ok=True)
+    for path in (out.identity, out.runtime, *out.suspects.glob("*.json")):
+        path.unlink(missing_ok=True)
+
+
+def remove_output(out: OutputFolder, relative: str) -> None:
+    """Remove a file that a record names, if it lies in the output folder."""
+    path = out.root / relative
+    if path.parent.resolve().is_relative_to(out.root.resolve()):
+        path.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, content: Mapping[str, str]) -> bool:
+    """Write a JSON file that does not exist yet; return False where another process was first."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write_atomically(temporary, (json.dumps(content, indent=2) + "\n").encode())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        return _write_exclusively(path, temporary.read_bytes())
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_exclusively(path: Path, content: bytes) -> bool:
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True

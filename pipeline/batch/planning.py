@@ -1,0 +1,227 @@
+"""What a run has to do: for each case what is known before it is read, and whether it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from pipeline.batch.case_worker import Task
+from pipeline.batch.outputs import OutputFolder, name_problem, output_path
+from pipeline.batch.records import CaseRecord, read_record, record_time
+from pipeline.batch.resources import allotted_cores, allotted_memory
+from pipeline.batch.resume import why_again
+from pipeline.batch.suspects import Suspect
+from pipeline.errors import PipelineError, VolumeError
+from pipeline.inference import (
+    MemoryEstimate,
+    Model,
+    WindowInferer,
+    estimate_memory,
+    ready_bytes,
+)
+from pipeline.io import Header, read_header, source_files, source_list
+from pipeline.transforms import network_grid_shape
+from pipeline.types import Case, PathOrStr
+
+MEMORY_FRACTION = 0.7  # of the memory at hand that a batch plans to use
+SAMPLE_CASES = 50  # cases whose headers are looked at to choose the number of processes
+PROCESS_BYTES = 700 * 2**20  # of a process with the libraries and a network ready to run, about
+
+State = Literal["to do", "done", "quarantined"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedCase:
+    """A case as a run finds it.
+
+    Attributes:
+        task: what a worker would do.
+        state: `to do`, `done` by an earlier run, or `quarantined`.
+        record: of the earlier run, where there is one.
+    """
+
+    task: Task
+    state: State
+    record: CaseRecord | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What is known of a case from its header.
+
+    Attributes:
+        case: its name.
+        files: its files.
+        output: the label map that will be written.
+        problem: why it will fail; empty if nothing is known against it.
+        shape: voxels of the first file.
+        spacing: of these voxels, mm.
+        input_bytes: size of the files.
+        windows: of the network that are computed.
+        memory: of the process at its highest, bytes.
+    """
+
+    case: str
+    files: tuple[str, ...]
+    output: str
+    problem: str = ""
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    input_bytes: int = 0
+    windows: int = 0
+    memory: int = 0
+
+
+def plan_case(
+    out: OutputFolder,
+    case: Case,
+    suspect: Suspect | None,
+    *,
+    check_hashes: bool,
+) -> PlannedCase:
+    """Return what is to be done with a case.
+
+    Args:
+        out: the output folder.
+        case: with its name.
+        suspect: the deaths during the case so far, if there were any.
+        check_hashes: whether files are compared by hash even if size and time are the same.
+    """
+    path = out.record(case["case"])
+    record, time = read_record(path), record_time(out, case["case"])
+    if record is not None and record.case != case["case"]:
+        record = None
+    if record is None:
+        reason = "its record was damaged" if path.exists() else ""
+    elif record.status == "quarantined":
+        return PlannedCase(task=Task(case=case), state="quarantined", record=record)
+    elif record.status == "done":
+        reason = _again(out, record, case, check_hashes=check_hashes)
+        if not reason:
+            return PlannedCase(task=Task(case=case), state="done", record=record)
+    else:
+        reason = "it failed before"
+    task = Task(case=case, reason=reason, alone=suspect is not None, record_time=time)
+    return PlannedCase(task=task, state="to do", record=record)
+
+
+def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: bool) -> str:
+    if case.get("problem"):
+        return "its input cannot be used any more"
+    try:
+        files = case_files(case)
+    except PipelineError as error:
+        return f"its input cannot be used any more: {error}"
+    return why_again(out, record, files, check_hashes=check_hashes)
+
+
+def case_files(case: Case) -> list[Path]:
+    """Return all files that a case consists of; images in memory have none."""
+    paths = [Path(x) for x in source_list(case["image"]) if isinstance(x, str | Path)]
+    return [file for path in paths for file in source_files(path)]
+
+
+def forecast_cases(
+    model: Model, cases: Sequence[Case], output_dir: PathOrStr
+) -> tuple[list[Forecast], float]:
+    """Return what the headers of cases say about their cost, and the seconds of one window.
+
+    The network runs once, on noise, to be timed.
+
+    Args:
+        model: an opened bundle.
+        cases: with `case` and `image`.
+        output_dir: where results would go.
+    """
+    base = ready_bytes(model)  # prepares the network, so that the second run is timed
+    begun = time.perf_counter()
+    ready_bytes(model)
+    seconds = time.perf_counter() - begun
+    return [_forecast(model, case, Path(output_dir), base) for case in cases], seconds
+
+
+def _forecast(model: Model, case: Case, out: Path, base: int) -> Forecast:
+    files = tuple(str(x) for x in source_list(case.get("image", [])))
+    known = Forecast(case=case["case"], files=files, output=str(output_path(out, case["case"])))
+    problem = case.get("problem", "") or name_problem(case["case"])
+    if problem:
+        return replace(known, problem=problem)
+    try:
+        headers = [read_header(file) for file in files]
+        _check_same_shape(headers)
+        memory = estimate_memory(model, headers, base)
+    except (PipelineError, ValueError) as error:
+        return replace(known, problem=str(error))
+    return _with_header(known, model, headers, memory)
+
+
+def choose_jobs(
+    model: Model, cases: Sequence[Case], jobs: int | None, limit: int | None
+) -> tuple[int, int]:
+    """Return how many processes work on a batch, and with how many threads each.
+
+    Args:
+        model: an opened bundle.
+        cases: of the batch.
+        jobs: as the user wants them; None to choose.
+        limit: bytes that all processes together may use; None for what the machine has.
+    """
+    cores = allotted_cores()
+    if jobs is None:
+        jobs = _best_jobs(model, cases, cores, limit)
+    return jobs, max(1, cores // jobs)
+
+
+def _best_jobs(model: Model, cases: Sequence[Case], cores: int, limit: int | None) -> int:
+    if model.device.type != "cpu" or limit is not None:
+        return 1
+    sizes = _sample_memory(model, cases)
+    memory = allotted_memory() * MEMORY_FRACTION
+    fitting = int(memory // max(sizes)) if sizes else 1
+    return max(1, min(cores, fitting, len(cases)))
+
+
+def _sample_memory(model: Model, cases: Sequence[Case]) -> list[int]:
+    """Return the memory that a process needs for some of the cases, bytes."""
+    sizes = []
+    for case in cases[:: max(1, len(cases) // SAMPLE_CASES)]:
+        with suppress(PipelineError, ValueError, KeyError):
+            headers = [read_header(source) for source in source_list(case["image"])]
+            sizes.append(estimate_memory(model, headers, PROCESS_BYTES).peak)
+    return sizes
+
+
+def _with_header(
+    known: Forecast, model: Model, headers: Sequence[Header], memory: MemoryEstimate
+) -> Forecast:
+    first = headers[0]
+    columns = first.affine[:3, :3].T
+    spacing = tuple(float((column @ column) ** 0.5) for column in columns)
+    return replace(
+        known,
+        shape=tuple(first.shape),
+        spacing=spacing,
+        input_bytes=sum(Path(file).stat().st_size for file in known.files),
+        windows=window_count(model, first),
+        memory=memory.peak,
+    )
+
+
+def _check_same_shape(headers: Sequence[Header]) -> None:
+    shapes = {header.shape for header in headers}
+    if len(shapes) > 1:
+        raise VolumeError(f"its channels have different shapes: {', '.join(map(str, shapes))}")
+
+
+def window_count(model: Model, header: Header) -> int:
+    """Return how many windows cover a volume; the network may compute fewer, or some twice."""
+    grid = network_grid_shape(model.spec, header)
+    if not isinstance(model.inferer, WindowInferer):
+        return max(1, prod(grid) // prod(model.spec.roi_size))
+    windows = model.inferer.windows(grid, len(model.spec.labels), None)
+    return prod(len(starts) for starts in windows.starts)

@@ -1,0 +1,368 @@
+"""Worker processes under supervision: one that dies or hangs costs its item, not the run.
+
+Each worker gets items one by one through a pipe, some ahead so that it can read the next while it
+computes. The supervisor has one thread, so that it can fork at any time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.errors import PipelineError, RunStoppedError
+
+IN_FLIGHT = 3  # items per worker: one is read, one computed, one written
+POLL_SECONDS = 0.25
+GRACE_SECONDS = 30.0  # for a worker that was asked to end: it finishes what it writes
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+I = TypeVar("I", bound="Item")  # noqa: E741
+R = TypeVar("R")
+Emit = Callable[[Hashable, Any], None]
+
+
+class Item(Protocol):
+    """What the pool needs to know of an item."""
+
+    @property
+    def name(self) -> Hashable:
+        """Identifies the item."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other item may be under way in the same process."""
+
+
+class Source(Protocol[I]):  # type: ignore[misc]
+    """Where items come from."""
+
+    def take(self, *, alone: bool) -> I | None:
+        """Return the next item; None where there is none at the moment.
+
+        Args:
+            alone: whether an item that must be alone may be returned.
+        """
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no item will come any more, as far as is known."""
+
+
+class Work(Protocol):
+    """What a worker does, in its own process."""
+
+    def start(self, threads: int) -> None:
+        """Prepare; called once."""
+
+    def run(self, items: Iterator[Any], emit: Emit) -> None:
+        """Do items until there are no more, and emit the name and the result of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished(Generic[R]):
+    """A result came."""
+
+    result: R
+
+
+@dataclass(frozen=True, slots=True)
+class Died(Generic[I]):
+    """A worker died; its items have no result.
+
+    Attributes:
+        items: the oldest first.
+        why: how it died.
+    """
+
+    items: tuple[I, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut(Generic[I]):
+    """A worker was killed because its oldest item took too long.
+
+    Attributes:
+        item: that item.
+        others: the items that the worker had as well.
+    """
+
+    item: I
+    others: tuple[I, ...]
+
+
+@dataclass
+class _Worker(Generic[I]):
+    process: Any
+    connection: Connection
+    ready: bool = False
+    in_flight: dict[Hashable, I] = field(default_factory=dict)
+    since: float = 0.0  # when the oldest item became the oldest
+    error: BaseException | None = None
+
+
+class Pool(Generic[I]):
+    """Worker processes and their supervisor.
+
+    Args:
+        work: what a worker does. A forked worker gets it as it is, a spawned one pickled.
+        jobs: number of workers.
+        threads: per worker.
+        timeout: seconds that an item may take; None for no limit.
+        start_method: `fork` or `spawn`.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        *,
+        jobs: int,
+        threads: int,
+        timeout: float | None = None,
+        start_method: str = "spawn",
+    ) -> None:
+        self.work, self.jobs, self.threads, self.timeout = work, jobs, threads, timeout
+        self._context: Any = multiprocessing.get_context(start_method)
+        self._workers: list[_Worker[I]] = []
+
+    def run(
+        self,
+        source: Source[I],
+        on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None],
+        on_tick: Callable[[], None],
+    ) -> None:
+        """Do all items of a source.
+
+        Args:
+            source: gives the items.
+            on_event: called with what happens, in the caller's thread.
+            on_tick: called several times a second; what it raises ends the run.
+
+        Raises:
+            PipelineError: what a worker cannot go on after.
+        """
+        try:
+            while True:
+                on_tick()
+                self._fill(source)
+                if not any(worker.in_flight for worker in self._workers) and source.exhausted:
+                    return
+                self._wait(on_event)
+        finally:
+            self.close(on_event)
+
+    def kill(self) -> None:
+        """Kill all workers at once."""
+        for worker in self._workers:
+            worker.process.kill()
+
+    def close(self, on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None]) -> None:
+        """End all workers; results that are on the disk already are still reported."""
+        for worker in self._workers:
+            with suppress(OSError, ValueError):
+                worker.connection.send(None)
+            if worker.in_flight and worker.process.is_alive():
+                worker.process.terminate()
+        deadline = time.monotonic() + GRACE_SECONDS
+        for worker in self._workers:
+            while worker.process.is_alive() and time.monotonic() < deadline:
+                worker.process.join(POLL_SECONDS)
+                self._receive(worker, on_event)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            self._receive(worker, on_event)
+            worker.connection.close()
+        self._workers.clear()
+
+    def _fill(self, source: Source[I]) -> None:
+        """Give items to workers that have room, and start workers while there are items."""
+        for _ in range(IN_FLIGHT):  # one item per worker and round, so that all get some
+            for number in range(self.jobs):
+                worker = self._workers[number] if number < len(self._workers) else None
+                if worker is not None and not _has_room(worker):
+                    continue
+                item = source.take(alone=worker is None or not worker.in_flight)
+                if item is None:
+                    return
+                if worker is None:
+                    worker = self._start()
+                self._send(worker, item)
+
+    def _send(self, worker: _Worker[I], item: I) -> None:
+        if not worker.in_flight:
+            worker.since = time.monotonic()
+        worker.in_flight[item.name] = item
+        # a worker that has died shows at its sentinel
+        with suppress(OSError):
+            worker.connection.send(item)
+
+    def _start(self) -> _Worker[I]:
+        ours, theirs = self._context.Pipe()
+        others = [worker.connection for worker in self._workers]
+        process = self._context.Process(
+            target=_worker_main,
+            args=(self.work, theirs, self.threads, os.getpid()),
+            # a forked process inherits the other workers' pipes, and would keep them open
+            kwargs={"inherited": [*others, ours] if self._forks else []},
+            name="volseg-worker",
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        worker: _Worker[I] = _Worker(process=process, connection=ours)
+        self._workers.append(worker)
+        return worker
+
+    @property
+    def _forks(self) -> bool:
+        return bool(self._context.get_start_method() == "fork")
+
+    def _wait(self, on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None]) -> None:
+        """Wait for messages, deaths or timeouts."""
+        waitables: list[Any] = []
+        for worker in self._workers:
+            waitables += [worker.connection, worker.process.sentinel]
+        if waitables:
+            wait(waitables, timeout=POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+        for worker in list(self._workers):
+            self._receive(worker, on_event)
+            if not worker.process.is_alive():
+                self._receive(worker, on_event)  # what it sent before it died
+                self._bury(worker, on_event)
+            elif self._is_late(worker):
+                self._kill_late(worker, on_event)
+
+    def _receive(
+        self,
+        worker: _Worker[I],
+        on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None],
+    ) -> None:
+        try:
+            while worker.connection.poll():
+                kind, content = worker.connection.recv()
+                if kind == "ready":
+                    worker.ready, worker.since = True, time.monotonic()
+                elif kind == "error":
+                    worker.error = content
+                else:
+                    name, result = content
+                    worker.in_flight.pop(name, None)
+                    worker.since = time.monotonic()
+                    on_event(Finished(result))
+        except (EOFError, OSError):
+            return
+
+    def _bury(
+        self,
+        worker: _Worker[I],
+        on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None],
+    ) -> None:
+        self._workers.remove(worker)
+        worker.connection.close()
+        worker.process.join()
+        if worker.error is not None:
+            raise worker.error
+        why = _death(worker.process.exitcode)
+        if not worker.ready:
+            raise RunStoppedError(f"a worker process could not start: {why}")
+        on_event(Died(tuple(worker.in_flight.values()), why))
+
+    def _is_late(self, worker: _Worker[I]) -> bool:
+        if self.timeout is None or not worker.ready or not worker.in_flight:
+            return False
+        return time.monotonic() - worker.since > self.timeout
+
+    def _kill_late(
+        self,
+        worker: _Worker[I],
+        on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None],
+    ) -> None:
+        worker.process.kill()
+        worker.process.join()
+        self._receive(worker, on_event)
+        self._workers.remove(worker)
+        worker.connection.close()
+        items = tuple(worker.in_flight.values())
+        if items:
+            on_event(TimedOut(items[0], items[1:]))
+
+
+def _has_room(worker: _Worker[Any]) -> bool:
+    alone = any(item.alone for item in worker.in_flight.values())
+    return not alone and len(worker.in_flight) < IN_FLIGHT
+
+
+def _death(exit_code: int | None) -> str:
+    """Return how a process ended, in words."""
+    if exit_code is None or exit_code >= 0:
+        return f"it ended with exit code {exit_code}"
+    try:
+        name = signal.Signals(-exit_code).name
+    except ValueError:
+        name = f"signal {-exit_code}"
+    if name == "SIGKILL":
+        return "it was killed (SIGKILL): most often because the machine ran out of memory"
+    if name == "SIGSEGV":
+        return "it crashed (SIGSEGV, a segmentation fault)"
+    return f"it crashed ({name})"
+
+
+def _worker_main(
+    work: Work, connection: Connection, threads: int, parent: int, *, inherited: list[Connection]
+) -> None:
+    """Run in a worker process: receive items, do them, send results."""
+    for pipe in inherited:
+        pipe.close()
+    # Ctrl-C goes to all processes of a terminal; the supervisor decides what ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
+    _die_with(parent)
+    sending = threading.Lock()
+
+    def send(kind: str, content: Any = None) -> None:
+        with sending:
+            connection.send((kind, content))
+
+    def items() -> Iterator[Any]:
+        while (item := _next_item(connection)) is not None:
+            yield item
+
+    try:
+        work.start(threads)
+        send("ready")
+        work.run(items(), lambda name, result: send("result", (name, result)))
+    except PipelineError as error:
+        with suppress(OSError):
+            send("error", error)
+
+
+def _next_item(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):  # the supervisor is gone
+        return None
+
+
+def _end(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+def _die_with(parent: int) -> None:
+    """Have this process killed when its parent dies, where the system can (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
