@@ -42,9 +42,9 @@ class Problem:
     """One reason why a case or a file of a dataset cannot be used.
 
     Attributes:
-        case: name of the case, or of the file without its suffix.
-        message: what is wrong, with the path.
-        kind: which rule is broken.
+        case: name of the case, or name of the file without its suffix.
+        message: what is wrong, with the path of the file.
+        kind: kind of the problem, for programs.
     """
 
     case: str
@@ -54,15 +54,16 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """The labelled cases in a dataset's folder.
+    """The labelled cases of a dataset, and what its folder states about them.
 
     Attributes:
-        kind: name of the layout, for messages.
-        cases: with `case`, `image` (a path, or a list with one path per channel) and `label`.
-        labels: name → value, background first; None where the folder does not define them.
-        channels: names of the channels; None where the folder does not define them.
-        problems: of all cases and files that are not part of a pair.
-        licence: of the data; empty where the folder does not state it.
+        kind: name of the folder layout, for messages.
+        cases: one per pair of image and label, each with `case`, `image` (a path, or a list with
+            one path per channel) and `label` (a path).
+        labels: name → value, background first; None if the dataset does not define them.
+        channels: names of the channels; None if the dataset does not define them.
+        problems: one for each case or file that is not part of a pair.
+        licence: licence of the data; empty if the dataset does not state it.
     """
 
     kind: str
@@ -76,21 +77,35 @@ class Layout:
 def find_pairs(folders: Sequence[Path]) -> Layout:
     """Find the pairs of image and label of a dataset.
 
+    Of a single folder, the first of these layouts that fits is taken:
+
+    1. Decathlon: a dataset.json with a list `training`.
+    2. nnU-Net: folders imagesTr and labelsTr.
+    3. BIDS: a folder derivatives.
+    4. Folders images and labels, or image and label.
+
     Args:
-        folders: one folder in a known layout, or a folder of images and a folder of labels.
+        folders: one folder in one of these layouts, or a folder of images and a folder of labels.
+
+    Returns:
+        The layout with all pairs, and with a problem for each file that is not part of one.
 
     Raises:
-        ConfigError: a folder does not exist, or its layout is unknown.
+        ConfigError: a folder does not exist, its layout is unknown, its dataset.json cannot be
+            read, or the number of folders is not 1 or 2.
     """
+    if len(folders) not in (1, 2):
+        named = ", ".join(str(folder) for folder in folders) or "no folder"
+        raise ConfigError(
+            f"{named}: expected one dataset folder, or a folder of images and a folder of labels"
+        )
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder")
     if len(folders) == 2:
         return _two_folders(*folders)
-    (root,) = folders
-    content = read_json(root / "dataset.json") if (root / "dataset.json").is_file() else {}
-    if not isinstance(content, dict):
-        content = {}
+    root = folders[0]
+    content = _read_dataset_json(root)
     if isinstance(content.get("training"), list):
         return _decathlon(root, content)
     if (root / "imagesTr").is_dir() and (root / "labelsTr").is_dir():
@@ -107,8 +122,20 @@ def find_pairs(folders: Sequence[Path]) -> Layout:
     )
 
 
+def _read_dataset_json(root: Path) -> dict[str, Any]:
+    """Return the content of a folder's dataset.json; an empty dict if there is none."""
+    path = root / "dataset.json"
+    content = read_json(path) if path.is_file() else {}
+    # other programs use this file name too: without a mapping it describes no dataset, and the
+    # folder may still have another layout
+    return content if isinstance(content, dict) else {}
+
+
 def _volumes_in(folder: Path) -> list[Path]:
-    """Return the volumes directly in a folder, without hidden files and the .img of pairs."""
+    """Return the volumes directly in a folder, without hidden files.
+
+    Of a pair of .hdr and .img only the .hdr is returned.
+    """
     return [
         path
         for path in sorted(folder.iterdir())
@@ -149,7 +176,7 @@ def _decathlon(root: Path, content: dict[str, Any]) -> Layout:
 
 
 def _unlisted(listed: set[Path]) -> list[Problem]:
-    """Return a problem for each volume in the folders of listed files that is not listed itself."""
+    """Return a problem for each volume that is not listed, in the folders of listed files."""
     problems = []
     for folder in sorted({path.parent for path in listed}):
         if not folder.is_dir():
@@ -188,7 +215,7 @@ def _nnunet(root: Path, content: dict[str, Any]) -> Layout:
 
 
 def _nnunet_images(folder: Path) -> tuple[dict[str, dict[int, Path]], list[Problem]]:
-    """Return the files of each case by the number of their channel, and the files without one."""
+    """Return case → channel number → file, and a problem for each file without a number."""
     files_of: dict[str, dict[int, Path]] = {}
     problems = []
     for path in _volumes_in(folder):
@@ -203,7 +230,7 @@ def _nnunet_images(folder: Path) -> tuple[dict[str, dict[int, Path]], list[Probl
 
 
 def _two_folders(images: Path, labels: Path) -> Layout:
-    """Pair files of the same name; a label's name may end in _seg, _dseg, _label or _mask."""
+    """Pair files of the same name; a label's name may also have one of `LABEL_ENDINGS`."""
     label_of = {}
     for path in _volumes_in(labels):
         name = image_stem(path)
@@ -250,13 +277,13 @@ def _bids_files(folder: Path) -> list[Path]:
 
 
 def _bids_session(name: str) -> str:
-    """Return subject and session of a BIDS name, such as `sub-01_ses-1`; empty for other names."""
+    """Return subject and session of a BIDS name, such as `sub-01_ses-1`; "" for other names."""
     match = BIDS_SESSION.match(name)
     return match[1] if match else ""
 
 
 def _bids_raw_images(root: Path) -> dict[str, dict[str, Path]]:
-    """Return the files outside derivatives: session → suffix (T1w, FLAIR, …) → path."""
+    """Return session → suffix (T1w, FLAIR, …) → path of the image, without derivatives."""
     raw: dict[str, dict[str, Path]] = {}
     for path in _bids_files(root):
         name = image_stem(path)
@@ -307,19 +334,22 @@ def _licence(content: dict[str, Any]) -> str:
 
 
 def _numbered_names(content: Any) -> dict[int, str]:
-    """Return {"0": "MRI"}, as in a dataset.json, by number; other keys are skipped."""
+    """Return number → name from a mapping such as {"0": "MRI"}, without keys that are no number."""
     if not isinstance(content, dict):
         return {}
     return {int(key): str(name) for key, name in content.items() if str(key).isdigit()}
 
 
 def _decathlon_labels(content: Any) -> dict[str, int] | None:
-    """Return the labels of a Decathlon dataset.json, which has names by value."""
+    """Return name → value from the `labels` of a Decathlon dataset.json, which has value → name."""
     return _ordered_labels({name: value for value, name in _numbered_names(content).items()})
 
 
 def _nnunet_labels(content: Any) -> dict[str, int] | None:
-    """Return the labels of an nnU-Net dataset.json, without its regions (lists of values)."""
+    """Return name → value from the `labels` of an nnU-Net dataset.json.
+
+    Regions, which have a list of values, are left out.
+    """
     labels = content or {}
     return _ordered_labels({name: v for name, v in labels.items() if isinstance(v, int)})
 

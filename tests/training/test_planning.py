@@ -1,9 +1,7 @@
-"""Planning: layouts of datasets, fingerprints, problems, choices, folds, and the whole plan."""
+"""Planning: fingerprints, problems, choices, folds, and the whole plan."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from phantom import SPACING, nifti, oblique, reorient, save, smooth
+from dataset_folders import LABELS, LAYOUTS, decathlon, image, label
+from phantom import SPACING, oblique, reorient, save, smooth
 
 from pipeline.bundle.check import check_bundle
 from pipeline.cli.app import main
-from pipeline.errors import ConfigError
 from pipeline.io.layouts import find_pairs
 from pipeline.training.planning.choices import (
     Processor,
@@ -28,121 +26,6 @@ from pipeline.training.planning.choices import (
 from pipeline.training.planning.fingerprint import Fingerprint, take_fingerprints
 from pipeline.training.planning.folds import make_folds
 from pipeline.training.planning.timing import TrainingTimes
-
-LABELS = {"background": 0, "front": 1, "back": 2}
-
-
-def image(seed: int = 0) -> nib.Nifti1Image:
-    return nifti(smooth(seed=seed))
-
-
-def label(seed: int = 0) -> nib.Nifti1Image:
-    array = smooth(seed=seed)
-    return nib.Nifti1Image(
-        np.select([array > 130, array > 110], [2, 1], 0).astype(np.uint8), oblique()
-    )
-
-
-def decathlon(root: Path, count: int = 3) -> list[Path]:
-    names = [f"case_{i}" for i in range(count)]
-    for i, name in enumerate(names):
-        save(root / "imagesTr" / f"{name}.nii.gz", image(i))
-        save(root / "labelsTr" / f"{name}.nii.gz", label(i))
-    pairs = [
-        {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
-        for name in names
-    ]
-    content = {
-        "modality": {"0": "T1w"},
-        "labels": {"0": "background", "1": "front", "2": "back"},
-        "training": pairs,
-    }
-    (root / "dataset.json").write_text(json.dumps(content | {"licence": "CC0"}))
-    return [root]
-
-
-def nnunet(root: Path, count: int = 3) -> list[Path]:
-    for i in range(count):
-        for channel in range(2):
-            save(root / "imagesTr" / f"case_{i}_{channel:04}.nii.gz", image(i + 10 * channel))
-        save(root / "labelsTr" / f"case_{i}.nii.gz", label(i))
-    content = {
-        "channel_names": {"0": "T1w", "1": "FLAIR"},
-        "labels": {"background": 0, "front": 1, "back": 2},
-    }
-    (root / "dataset.json").write_text(json.dumps(content))
-    return [root]
-
-
-def bids(root: Path, count: int = 3) -> list[Path]:
-    for i in range(count):
-        place = Path(f"sub-{i:02}", "ses-a", "anat")
-        for contrast in ("T1w", "FLAIR"):
-            save(root / place / f"sub-{i:02}_ses-a_{contrast}.nii.gz", image(i))
-        save(
-            root / "derivatives" / "manual" / place / f"sub-{i:02}_ses-a_space-T1w_dseg.nii.gz",
-            label(i),
-        )
-    save(root / "sub-00" / "ses-a" / "anat" / "sub-00_ses-a_T2w.nii.gz", image(7))
-    return [root]
-
-
-def two_folders(root: Path, count: int = 3) -> list[Path]:
-    for i in range(count):
-        save(root / "scans" / f"case.{i}.nii.gz", image(i))
-        save(root / "drawn" / f"case.{i}_seg.nii.gz", label(i))
-    return [root / "scans", root / "drawn"]
-
-
-LAYOUTS: dict[str, tuple[Callable[[Path], list[Path]], tuple[str, ...] | None, str]] = {
-    "decathlon": (decathlon, ("T1w",), "case_0"),
-    "nnunet": (nnunet, ("T1w", "FLAIR"), "case_0"),
-    "bids": (bids, ("FLAIR", "T1w"), "sub-00_ses-a"),
-    "two folders": (two_folders, None, "case.0"),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_each_layout_gives_its_pairs(name: str, tmp_path: Path) -> None:
-    """Names, the order of channels and the labels are those of the folder; all files exist."""
-    make, channels, first = LAYOUTS[name]
-    layout = find_pairs(make(tmp_path))
-    assert layout.cases[0]["case"] == first
-    assert len(layout.cases) == 3
-    assert layout.channels == channels
-    assert layout.problems == []
-    for case in layout.cases:
-        sources = case["image"] if isinstance(case["image"], list) else [case["image"]]
-        assert len(sources) == len(channels or "1")
-        assert all(Path(path).is_file() for path in [*sources, case["label"]])
-        for channel, path in zip(channels or (), sources, strict=False):
-            assert channel in path or name in ("decathlon", "nnunet")
-    assert layout.labels == (LABELS if name in ("decathlon", "nnunet") else None)
-    assert layout.licence == ("CC0" if name == "decathlon" else "")
-
-
-def test_all_files_without_a_partner_are_named(tmp_path: Path) -> None:
-    """Images without label, labels without image, missing channels and wrong names."""
-    (root,) = nnunet(tmp_path)
-    save(root / "imagesTr" / "lone_0000.nii.gz", image())
-    save(root / "imagesTr" / "lone_0001.nii.gz", image())
-    save(root / "imagesTr" / "noted.nii.gz", image())
-    save(root / "labelsTr" / "orphan.nii.gz", label())
-    (root / "imagesTr" / "case_2_0001.nii.gz").unlink()
-    layout = find_pairs([root])
-    assert [case["case"] for case in layout.cases] == ["case_0", "case_1"]
-    messages = {problem.case: problem.message for problem in layout.problems}
-    assert set(messages) == {"lone", "noted", "orphan", "case_2"} | ({"case_2"} & set(messages))
-    assert "has no label" in messages["lone"]
-    assert "has no image" in messages["orphan"]
-    assert "channel's number" in messages["noted"]
-    (root,) = decathlon(tmp_path / "other")
-    save(root / "labelsTr" / "extra.nii.gz", label())
-    assert [(problem.case, problem.kind) for problem in find_pairs([root]).problems] == [
-        ("extra", "not_listed")
-    ]
-    with pytest.raises(ConfigError, match="expected a Decathlon"):
-        find_pairs([tmp_path / "other" / "labelsTr"])
 
 
 def test_every_broken_case_is_named(tmp_path: Path) -> None:
