@@ -1,8 +1,8 @@
 """Checkpoints: a run that was killed at any moment continues as if it had not been interrupted.
 
-All random numbers of an epoch follow from the run's seed and the number of the epoch, so the state
-at the end of each epoch is enough. A resumed run repeats the epoch that was interrupted and ends
-with the same weights.
+A checkpoint is written at the end of each epoch. All random numbers of an epoch follow from the
+run's seed and the number of the epoch, so a checkpoint needs no state of a random generator. A
+resumed run repeats the epoch that was interrupted and ends with the same weights.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from pipeline.io import write_atomically
 from pipeline.training.distributed import is_first_process
 from pipeline.types import PathOrStr
 
-PATH_SETTINGS = ("bundle", "dataset")  # both may have moved, or be written relative to elsewhere
+PATH_SETTINGS = ("bundle", "dataset")  # may differ when a run is resumed: folders move
 
 
 class CheckpointHandler:
-    """A handler of the trainer that seeds each epoch and saves the state at its end.
+    """An Ignite handler that seeds each epoch of training and saves a checkpoint at its end.
 
-    It also stops the run when the loss is not a finite number. A run that completes removes its
+    It also stops the run when the loss is nan or infinite. A run that completes deletes its
     checkpoint.
 
     Args:
-        path: the checkpoint's file, written atomically.
-        parts: name → object with a `state_dict` (network, average, optimizer, schedule, …).
-        dataset: its random transforms are seeded.
-        seed: of the run.
-        settings: of the run, as plain values; a checkpoint is only resumed with equal settings.
+        path: file of the checkpoint.
+        parts: name → object with `state_dict` and `load_state_dict` (network, optimizer, …).
+        dataset: training dataset, whose random transforms are seeded.
+        seed: seed of the run.
+        settings: all settings of the run, as plain values. A run is only resumed if they equal
+            those in the checkpoint, except for paths (`PATH_SETTINGS`).
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class CheckpointHandler:
         self.settings = dict(settings)
 
     def attach(self, engine: Engine) -> None:
-        """Add the handlers to a trainer; Ignite calls this."""
+        """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
         engine.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.check_loss)
         if is_first_process():
@@ -66,21 +67,25 @@ class CheckpointHandler:
             engine.add_event_handler(Events.COMPLETED, lambda: self.path.unlink(missing_ok=True))
 
     def seed_epoch(self, engine: Engine) -> None:
-        """Seed all random numbers by the run's seed, the epoch and the rank of the process."""
+        """Seed all random generators by the run's seed, the epoch and the rank of the process."""
         entropy = [self.seed, engine.state.epoch]
-        if rank := idist.get_rank():
+        rank = idist.get_rank()
+        if rank > 0:
             entropy.append(rank)
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         set_determinism(seed)
-        # MONAI's transforms draw from their own generators, which set_determinism does not reach
+        # MONAI's transforms draw from numpy generators of their own, which it does not seed
         set_rnd(self.dataset, seed)
 
     def check_loss(self, engine: Engine) -> None:
         """Stop the run if the loss is nan or infinite.
 
         Raises:
-            PipelineError: with the epoch, and where the last good weights are.
+            PipelineError: the loss is nan or infinite; the message holds the epoch and the path of
+                the last checkpoint.
         """
+        # by now MONAI has decollated the output: one dict per item of the batch, each with a copy
+        # of the batch's loss
         loss = float(engine.state.output[0]["loss"])
         if isfinite(loss):
             return
@@ -88,12 +93,13 @@ class CheckpointHandler:
         if self.path.is_file():
             kept = f"the weights after epoch {engine.state.epoch - 1} are in {self.path}"
         raise PipelineError(
-            f"the loss became {loss} in epoch {engine.state.epoch}, expected a number: {kept}; "
-            "lower learning_rate, look for damaged cases with `volseg segment`, and start again"
+            f"the loss became {loss} in epoch {engine.state.epoch}, expected a finite number: "
+            f"{kept}; look for damaged cases with `volseg plan`, which reads every pair and names "
+            "each problem, or lower learning_rate, and start again"
         )
 
     def save(self, engine: Engine) -> None:
-        """Write the checkpoint of the epoch that ended."""
+        """Write the checkpoint atomically; it contains the number of the epoch that has ended."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         content = {"epoch": engine.state.epoch, "settings": self.settings, "state": state}
         buffer = io.BytesIO()
@@ -101,13 +107,16 @@ class CheckpointHandler:
         write_atomically(self.path, buffer.getvalue())
 
     def load(self, engine: Engine) -> int:
-        """Restore the state at the end of the last complete epoch.
+        """Load the checkpoint into `parts`, and its epoch into the engine's counters.
+
+        Args:
+            engine: the trainer, before it runs.
 
         Returns:
-            The number of that epoch.
+            Number of the last complete epoch, from 1.
 
         Raises:
-            ConfigError: there is no checkpoint, or it was made with other settings.
+            ConfigError: there is no checkpoint, or it was saved by a run with other settings.
         """
         if not self.path.is_file():
             raise ConfigError(f"{self.path}: no such file; there is no unfinished run to resume")

@@ -36,11 +36,14 @@ from pipeline.types import Array, Case
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LargestComponentGain:
-    """Effect of keeping only the largest connected component of each label, out of fold.
+    """What removing all but the largest connected component of each label does to Dice.
+
+    It is measured on held-out cases: each is segmented by the fold that was not trained on it.
 
     Attributes:
-        gain: label → change of its mean Dice; nan where the label is not scored.
-        kept: whether the joined bundle keeps the largest components only.
+        gain: label → mean Dice with the largest component only, minus mean Dice as predicted; nan
+            for a label that is not scored in any case.
+        kept: whether the ensemble's spec asks for the largest components only.
     """
 
     gain: Mapping[str, float]
@@ -49,12 +52,14 @@ class LargestComponentGain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutOfFold:
-    """Scores of cases that were segmented by the fold that was not trained on them.
+    """Cross-validation scores: each case is segmented by the model of the fold that held it out.
+
+    Only trained folds are present.
 
     Attributes:
-        scores: number of each trained fold → the rows of its held-out cases.
-        summary: of all folds together.
-        by_fold: number of each trained fold → the summary of its held-out cases.
+        scores: fold number → score rows of its held-out cases.
+        summary: one row per label over the held-out cases of all folds, and one for their mean.
+        by_fold: fold number → summary of its held-out cases.
     """
 
     scores: Mapping[int, Sequence[ScoreRow]]
@@ -63,7 +68,7 @@ class OutOfFold:
 
     @property
     def folds(self) -> list[int]:
-        """The trained folds."""
+        """Numbers of the trained folds."""
         return list(self.scores)
 
 
@@ -74,23 +79,28 @@ def cross_validate(
     only: Sequence[int] = (),
     epoch_done: Callable[[int], EpochDone] | None = None,
 ) -> Sequence[SummaryRow]:
-    """Train each fold into `folds/K` of the run's bundle and join the folds to one ensemble.
+    """Train every fold, score the held-out cases, and make the bundle an ensemble of the folds.
 
-    A fold that is already trained is not trained again; one that was interrupted is resumed. The
-    held-out cases of each fold are segmented into `crossval/fold_K`; `crossval/scores.csv`,
-    `summary.json` and `dice.png` score those of all trained folds together.
+    Fold K becomes a bundle of its own in `folds/K` of the run's bundle. A fold that is already
+    trained is not trained again; one that was interrupted is resumed. The label maps of its
+    held-out cases are written to `crossval/fold_K`, and the scores of all trained folds to
+    `crossval/scores.csv`, `summary.json` and `dice.png`. Card, README, spec and weights of the
+    run's bundle are replaced.
 
     Args:
         run: settings of the training run; its `fold` is ignored.
-        content: the YAML that gives `run`.
-        only: the folds to train; all if empty.
-        epoch_done: number of a fold → the function to call after each of its epochs.
+        content: content of the YAML file that `run` was parsed from; each fold gets a copy.
+        only: numbers of the folds to train, from 0; all folds if empty.
+        epoch_done: called with the number of a fold before it is trained; the function that it
+            returns is called with the row of the history after each epoch of the fold.
 
     Returns:
-        One row per label and, with several labels, one for their mean.
+        The summary over the held-out cases of all trained folds: one row per label and, with
+        several labels, one for their mean.
 
     Raises:
-        ConfigError: the run has no splits, or no such fold.
+        ConfigError: the run has no splits, or a fold in `only` does not exist.
+        PipelineError: a fold cannot be trained or scored; see `train_bundle`.
     """
     paths = BundlePaths(run.bundle)
     count = _number_of_folds(run, only)
@@ -107,7 +117,11 @@ def cross_validate(
 
 
 def _number_of_folds(run: Run, only: Sequence[int]) -> int:
-    """Return how many folds the run's splits have; refuse a run without splits or such folds."""
+    """Return how many folds the run's splits have.
+
+    Raises:
+        ConfigError: the run has no splits, or a fold in `only` does not exist.
+    """
     if run.splits is None:
         raise ConfigError("run.splits: expected a file of folds; `volseg plan` writes one")
     count = len(read_splits(run.dataset, run.splits))
@@ -118,11 +132,16 @@ def _number_of_folds(run: Run, only: Sequence[int]) -> int:
 
 
 def _is_trained(fold: BundlePaths) -> bool:
+    # a run that completes deletes its checkpoint
     return fold.weights.is_file() and not fold.checkpoint.exists()
 
 
 def _single_fold_spec(paths: BundlePaths) -> Path:
-    """Return the spec of one fold: the bundle's own, until the bundle has become an ensemble."""
+    """Return the path of the spec that a single fold is trained for.
+
+    It is the bundle's spec.yaml, until `_join_folds` has replaced that by the ensemble's and kept
+    the former as single_fold.yaml.
+    """
     return paths.single_fold_spec if paths.single_fold_spec.is_file() else paths.spec
 
 
@@ -202,10 +221,11 @@ def _write_scores(
 def _largest_component_gain(
     paths: BundlePaths, run: Run, folds: Sequence[int]
 ) -> LargestComponentGain:
-    """Return what Dice gains, out of fold, by keeping only the largest component of each label.
+    """Return what Dice gains on held-out cases if only the largest component of a label is kept.
 
-    As in nnU-Net (Isensee et al., Nature Methods 18, 203-211, 2021), the components are kept where
-    no label loses by it and at least one gains; and only if the spec does not keep some already.
+    The rule is nnU-Net's (Isensee et al., Nature Methods 18, 203-211, 2021): only the largest
+    components are kept if no label loses by it and at least one gains. It does not apply where the
+    spec already has a `largest_component`.
     """
     spec = load_spec(_single_fold_spec(paths))
     values = _structures(spec)
@@ -281,7 +301,7 @@ def _join_folds(paths: BundlePaths, folds: Sequence[int], *, keep_largest: bool)
     """Make the bundle an ensemble of the networks of its folds."""
     content = read_yaml(_single_fold_spec(paths), "spec")
     if not paths.single_fold_spec.is_file():
-        # The spec below is that of the ensemble; further folds need that of a single network.
+        # spec.yaml becomes the ensemble's below; folds trained later need that of a single network
         shutil.copyfile(paths.spec, paths.single_fold_spec)
     networks = []
     for fold in folds:
@@ -297,7 +317,7 @@ def _join_folds(paths: BundlePaths, folds: Sequence[int], *, keep_largest: bool)
 
 
 def _ensemble_state(networks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the state dict of the ensemble of some networks; that of the network if it is one."""
+    """Return the state dict of an `Ensemble` with these members; of the network if there is one."""
     if len(networks) == 1:
         return networks[0]
     joined = {}

@@ -20,8 +20,8 @@ from pipeline.config import Run
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes files and reports progress."""
-    # job scripts may set RANK for a single process as well
+    """Return whether this process is the one that writes files and reports progress."""
+    # some job schedulers set RANK for a single process too, so WORLD_SIZE is asked first
     return not _started_in_several_processes() or int(os.environ["RANK"]) == 0
 
 
@@ -30,16 +30,17 @@ def _started_in_several_processes() -> bool:
 
 
 def is_single_process() -> bool:
-    """Return whether no other process trains with this one."""
+    """Return whether training runs in this process only."""
     return bool(idist.get_world_size() < 2)
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device | None]:
-    """Connect the processes that `torchrun` started.
+    """Join the process group of `torchrun`, and leave it at the end of the `with` block.
 
     Yields:
-        This process's device; None for a single process.
+        The device that this process trains on, or None for a single process, which chooses its
+        own.
     """
     if not _started_in_several_processes():
         yield None
@@ -52,7 +53,7 @@ def process_group() -> Iterator[torch.device | None]:
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
-    """Return a network whose gradients are averaged over all processes; itself for a single one."""
+    """Return the network wrapped in `DistributedDataParallel`; unchanged in a single process."""
     if is_single_process():
         return network
     on_gpu = idist.device().type == "cuda"
@@ -60,10 +61,17 @@ def data_parallel(network: nn.Module) -> nn.Module:
 
 
 def training_loader(dataset: CacheDataset, run: Run) -> DataLoader:
-    """Return the training batches of this process; an epoch has each case in one process."""
+    """Return the loader of shuffled training batches.
+
+    With several processes, each one loads its share of the cases.
+
+    Args:
+        dataset: cached training cases; an item is a list of patches.
+        run: gives `cases_per_step`.
+    """
     sampler = None
     if not is_single_process():
-        # processes with unequally many steps would wait for each other for ever
+        # all processes need equally many steps: one that has none left would not answer the others
         sampler = DistributedSampler(dataset, even_divisible=True, shuffle=True)
     return DataLoader(
         dataset,
@@ -75,15 +83,15 @@ def training_loader(dataset: CacheDataset, run: Run) -> DataLoader:
 
 
 def from_first_process(value: float) -> float:
-    """Return the first process's value in every process; all of them have to call this."""
+    """Return the value of the first process. Every process has to call this."""
     return value if is_single_process() else float(idist.broadcast(value, src=0))
 
 
 def mean_over_processes(value: float) -> float:
-    """Return the mean of a number over the processes; all of them have to call this."""
+    """Return the mean of a value over all processes. Every process has to call this."""
     return float(idist.all_reduce(value) / idist.get_world_size())
 
 
 def barrier() -> None:
-    """Wait until all processes have called this."""
+    """Wait until every process has called this."""
     idist.barrier()

@@ -24,15 +24,15 @@ SECONDS_BETWEEN_FIGURES = 30.0  # drawing takes about as long as a short epoch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochRow:
-    """One epoch of a training run.
+    """One epoch of a training run: a row of history.csv.
 
     Attributes:
-        epoch: its number, from 1.
-        loss: mean over the steps of the epoch and over the processes.
-        learning_rate: at the end of the epoch.
+        epoch: number of the epoch, from 1.
+        loss: mean training loss over the steps of the epoch and over the processes.
+        learning_rate: learning rate at the end of the epoch.
         seconds: wall time of the epoch, including its validation.
-        metrics: name → value of its validation, `dice` and `dice <label>`, 0 to 1; empty for an
-            epoch without validation.
+        metrics: validation metrics, `dice` (mean over labels) and `dice <label>`, 0 to 1; empty
+            for an epoch without validation.
     """
 
     epoch: int
@@ -42,7 +42,7 @@ class EpochRow:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Any]:
-        """Return the row as columns of history.csv."""
+        """Return the row as written to history.csv: column → value, one column per metric."""
         return {
             "epoch": self.epoch,
             "loss": self.loss,
@@ -53,24 +53,19 @@ class EpochRow:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Any]) -> EpochRow:
-        """Return the row that `columns` was made from."""
-        metrics = dict(columns)
-        return cls(
-            epoch=metrics.pop("epoch"),
-            loss=metrics.pop("loss"),
-            learning_rate=metrics.pop("learning_rate"),
-            seconds=metrics.pop("seconds"),
-            metrics=metrics,
-        )
+        """Return the row with the given columns; the inverse of the method `columns`."""
+        rest = dict(columns)
+        own = {name: rest.pop(name) for name in ("epoch", "loss", "learning_rate", "seconds")}
+        return cls(**own, metrics=rest)
 
 
 class History:
-    """A handler of the trainer that writes `history.csv` and `progress.png`.
+    """An Ignite handler that records each epoch of training in `history.csv` and `progress.png`.
 
     Args:
-        folder: of both files; made when the first is written.
-        optimizer: gives the learning rate.
-        run: gives `tensorboard`, whether event files are written to the folder as well.
+        folder: folder of both files; created if it does not exist.
+        optimizer: optimizer whose learning rate is recorded.
+        run: settings of the run; with `tensorboard`, event files are written to the folder too.
 
     Raises:
         ConfigError: the run asks for TensorBoard, which is not installed.
@@ -85,14 +80,14 @@ class History:
         self.tensorboard = _tensorboard_writer(self.folder) if writes_events else None
 
     def attach(self, engine: Engine) -> None:
-        """Add the handlers to a trainer; Ignite calls this."""
+        """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
         engine.add_event_handler(Events.EPOCH_STARTED, self._start_epoch)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add_loss)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._add_row)
         engine.add_event_handler(Events.COMPLETED, self._complete)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint."""
+        """Return the rows as plain values, for the checkpoint."""
         return {"rows": [row.columns() for row in self.rows]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -113,7 +108,7 @@ class History:
             seconds=time.monotonic() - self.epoch_started,
             metrics=engine.state.metrics,
         )
-        # the trainer keeps its metrics: without this the next row would repeat them
+        # Ignite keeps metrics: without this, an epoch without validation would repeat the last ones
         engine.state.metrics = {}
         self.losses = []
         self.rows.append(row)
@@ -127,10 +122,10 @@ class History:
             self._draw()
 
     def _complete(self, engine: Engine) -> None:
-        """Add what came after the last whole epoch, and draw the figure."""
+        """Add the incomplete last epoch and the final validation, and draw the figure."""
         if self.losses:  # the time limit ended the last epoch before its end
             self._add_row(engine)
-        elif self.rows and engine.state.metrics:
+        elif self.rows and engine.state.metrics:  # the validation after the last epoch
             metrics = {**self.rows[-1].metrics, **engine.state.metrics}
             self.rows[-1] = replace(self.rows[-1], metrics=metrics)
             self._write_table()

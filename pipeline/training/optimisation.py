@@ -25,15 +25,21 @@ from pipeline.transforms import IMAGE, LABEL, WEIGHT
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose2d, nn.ConvTranspose3d)
 COMPILERS = ("g++", "clang++", "c++")
-# Ignite accepts a momentum below 1 only. In float32 this one is 1: the average is the last weights.
+# Ignite's EMAHandler requires a momentum below 1. This one rounds to 1 in float32, so that the
+# "average" is the last weights.
 LARGEST_MOMENTUM = 1 - 1e-9
 
 
 def initialise(network: nn.Module, run: Run) -> None:
-    """Draw the weights of all convolutions as the run's `initialisation` names it, in place.
+    """Initialise the weights of all convolutions by the run's `initialisation`, in place.
 
-    `default` keeps those that PyTorch has drawn. `he` draws from a normal distribution with
-    variance 2 / N, where N is the number of values that one output is summed from; biases are 0.
+    `default` leaves PyTorch's initial weights as they are. `he` draws them from a normal
+    distribution with mean 0 and variance 2 / N, where N is the number of inputs that are summed
+    for one output value, and sets the biases to 0.
+
+    Args:
+        network: network whose weights are changed.
+        run: gives `initialisation`.
 
     References:
         He et al.: Delving deep into rectifiers. ICCV 2015, doi:10.1109/ICCV.2015.123.
@@ -44,7 +50,7 @@ def initialise(network: nn.Module, run: Run) -> None:
         if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
             inputs_per_output = module.in_channels * prod(module.kernel_size)
             if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-                # an output voxel meets only every stride-th element of the kernel along each axis
+                # each output voxel is a sum over only every stride-th element of the kernel
                 inputs_per_output = max(1, inputs_per_output // prod(module.stride))
             nn.init.normal_(module.weight, std=sqrt(2 / inputs_per_output))
             if module.bias is not None:
@@ -52,7 +58,11 @@ def initialise(network: nn.Module, run: Run) -> None:
 
 
 def start_from(network: nn.Module, run: Run) -> None:
-    """Load the weights that the run's `start` names; do nothing if it names none.
+    """Load the weights file `run.start` into the network; do nothing if it is None.
+
+    Args:
+        network: network whose weights are replaced.
+        run: gives `start`, and `grow` for weights of a U-Net with one level less.
 
     Raises:
         ConfigError: the file does not exist, or its weights do not fit the network.
@@ -75,13 +85,16 @@ def start_from(network: nn.Module, run: Run) -> None:
 def with_added_level(
     state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the weights of a U-Net whose lower levels are those of a network one level coarser.
+    """Return weights of a U-Net that start from those of a U-Net with one level less.
 
-    The output of the coarser network becomes the first of the deep outputs.
+    The levels of the smaller network become the lower levels of the larger one, level i becoming
+    level i + 1; the new level is the top one, with the highest resolution. The smaller network's
+    output layer becomes the first of the deep supervision's.
 
     Args:
-        state: weights of the coarser network.
-        into: weights of the larger network, kept where the coarser one has none of that shape.
+        state: state dict of the smaller network.
+        into: state dict of the larger network; its entries are kept where the smaller network has
+            no entry of that name and shape.
     """
     renamed = {_name_one_level_down(name): tensor for name, tensor in state.items()}
     weights = dict(into)
@@ -92,7 +105,7 @@ def with_added_level(
 
 
 def _name_one_level_down(name: str) -> str:
-    """Return the name that a weight has in a network with one more level on top."""
+    """Return the name that an entry of a state dict has in a U-Net with one more level on top."""
     module, _, rest = name.partition(".")
     if module == "output":
         return f"deep_outputs.0.{rest}"
@@ -103,7 +116,9 @@ def _name_one_level_down(name: str) -> str:
 
 
 def compile_network(network: nn.Module, run: Run) -> None:
-    """Compile the network in place if the run asks for it; the names of its weights stay.
+    """Apply `torch.compile` to the network in place if the run has `compile: true`.
+
+    The keys of its state dict do not change.
 
     Raises:
         ConfigError: the network is on a CPU and there is no C++ compiler.
@@ -121,7 +136,7 @@ def compile_network(network: nn.Module, run: Run) -> None:
 
 
 def build_optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:
-    """Return the optimizer that the run names, over all weights of the network."""
+    """Return the run's optimizer, AdamW or SGD with momentum, over all weights of the network."""
     if run.optimizer == "sgd":
         return torch.optim.SGD(
             network.parameters(),
@@ -135,11 +150,11 @@ def build_optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 
 class Budget:
-    """A handler of the trainer that ends training when its time limit is reached.
+    """An Ignite handler that ends training when its time limit is reached.
 
     Args:
-        minutes: wall time that training may take; None for no limit.
-        now: the clock, seconds.
+        minutes: largest wall time of training; None sets no limit.
+        now: function that returns the time in seconds; tests pass their own.
     """
 
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -150,21 +165,21 @@ class Budget:
         self.started: float | None = None
 
     def attach(self, engine: Engine) -> None:
-        """Add the handlers to a trainer; Ignite calls this."""
+        """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_limit)
 
     def spent(self) -> float:
         """Return the seconds of training so far, including those before the run was resumed.
 
-        Several processes count the time of the first one, so that all of them have one learning
-        rate and end after the same step.
+        With several processes, the clock of the first one counts in all of them, so that they have
+        the same learning rate and end after the same step.
         """
         own = self._elapsed() if is_single_process() else self.seconds_of_first_process
         return self.seconds_before_resume + own
 
     def used(self) -> float:
-        """Return the fraction of the limit that is used, 0 to 1; 0 without a limit."""
+        """Return the fraction of the time limit that is spent, 0 to 1; 0 without a limit."""
         return 0.0 if self.limit is None else min(1.0, self.spent() / self.limit)
 
     def _elapsed(self) -> float:
@@ -182,7 +197,15 @@ class Budget:
 class Schedule(WarmupCosineSchedule):
     """A learning rate that rises linearly during the warm-up and then falls to 0 along a cosine.
 
-    It follows the steps or, where that is further along, the time limit of the budget.
+    The progress along this curve is the fraction of the steps that are done, or the fraction of the
+    time limit that is spent, whichever is larger. The learning rate is therefore 0 at the end of
+    training, whether the steps or the time limit ends it.
+
+    Args:
+        optimizer: optimizer whose learning rate is set; its own is the highest of the curve.
+        warmup_steps: number of steps over which the learning rate rises.
+        t_total: number of steps of the whole run (MONAI's name).
+        budget: time limit of the run.
     """
 
     def __init__(
@@ -192,11 +215,11 @@ class Schedule(WarmupCosineSchedule):
         super().__init__(optimizer, warmup_steps=warmup_steps, t_total=t_total)
 
     def lr_lambda(self, step: int) -> float:
-        """Return the factor on the learning rate at a step."""
+        """Return the factor on the highest learning rate at a step, 0 to 1."""
         return float(super().lr_lambda(max(step, self.budget.used() * self.t_total)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint, with the seconds spent in place of the budget."""
+        """Return plain values for the checkpoint; of the budget only the seconds spent."""
         state = {key: value for key, value in super().state_dict().items() if key != "budget"}
         return {**state, "spent": self.budget.spent()}
 
@@ -209,10 +232,16 @@ class Schedule(WarmupCosineSchedule):
 def build_schedule(
     optimizer: torch.optim.Optimizer, run: Run, steps_per_epoch: int, budget: Budget
 ) -> Schedule:
-    """Return the learning rate of each step of a run.
+    """Return the learning rate schedule of a run.
+
+    Args:
+        optimizer: optimizer whose learning rate is set.
+        run: gives `epochs` and `warmup`.
+        steps_per_epoch: number of training steps in an epoch.
+        budget: time limit of the run, which the schedule follows too.
 
     Raises:
-        ConfigError: an epoch has no step.
+        ConfigError: an epoch has no step, because one step needs more cases than there are.
     """
     if steps_per_epoch < 1:
         raise ConfigError(
@@ -228,17 +257,17 @@ def prepare_batch(
     device: torch.device | None = None,
     non_blocking: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a training batch on the device as plain tensors, the image in channels_last order.
+    """Return image and target of a training batch, for MONAI's `SupervisedTrainer`.
 
     Args:
-        batch: `image` (B, C, *roi_size), `label` (B, 1, *roi_size) and, for a weighted loss,
-            `weight` (B, 1, *roi_size).
-        device: where the network is.
-        non_blocking: whether the copy to the device may go on in the background.
+        batch: `image` (B, C, *spatial), `label` (B, 1, *spatial) channel numbers and, for the loss
+            `border_ce`, `weight` (B, 1, *spatial).
+        device: device that the network is on.
+        non_blocking: whether the copy to the device may run in the background.
 
     Returns:
-        The image and the target: the label, (B, 1, *roi_size), or label and weight together,
-        (B, 2, *roi_size).
+        The image (B, C, *spatial), a plain tensor in channels_last order, and the target
+        (B, 1, *spatial): the label; or (B, 2, *spatial): label and weight.
     """
     image, label = convert_to_tensor(batch[IMAGE]), convert_to_tensor(batch[LABEL])
     if WEIGHT in batch:
@@ -249,9 +278,14 @@ def prepare_batch(
 
 
 def weight_average(network: nn.Module, run: Run) -> EMAHandler:
-    """Return the handler of the exponential moving average of the weights, which the run keeps.
+    """Return the handler that keeps the exponential moving average (EMA) of the weights.
 
-    The running statistics of the norm layers are not averaged; the last ones are kept.
+    `ema_model` of the handler is what the run validates and saves. Buffers, such as the running
+    statistics of batch norm, are copied from the network and not averaged.
+
+    Args:
+        network: network that is trained; its kernels are put in channels_last order, in place.
+        run: gives `ema_decay`; 0 keeps the weights of the last step.
     """
     momentum = min(1 - run.ema_decay, LARGEST_MOMENTUM)
     return EMAHandler(channels_last(network), momentum=momentum, handle_buffers="copy")

@@ -1,4 +1,4 @@
-"""The precision of training, and the processors that only emulate it."""
+"""The precision of training: float32 or bfloat16, and the processors that lack bfloat16."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pipeline.log import LOGGER
 from pipeline.training.distributed import is_first_process
 
 X86 = ("x86_64", "AMD64")  # `platform.machine()` on Linux and macOS, and on Windows
-# the tests of torch.cpu for instructions that multiply bfloat16; older releases of torch lack some
+# functions of torch.cpu that return whether the processor can multiply bfloat16; older releases of
+# torch lack some of them
 BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Return whether a device only emulates bfloat16 convolutions, about 30 times slower.
+    """Return whether a device has no bfloat16 instructions, so that torch has to emulate them.
 
-    That is known of x86 processors with neither AVX512-BF16 nor AMX. Any other processor is taken
-    to have them.
+    Convolutions then are about 30 times slower. Only x86 processors with neither AVX512-BF16 nor
+    AMX are known to lack them; all other devices are assumed to have them.
     """
     if device.type != "cpu" or platform.machine() not in X86:
         return False
@@ -32,10 +33,10 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 class TrainingInferer(SimpleInferer):
-    """Applies the network to a training batch in the precision of the run.
+    """A MONAI inferer that applies the network to a training batch in the run's precision.
 
-    bfloat16 is torch's autocast; weights and logits stay in float32. On a processor that only
-    emulates bfloat16 the network runs in float32, after one warning.
+    bfloat16 means torch's autocast: weights and returned logits are float32. On a processor that
+    would only emulate bfloat16, the network runs in float32 and a warning is logged once.
 
     Args:
         run: settings of the training run.
@@ -68,5 +69,7 @@ class TrainingInferer(SimpleInferer):
 
 
 def in_float32(logits: Any) -> Any:
-    """Return logits, or lists of them at any depth, in float32."""
-    return [in_float32(level) for level in logits] if isinstance(logits, list) else logits.float()
+    """Return logits in float32: a tensor, or a list of tensors or of such lists."""
+    if isinstance(logits, list):
+        return [in_float32(part) for part in logits]
+    return logits.float()

@@ -1,4 +1,4 @@
-"""Validation during a run: whole cases by the path of inference, scored against labels as read."""
+"""Validation during training: whole cases, predicted as in inference and scored by Dice."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ DICE = "dice"
 
 
 class Validation:
-    """A handler of the trainer that scores the validation cases and keeps the run's weights.
+    """An Ignite handler that scores the validation cases and saves the weights that a run keeps.
 
-    It adds the mean Dice over labels, `dice`, and that of each label, `dice <label>`, to the
-    trainer's metrics. With `keep: best` it saves the weights whenever their Dice is the best so
-    far; with `patience` it ends the run when the Dice has stopped rising.
+    Every `validate_every` epochs and at the end of the run, each case is predicted on its file's
+    own grid and compared with its label as read. The trainer's metrics get `dice`, the mean over
+    labels, and `dice <label>`. With `keep: best`, the weights are saved each time that `dice` is
+    higher than before; with `patience`, the run ends when it has stopped rising.
 
     Args:
-        model: the bundle's model around the averaged weights.
-        cases: with `image` and `label`; without cases nothing is scored.
+        model: model whose network has the averaged weights.
+        cases: validation cases, each with `image` and `label`; none turns validation off.
         run: gives `validate_every`, `keep` and `patience`.
-        path: file of the best weights so far.
+        path: file of the best weights so far, for `keep: best`.
     """
 
     def __init__(self, model: Model, cases: Sequence[Case], run: Run, path: PathOrStr) -> None:
@@ -44,15 +45,18 @@ class Validation:
         self.last_iteration = -1
 
     def attach(self, engine: Engine) -> None:
-        """Add the handlers to a trainer; Ignite calls this."""
+        """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
         if self.cases:
             every = Events.EPOCH_COMPLETED(every=self.run.validate_every)
             engine.add_event_handler(every, self.validate)
-            # the last weights are scored too, wherever the time limit or the patience ended the run
+            # the time limit or the patience may end a run between two validations
             engine.add_event_handler(Events.COMPLETED, self.validate)
 
     def validate(self, engine: Engine) -> None:
-        """Score the present weights, unless that was done after this very iteration."""
+        """Score the present weights; save them or end the run as the class describes.
+
+        A second call after the same iteration does nothing.
+        """
         if self.last_iteration == engine.state.iteration:
             return
         self.last_iteration = engine.state.iteration
@@ -69,10 +73,10 @@ class Validation:
             engine.terminate()
 
     def finish(self, path: PathOrStr) -> None:
-        """Save the weights that the run keeps, the last or the best.
+        """Save the weights that the run keeps, the last ones or the best.
 
         Args:
-            path: file of the bundle's weights.
+            path: file that they are saved to, the bundle's model.pt.
         """
         if not is_first_process():
             return
@@ -82,7 +86,7 @@ class Validation:
             save_weights(self.model.network, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values for the checkpoint; the best weights have their own file."""
+        """Return plain values for the checkpoint; the best weights are in a file of their own."""
         return {
             "best": self.best_dice,
             "waited": self.validations_without_gain,
@@ -101,12 +105,12 @@ def mean_dice(model: Model, cases: Sequence[Case]) -> dict[str, float]:
     """Return the mean Dice of a model on labelled cases, 0 to 1.
 
     Args:
-        model: predicts the labels of each case.
-        cases: with `image` and `label`.
+        model: model that predicts the cases.
+        cases: labelled cases, each with `image` and `label`.
 
     Returns:
-        `dice <label>`: mean over the cases where prediction or reference has the label; missing if
-        there is no such case. `dice`: mean over these labels, 0 if there is none.
+        `dice <label>` → mean over the cases in which prediction or reference has the label; a label
+        without such a case is left out. `dice` → mean over these labels, 0 without any.
 
     Raises:
         PipelineError: a case cannot be read or segmented.

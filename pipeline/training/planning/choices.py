@@ -1,4 +1,6 @@
-"""The settings of spec and run that follow from the fingerprints and the machine, with reasons.
+"""Rules that choose the settings of spec and run from the dataset and the machine.
+
+Each choice has a reason, which is written into the YAML files.
 
 References:
     Isensee et al.: nnU-Net. Nature Methods 18, 203-211 (2021), doi:10.1038/s41592-020-01008-z:
@@ -21,30 +23,34 @@ from pipeline.training.planning.timing import TrainingTimes
 
 Processor = Literal["cpu", "gpu"]
 
-# nnU-Net's rule: an axis with voxels this many times longer than the others' is resampled to the
-# spacing of its finer cases, because the median would blur them most
+# nnU-Net's rule: along an axis whose voxels are this many times longer than along the others, the
+# spacing is that of the finest cases (a percentile), because the median would blur them too much
 ANISOTROPY = 3.0
-# an axis is the one across slices if its voxels are this many times longer than the shortest
-SLICE_ANISOTROPY = 1.5
 FINE_PERCENTILE = 10
-MIN_BOTTLENECK = 4  # voxels along each axis at the lowest level
+# slices of a 2D network are stacked along the axis of the longest voxels, if these are this many
+# times longer than the shortest
+SLICE_ANISOTROPY = 1.5
+MIN_BOTTLENECK = 4  # smallest size of the bottleneck along each axis, voxels
 MAX_POOLINGS = 5
 # fraction of voxels that are exactly 0 above which a volume is taken to be skull-stripped
 STRIPPED_ZEROS = 0.25
 MAX_FEATURES = 320  # nnU-Net's limit of a 3D network
-# features of the first level: what trains often enough in an hour on a CPU, and on a GPU
+# channels of the network's first level: on a CPU, a network of this size takes enough steps in an
+# hour
 FIRST_FEATURES: dict[Processor, int] = {"cpu": 16, "gpu": 32}
-# voxels per step: likewise on a CPU; what a GPU's memory holds
+# most voxels per step: on a CPU for the same reason, on a GPU because of its memory
 MAX_STEP_VOXELS: dict[Processor, int] = {"cpu": 320_000, "gpu": 4_000_000}
 PATCHES_PER_STEP = 4
 SLICES_PER_STEP = 32
-CASES_PER_STEP = 4  # that the slices of a step are taken from
-# of AdamW; batch norm with 4 or more patches bears the higher one
+CASES_PER_STEP = 4  # number of cases that the slices of one step are taken from
+# of AdamW; training with batch norm over 4 or more patches is stable at the higher one
 LEARNING_RATE, LEARNING_RATE_SMALL_BATCH = 0.002, 0.001
-# of the time, for reading the data before training and writing the bundle after it
+# fraction of the time limit that is kept for reading the data and writing the bundle
 RESERVED_TIME = 0.08
-# steps that the average of the weights reaches back over: a tenth of the run, at most these
-MAX_AVERAGED_STEPS = 200
+# The weights are averaged over about this fraction of the run's steps, but over at most
+# MAX_AVERAGED_STEPS steps and at least MIN_AVERAGED_STEPS
+AVERAGED_FRACTION = 0.1
+MIN_AVERAGED_STEPS, MAX_AVERAGED_STEPS = 2, 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +59,8 @@ class Choice:
 
     Attributes:
         name: path of the setting, such as `spec.spacing` or `run.epochs`.
-        value: as YAML holds it.
-        reason: why it has this value.
+        value: the value, of a type that YAML can hold.
+        reason: why the setting has this value, as text for the user.
     """
 
     name: str
@@ -64,12 +70,12 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Patch:
-    """The patch of a network and its poolings.
+    """The patch size of a network and the strides of its poolings.
 
     Attributes:
-        size: voxels along the network's axes.
-        strides: per pooling, the factor along each axis.
-        is_whole: whether the typical volume fits in.
+        size: size of a patch along the network's axes, voxels.
+        strides: strides of each pooling, one number per axis, from the top level.
+        is_whole: whether a volume of the median size fits into one patch.
     """
 
     size: list[int]
@@ -89,10 +95,10 @@ def choose_settings(
     Precision and length of training are chosen later, by `choose_duration`.
 
     Args:
-        fingerprints: of all usable cases.
-        labels: name → value.
+        fingerprints: fingerprints of all usable cases.
+        labels: name → value in the label maps.
         channels: names of the channels.
-        processor: the one that trains.
+        processor: kind of processor that trains.
         dims: 2 for a network of slices, 3 for one of volumes.
     """
     spacing = _choose_spacing(fingerprints)
@@ -147,7 +153,7 @@ def _median_shape(fingerprints: Sequence[Fingerprint], spacing: Sequence[float])
 
 
 def _slice_axis(shape: Sequence[float], spacing: Sequence[float]) -> int:
-    """Return the axis across slices: that of the longest voxels, else of the fewest voxels."""
+    """Return the axis that slices are stacked along: the longest voxels, or the fewest."""
     if max(spacing) > SLICE_ANISOTROPY * min(spacing):
         return int(np.argmax(spacing))
     return int(np.argmin(shape))
@@ -156,26 +162,35 @@ def _slice_axis(shape: Sequence[float], spacing: Sequence[float]) -> int:
 def _choose_patch(
     shape: Sequence[float], spacing: Sequence[float], processor: Processor
 ) -> tuple[_Patch, int]:
-    """Return the patch of a network, and how many of them make a step.
+    """Return the patch of a network, and the number of patches per step.
 
     Args:
         shape: median size of the cases along the network's axes, voxels.
-        spacing: along the same axes, mm.
-        processor: the one that trains.
+        spacing: voxel size along the same axes, mm.
+        processor: kind of processor that trains.
     """
-    most = MAX_STEP_VOXELS[processor]
+    max_voxels = MAX_STEP_VOXELS[processor]
     if len(shape) == 2:
-        return _fit_patch(shape, spacing, most), SLICES_PER_STEP
+        return _fit_patch(shape, spacing, max_voxels), SLICES_PER_STEP
     batch_size = PATCHES_PER_STEP
-    patch = _fit_patch(shape, spacing, most // batch_size)
-    # rounding up to whole poolings can make a patch too large for so many of them
-    while batch_size > 2 and prod(patch.size) * batch_size > most:
+    patch = _fit_patch(shape, spacing, max_voxels // batch_size)
+    # sizes are rounded to multiples of the strides, which can make the patches of a step too large
+    while batch_size > 2 and prod(patch.size) * batch_size > max_voxels:
         batch_size //= 2
     return patch, batch_size
 
 
 def _fit_patch(shape: Sequence[float], spacing: Sequence[float], max_voxels: int) -> _Patch:
-    """Return the largest patch with the proportions of the typical volume, and its poolings."""
+    """Return the largest patch of at most about `max_voxels` voxels, with its poolings.
+
+    It has the proportions of `shape` and is at most as large. Each size is a multiple of the
+    product of the strides along its axis.
+
+    Args:
+        shape: median size of the cases along the network's axes, voxels.
+        spacing: voxel size along the same axes, mm.
+        max_voxels: largest number of voxels, before sizes are rounded.
+    """
     scale = min(1.0, (max_voxels / prod(shape)) ** (1 / len(shape)))
     target = [size * scale for size in shape]
     strides = _poolings(target, spacing)
@@ -183,21 +198,22 @@ def _fit_patch(shape: Sequence[float], spacing: Sequence[float], max_voxels: int
     patch_size = []
     for axis, size in enumerate(target):
         step = prod(stride[axis] for stride in strides)
-        # a whole volume is padded up to the next multiple, unless it is only just above one
+        # a patch that holds whole volumes is rounded up, so that they fit into it; 0.2 accepts one
+        # that is a little smaller than the median, instead of a much larger one
         steps = ceil(size / step - 0.2) if is_whole else round(size / step)
         patch_size.append(step * max(1, steps))
     return _Patch(size=patch_size, strides=strides, is_whole=is_whole)
 
 
 def _poolings(size: Sequence[float], spacing: Sequence[float]) -> list[list[int]]:
-    """Return the strides of the poolings for a patch of a size (voxels) at a spacing (mm)."""
+    """Return the strides of each pooling, for a patch of a size (voxels) at a spacing (mm)."""
     size, spacing = list(size), list(spacing)
     strides: list[list[int]] = []
     while len(strides) < MAX_POOLINGS:
         finest = min(spacing)
         stride = []
         for voxels, mm in zip(size, spacing, strict=True):
-            # pooling the finer axes first brings the voxels closer to cubes
+            # axes with longer voxels are pooled later: the voxels become closer to cubes
             pooled = voxels / 2 >= MIN_BOTTLENECK and mm < 2 * finest
             stride.append(2 if pooled else 1)
         if max(stride) == 1:
@@ -275,21 +291,25 @@ def _choose_slices(axis: int, batch_size: int) -> list[Choice]:
 def choose_duration(
     minutes: float, epochs: int, steps_per_epoch: int, times: TrainingTimes
 ) -> list[Choice]:
-    """Return the settings of the run that follow from the measured times.
+    """Return the run settings that depend on the time limit and on the measured times.
+
+    These are precision, epochs, minutes, EMA decay and validation interval.
 
     Args:
-        minutes: that training may take.
-        epochs: from `training_length`.
-        steps_per_epoch: of training.
-        times: measured on this machine.
+        minutes: time limit of training, minutes.
+        epochs: number of epochs, from `training_length`.
+        steps_per_epoch: number of training steps in an epoch.
+        times: times measured on this machine.
     """
-    averaged_steps = max(2, min(MAX_AVERAGED_STEPS, epochs * steps_per_epoch // 10))
-    steps = ", ".join(f"{seconds:.2f} s in {name}" for name, seconds in times.steps.items())
+    total_steps = epochs * steps_per_epoch
+    averaged_steps = min(MAX_AVERAGED_STEPS, int(AVERAGED_FRACTION * total_steps))
+    averaged_steps = max(MIN_AVERAGED_STEPS, averaged_steps)
+    measured = ", ".join(f"{seconds:.2f} s in {name}" for name, seconds in times.steps.items())
     return [
         Choice(
             name="run.precision",
             value=times.precision,
-            reason=f"the fastest on this machine: a step takes {steps}",
+            reason=f"the fastest on this machine: a step takes {measured}",
         ),
         Choice(
             name="run.epochs",
@@ -317,22 +337,25 @@ def choose_duration(
 def training_length(
     minutes: float, steps_per_epoch: int, times: TrainingTimes
 ) -> tuple[int, float]:
-    """Return how many epochs fit into a time, and the seconds that the whole run then takes.
+    """Return how many epochs fit into a time limit, and the expected seconds of the whole run.
 
     Args:
-        minutes: that training may take in all.
-        steps_per_epoch: of training.
-        times: measured on this machine.
+        minutes: time limit of the whole run, minutes.
+        steps_per_epoch: number of training steps in an epoch.
+        times: times measured on this machine.
     """
-    epoch = steps_per_epoch * times.step
-    other = times.around + times.validation
-    room = 60 * minutes * (1 - RESERVED_TIME) - other
-    epochs = max(1, int(room / epoch))
-    return epochs, epochs * epoch + other
+    epoch_seconds = steps_per_epoch * times.step
+    other_seconds = times.around + times.validation
+    seconds_for_epochs = 60 * minutes * (1 - RESERVED_TIME) - other_seconds
+    epochs = max(1, int(seconds_for_epochs / epoch_seconds))
+    return epochs, epochs * epoch_seconds + other_seconds
 
 
 def nested_values(choices: Sequence[Choice], prefix: str) -> dict[str, Any]:
-    """Return the values of all choices whose name starts with a prefix, by the rest of the name."""
+    """Return setting → value for the choices whose name starts with a prefix, such as `spec.`.
+
+    The prefix is removed from the names.
+    """
     values = {}
     for choice in choices:
         if choice.name.startswith(prefix):

@@ -22,14 +22,14 @@ def write_plan(
     splits: list[dict[str, list[str]]],
     layout: Layout,
 ) -> None:
-    """Write the run, and spec, card and splits of its bundle.
+    """Write the YAML file of the run, and spec.yaml, card.yaml and splits.json of its bundle.
 
     Args:
         path: YAML file of the run.
-        run: `bundle` and `dataset` of the run.
+        run: the settings `bundle` and `dataset` of the run.
         choices: all other settings of spec and run.
-        splits: the folds.
-        layout: of the dataset, for the card.
+        splits: case names of each fold, from `make_folds`.
+        layout: layout of the dataset; the card names it, and the licence.
     """
     paths = BundlePaths(run["bundle"])
     reasons = {choice.name.partition(".")[2]: choice.reason for choice in choices}
@@ -79,13 +79,19 @@ def _write_yaml(
 
 
 def commented_yaml(content: Mapping[str, Any], reasons: Mapping[str, str], heading: str) -> str:
-    """Return YAML with a heading, and the reason of each top-level key in a comment above it."""
+    """Return a mapping as YAML with comments.
+
+    Args:
+        content: mapping of plain values.
+        reasons: key of the top level → comment above it.
+        heading: comment in the first line.
+    """
     lines = [f"# {heading}"]
     for key, value in content.items():
         text = yaml.safe_dump(
             value, sort_keys=False, default_flow_style=True, width=LINE_WIDTH, allow_unicode=True
         )
-        # PyYAML ends a plain scalar by the marker "..."
+        # PyYAML writes a line "..." after a scalar, the end of its document
         first, *rest = text.removesuffix("...\n").splitlines()
         if key in reasons:
             lines.append(f"# {reasons[key]}")

@@ -1,4 +1,4 @@
-"""Fingerprints of labelled cases before training: their properties, and what is wrong with them."""
+"""Fingerprints of labelled cases (their size, spacing and labels), and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MAX_LABEL_VALUES = 256  # a file with more values is an image
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fingerprint:
-    """The properties of one case, its axes ordered right, anterior, superior.
+    """Properties of one case that a plan depends on; axes are in the order R, A, S.
 
     Attributes:
-        case: its name.
-        shape: voxels.
-        spacing: mm.
-        foreground_shape: size of the box around all labels, voxels.
-        label_voxels: value of a label → number of its voxels.
-        zero_fraction: of the first channel's voxels, those that are exactly 0.
-        foreground_mean: of the first channel, over the labelled voxels.
-        foreground_std: of the first channel, over the labelled voxels.
+        case: name of the case.
+        shape: size of the volume, voxels.
+        spacing: voxel size, mm.
+        foreground_shape: size of the bounding box of all labels, voxels.
+        label_voxels: label value → number of its voxels.
+        zero_fraction: fraction of the first channel's voxels that are exactly 0.
+        foreground_mean: mean of the first channel over the labelled voxels.
+        foreground_std: standard deviation of the first channel over the labelled voxels.
     """
 
     case: str
@@ -45,7 +45,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _LabelledCase:
-    """One case as read; all files are on one grid."""
+    """One case as read, after the check that all of its files are on one grid."""
 
     name: str
     channels: list[Image]
@@ -58,15 +58,15 @@ def take_fingerprints(
     labels: Mapping[str, int] | None,
     case_done: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Fingerprint], list[Problem]]:
-    """Read all cases and collect their fingerprints and every problem, not only the first.
+    """Read all cases; return the fingerprints of the usable ones and the problems of the others.
+
+    A case has a problem if a file cannot be read or segmented, if its files are on different grids,
+    if its label map has unexpected values, or if its image equals that of an earlier case.
 
     Args:
-        cases: with `case`, `image` and `label`.
-        labels: name → value; other values in a label map are problems. None accepts all values.
-        case_done: called with the name of each case.
-
-    Returns:
-        The fingerprints of the usable cases, and the problems of the others.
+        cases: labelled cases, each with `case`, `image` and `label`.
+        labels: name → value; other values in a label map are a problem. None accepts all values.
+        case_done: called with the name of each case after it has been read.
     """
     fingerprints: list[Fingerprint] = []
     problems: list[Problem] = []
@@ -89,7 +89,11 @@ def take_fingerprints(
 
 
 def _read_case(case: Case, labels: Mapping[str, int] | None) -> _LabelledCase:
-    """Read and check all files of a case."""
+    """Read all files of a case.
+
+    Raises:
+        PipelineError: a file cannot be read or used, or the files are not on one grid.
+    """
     sources = source_list(case["image"])
     channels = [read(source) for source in sources]
     label = read(case["label"])
@@ -159,12 +163,12 @@ def _voxel_hash(image: Image) -> str:
 
 
 def _fingerprint(case: _LabelledCase) -> Fingerprint:
-    # one file may have a slightly different affine; the label's stands for all of them
+    # the affines of the files may differ by rounding errors; the label's is used for all
     affine = case.label.affine
     image = _to_ras(np.asarray(case.channels[0].array), affine)
     foreground = _to_ras(np.asarray(case.label.array) > 0, affine)
-    places = np.argwhere(foreground)
-    box = places.max(axis=0) - places.min(axis=0) + 1
+    voxels = np.argwhere(foreground)
+    box = voxels.max(axis=0) - voxels.min(axis=0) + 1
     inside = image[foreground]
     return Fingerprint(
         case=case.name,
@@ -187,7 +191,7 @@ def _to_ras(array: Array, affine: Affine) -> Array:
 def _ras_spacing(affine: Affine) -> Spacing:
     """Return the spacing along right, anterior, superior, mm."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    # io_orientation gives the world axis of each array axis; this is the inverse
+    # io_orientation gives the world axis of each array axis; argsort inverts this permutation
     array_axes = np.argsort(nib.io_orientation(affine)[:, 0])
     right, anterior, superior = (float(spacing[axis]) for axis in array_axes)
     return right, anterior, superior

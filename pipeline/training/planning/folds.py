@@ -15,16 +15,19 @@ SIDE = re.compile(r"[_-](?:left|right|lh|rh|l|r)$", re.IGNORECASE)
 def make_folds(
     cases: Sequence[str], count: int = FOLDS, seed: int = 0
 ) -> list[dict[str, list[str]]]:
-    """Return folds of about equal size, with all scans of a subject in one part of each fold.
+    """Return the folds of a cross-validation, of about equal size.
+
+    All scans of one subject are held out in the same fold.
 
     Args:
-        cases: names of the cases. The subject of a name is its BIDS entity `sub-…`; without one it
-            is the name without a side (`_left`, `_R`) at its end.
-        count: number of folds; fewer if there are fewer subjects.
-        seed: of the assignment of subjects to folds.
+        cases: names of the cases. Names with the same BIDS entity `sub-…` belong to one subject;
+            without that entity, names that differ only in a side at their end (`_left`, `_R`).
+        count: number of folds; with fewer subjects, the number of subjects.
+        seed: seed of the random assignment of subjects to folds.
 
     Returns:
-        For each fold the names in `train` and in `val`; each case is in `val` once.
+        One dict per fold: `train` → names of the cases to train on, `val` → names of the cases
+        that are held out. Each case is held out in one fold.
     """
     subjects: dict[str, list[str]] = {}
     for name in sorted(cases):
@@ -32,7 +35,8 @@ def make_folds(
     scans = list(subjects.values())
     parts: list[list[str]] = [[] for _ in range(min(count, len(scans)))]
     for number in np.random.default_rng(seed).permutation(len(scans)):
-        min(parts, key=len).extend(scans[number])
+        smallest = min(parts, key=len)
+        smallest.extend(scans[number])
     folds = []
     for held_out in parts:
         left_out = set(held_out)
@@ -42,5 +46,6 @@ def make_folds(
 
 
 def _subject(name: str) -> str:
+    """Return what identifies the subject of a case: `sub-…`, or the name without a side."""
     match = SUBJECT.search(name)
     return match[1] if match else SIDE.sub("", name)

@@ -1,4 +1,4 @@
-"""The plan of a training run for a dataset: survey the cases, choose, measure, write the files."""
+"""Planning a training run: read the cases, choose settings, time a few steps, write the files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.training.planning.folds import make_folds
 from pipeline.training.planning.timing import time_training
 from pipeline.types import Case
 
-TIMED_CASES = 4  # that the training steps are timed on
+TIMED_CASES = 4  # number of cases that training steps are timed on
 MIN_CASES = 2  # one to train on, one to validate on
 
 
@@ -33,10 +33,10 @@ class Plan:
     """A planned training run.
 
     Attributes:
-        layout: of the dataset.
+        layout: layout of the dataset.
         cases: number of usable cases.
-        problems: of all other cases and files.
-        choices: each setting with its reason.
+        problems: why other cases and files are not used.
+        choices: all settings that were chosen, each with its reason.
         seconds: expected wall time of training one fold on this machine.
     """
 
@@ -55,18 +55,21 @@ def plan_training(
     dims: int = 3,
     start_progress: Callable[[int], Callable[[str], None]] = lambda _: lambda __: None,
 ) -> Plan:
-    """Plan a training run, and write it and a bundle without weights, a folder of the same name.
+    """Plan a training run for a dataset, and write the run and a bundle without weights.
+
+    The bundle is the folder next to the run that has the same name without `.yaml`.
 
     Args:
         folders: the dataset's folder, or a folder of images and a folder of labels.
-        path: YAML file of the run to write.
-        minutes: wall time that training one fold may take on this machine.
+        path: YAML file of the run, which is written.
+        minutes: largest wall time of training one fold on this machine, minutes.
         dims: 2 for a network of slices, 3 for one of volumes.
         start_progress: called with the number of cases before they are read; the function that it
-            returns is called with the name of each case.
+            returns is called with the name of each case after it has been read.
 
     Raises:
-        ConfigError: there is no dataset, it has too few usable cases, or the files already exist.
+        ConfigError: no labelled cases are found, fewer than `MIN_CASES` of them can be used, or
+            run or spec already exist.
     """
     paths = BundlePaths(path.with_suffix(""))
     _check_new(path, paths)
@@ -112,13 +115,13 @@ def plan_training(
 
 
 def problem_table(problems: Sequence[Problem]) -> str:
-    """Return the problems as text, one line per problem, the case first."""
+    """Return the problems as a table: one line per problem, with the case and the message."""
     width = max((len(problem.case) for problem in problems), default=0)
     return "\n".join(f"{problem.case:{width}}  {problem.message}" for problem in problems)
 
 
 def _check_new(path: Path, paths: BundlePaths) -> None:
-    """Refuse to overwrite a run or a spec, which may have been edited or trained."""
+    """Raise ConfigError if run or spec exist, which the user may have edited or trained."""
     for existing in (path, paths.spec):
         if existing.exists():
             raise ConfigError(f"{existing}: already exists; choose another name, or move it away")

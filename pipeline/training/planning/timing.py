@@ -1,4 +1,4 @@
-"""How long training takes on this machine: a few steps of the wired trainer, timed."""
+"""How long training takes on this machine: the bundle's own trainer is timed for a few steps."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from pipeline.training.precision import emulates_bfloat16
 from pipeline.transforms import IMAGE
 from pipeline.types import Case
 
-# the first steps are slower: torch chooses algorithms and asks for memory
+# the first steps are slower, because torch chooses algorithms and allocates memory
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
-# timing of a precision ends at a step that takes this many times the slowest one of the best so far
+# a precision is not timed further after a step that takes this many times as long as the slowest
+# step of the fastest precision so far
 CLEARLY_SLOWER = 3.0
-STARTUP_SECONDS = 8.0  # of a run, before its first case and after its last step
-# those of the wiring that take part in a step; the others write files
+STARTUP_SECONDS = 8.0  # time of a run before its first case is read and after its last step
+# the wiring's handlers that do work in each step; the others write files
 STEP_HANDLERS = ["@train::average", "@train::budget", "@train::schedule_handler"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingTimes:
-    """Seconds that the parts of a run take.
+    """Expected wall times of the parts of a training run, seconds.
 
     Attributes:
-        steps: precision → one training step, including the drawing of its patches.
-        validation: one pass over the validation cases.
-        around: what is done once, before and after training.
+        steps: precision → time of one training step, including random crops and augmentation.
+        validation: time of one validation, all cases together.
+        around: time before the first step and after the last one, such as for reading the cases.
     """
 
     steps: Mapping[TrainingPrecision, float]
@@ -54,7 +55,7 @@ class TrainingTimes:
 
     @property
     def step(self) -> float:
-        """One step in that precision."""
+        """Time of one training step in the fastest precision, seconds."""
         return self.steps[self.precision]
 
 
@@ -66,14 +67,17 @@ def time_training(
     training_cases: int,
     validation_cases: int,
 ) -> TrainingTimes:
-    """Time the trainer of the wiring on a few cases, in each precision that this machine computes.
+    """Return how long the parts of a run take, measured by a few training steps on this machine.
+
+    The steps are those of the trainer that the bundle's wiring builds, in each precision that the
+    processor supports.
 
     Args:
-        spec: of the network.
-        run: settings of the training run.
-        cases: a sample of those to come.
-        training_cases: how many cases the run will train on.
-        validation_cases: how many cases the run will be validated on.
+        spec: the planned spec.
+        run: the planned run; its length and precision do not matter.
+        cases: a few cases of the dataset.
+        training_cases: number of cases that the run trains on.
+        validation_cases: number of cases that the run is validated on.
     """
     device = resolve_device("auto")
     run = replace(run, epochs=1, minutes=None)
@@ -103,7 +107,7 @@ def _write_wiring(root: Path) -> None:
 
 
 def _step_wiring(root: Path, spec: Spec, run: Run, device: torch.device) -> ConfigParser:
-    """Return the wiring of a run without what it writes: checkpoint, history, validation."""
+    """Return the wiring of a run without the handlers that write files: checkpoint, history, …"""
     parser = read_wiring(root)
     parser["device"] = device
     parser["spec"] = spec
@@ -115,10 +119,14 @@ def _step_wiring(root: Path, spec: Spec, run: Run, device: torch.device) -> Conf
 def _time_reading(
     parser: ConfigParser, cases: Sequence[Case], run: Run
 ) -> tuple[float, CacheDataset]:
-    """Return the seconds that one case takes to be read and prepared, and the cached dataset."""
-    # the dataset reads each case once, however often it comes up
+    """Return the seconds that reading and preprocessing one case takes, and the cached dataset.
+
+    The dataset has as many items as all timed steps need; cases occur in it several times.
+    """
+    # CacheDataset reads a case that occurs several times only once
     length = (WARM_UP_STEPS + TIMED_STEPS) * run.cases_per_step
-    # a tuple, because the parser would search a list for references: a path may start with $ or @
+    # ConfigParser does not look into a tuple; in a list, a path that starts with $ or @ would be
+    # taken for an expression or a reference
     parser["train::dataset::data"] = tuple(islice(cycle(cases), length))
     parser.get_parsed_content("train::preprocessing")
     started = time.perf_counter()
@@ -137,7 +145,7 @@ def _time_steps(parser: ConfigParser, longest: float) -> list[float]:
         starts.append(time.perf_counter())
 
     def end_step(engine: Engine) -> None:
-        float(engine.state.output[0]["loss"])  # waits for a GPU to finish the step
+        float(engine.state.output[0]["loss"])  # the step is finished once the loss can be read
         seconds.append(time.perf_counter() - starts[-1])
         if seconds[-1] > longest:
             engine.terminate()
@@ -149,18 +157,22 @@ def _time_steps(parser: ConfigParser, longest: float) -> list[float]:
 
 
 def _longest_step(steps: Iterable[Sequence[float]]) -> float:
-    """Return the seconds above which a step is clearly slower than the fastest precision's."""
+    """Return the seconds after which a step is clearly slower than those of other precisions.
+
+    Args:
+        steps: seconds of the steps of each precision that was timed before; inf if there is none.
+    """
     slowest_steps = [max(seconds) for seconds in steps]
     return CLEARLY_SLOWER * min(slowest_steps) if slowest_steps else float("inf")
 
 
 def _typical_step(seconds: Sequence[float]) -> float:
-    """Return the median of the steps after the warm-up; of all steps if timing ended before."""
+    """Return the median time of the steps after the warm-up, or of all if timing ended earlier."""
     return median(seconds[WARM_UP_STEPS:] or seconds)
 
 
 def _time_network(parser: ConfigParser, case: Case, device: torch.device) -> float:
-    """Return the seconds that the network takes for the whole image of one case."""
+    """Return the seconds that inference on the whole image of one case takes, without reading."""
     image = parser.get_parsed_content("preprocessing")({IMAGE: case["image"]})[IMAGE]
     network: torch.nn.Module = parser.get_parsed_content("network")
     inferer = parser.get_parsed_content("inferer")
