@@ -1,8 +1,8 @@
-"""Scores on the network's grid to class numbers on another grid, block by block.
+"""From scores on the network's grid to a map of class numbers on another grid, block by block.
 
-Scores are interpolated one class at a time and only the running maximum is kept, so that no second
-array of classes × volume is made. The result equals softmax → linear resampling → argmax. A class
-that cannot win anywhere in a block is left out of the comparison.
+The result equals softmax → linear resampling → argmax. Classes are resampled one at a time and only
+the running maximum is kept, so that no second array of classes × volume is needed. A class that
+cannot be the maximum anywhere in a block is not resampled.
 """
 
 from __future__ import annotations
@@ -18,38 +18,21 @@ from torch.nn import functional
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.probabilities import entropy
 from pipeline.transforms import axis_samplings, parallel_axes, sample_axes
-from pipeline.types import Affine, Logits
+from pipeline.types import Affine
 
-SNAP = 0.001  # voxels by which a position may miss a voxel centre and still count as on it
-# scores that are resampled together: 64 MB, and as much again while they are
+SNAP = 0.001  # voxels; positions that are closer to a voxel's centre are moved onto it
+# scores that are resampled together: 64 MB, and as much again for temporary arrays
 PIECE_VALUES = 2**24
-# voxels; where a block ends at the volume's edge, the scores of the edge hold beyond it
+# voxels: blocks at the volume's edge extend this far beyond it, with the scores of the edge
 FAR = 1e9
-# a class whose probability stays below 1/classes in a block cannot win; less a margin for rounding
+# the highest of N probabilities is at least 1/N, so a class that stays below it in a block cannot
+# be the maximum there; this factor on 1/N is a margin for rounding errors
 LEAST_WINNING = 0.999
 
-FieldSampler = Callable[[torch.Tensor], torch.Tensor]  # (x, y, z) → its values on the target grid
-Reduction = Callable[..., Any]  # scores, a FieldSampler, soft=… → values on the target grid
-
-
-def labels_on_grid(
-    scores: Logits, affine: Affine, target_affine: Affine, target_shape: Sequence[int]
-) -> torch.Tensor:
-    """Return the class with the highest linearly interpolated score at each voxel of another grid.
-
-    Of equal scores the first class wins.
-
-    Args:
-        scores: (C, X, Y, Z) on the grid of `affine`; beyond its edge the edge's scores hold.
-        affine: voxel → world of the scores, mm.
-        target_affine: voxel → world of the target grid.
-        target_shape: size of the target grid, voxels.
-
-    Returns:
-        (X', Y', Z') class numbers, uint8 for up to 256 classes, else int32.
-    """
-    block = ScoreBlock(start=(0, 0, 0), scores=scores, shape=tuple(scores.shape[1:]))
-    return labels_of_blocks(iter([block]), affine, target_affine, target_shape, soft=True)
+# field (x, y, z) → its values, interpolated at the target's voxels
+FieldSampler = Callable[[torch.Tensor], torch.Tensor]
+# scores (C, x, y, z), FieldSampler, soft=… → one value per voxel of the target
+Reduction = Callable[..., Any]
 
 
 def labels_of_blocks(
@@ -58,18 +41,21 @@ def labels_of_blocks(
     target_affine: Affine,
     target_shape: Sequence[int],
     *,
-    soft: bool = False,
     uncertainty: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the class numbers that blocks of one volume give together on another grid.
+    """Return the number of the most probable class at each voxel of another grid.
+
+    The softmax of the logits is interpolated linearly; beyond the edge of its grid, its values at
+    the edge are used. Of classes with the same probability, the one with the lowest number is
+    taken.
 
     Args:
-        blocks: of scores (C, x, y, z), in any order; changed in place.
-        affine: voxel → world of the scores, mm.
-        target_affine: voxel → world of the target grid.
-        target_shape: size of the target grid, voxels.
-        soft: whether scores are compared as they are, instead of after a softmax.
-        uncertainty: (X', Y', Z') float32, filled with the entropy of the scores where given.
+        blocks: blocks of one volume of logits (C, x, y, z), in any order; changed in place.
+        affine: affine of the logits, voxel → world, mm.
+        target_affine: affine of the other grid, voxel → world, mm.
+        target_shape: size of the other grid, voxels.
+        uncertainty: (X', Y', Z') float32 tensor that is filled with the entropy of the softmax;
+            None computes no entropy.
 
     Returns:
         (X', Y', Z') class numbers, uint8 for up to 256 classes, else int32.
@@ -90,7 +76,7 @@ def labels_of_blocks(
                     start=piece.start, scores=entropy(piece.scores)[None], shape=piece.shape
                 )
                 resample(uncertainty, field, matrix, soft=True, reduce=_first_field)
-            resample(index, piece, matrix, soft=soft, reduce=_winning_class)
+            resample(index, piece, matrix, soft=False, reduce=_winning_class)
             del piece
         del block  # or it would be held while the next one is computed
     if index is None:
@@ -103,7 +89,10 @@ def _index_type(classes: int) -> torch.dtype:
 
 
 def _pieces(block: ScoreBlock) -> Iterator[ScoreBlock]:
-    """Cut a block along its first axis; each piece repeats the last voxel of the one before."""
+    """Cut a block along its first axis into pieces of at most about `PIECE_VALUES` scores.
+
+    As blocks do, each piece repeats the last voxel of the one before it.
+    """
     rows = block.scores.shape[1]
     step = max(1, PIECE_VALUES // max(1, block.scores[:, 0].numel()))
     for first in range(0, max(1, rows - 1), step):
@@ -121,7 +110,16 @@ def _resample_by_axes(
     soft: bool,
     reduce: Reduction,
 ) -> None:
-    """Fill a block's part of the target, whose axes are parallel to the block's."""
+    """Write a block's part of the target, one axis after the other, if the axes are parallel.
+
+    Args:
+        target: (X', Y', Z') values on the target grid, changed in place.
+        block: block of scores.
+        matrix: voxel of the target → voxel of the volume of scores.
+        axes: axis of the scores along which each target axis runs, from `parallel_axes`.
+        soft: whether the scores are resampled as they are, instead of their softmax.
+        reduce: function that gives the values from the scores.
+    """
     samplings = axis_samplings(matrix, axes, target.shape, block.shape, snap=SNAP)
     sizes = block.scores.shape[1:]
     part, along = [], []
@@ -133,26 +131,30 @@ def _resample_by_axes(
     if any(voxels.start == voxels.stop for voxels in part):
         return
     on_voxels = not any(sampling.weight.any() for sampling in along)
-    # without interpolation the softmax changes no order, so the plain scores do
+    # if all positions are on voxel centres, nothing is interpolated, and the maximum is the same
+    # with and without a softmax
     target[tuple(part)] = reduce(
         block.scores, lambda field: sample_axes(field, along), soft=soft or on_voxels
     )
 
 
 def _first_field(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> torch.Tensor:
-    """Return the first field itself, sampled."""
+    """Return the first channel of the scores, resampled: a `Reduction` for a single field."""
     return sample(scores[0]).cpu()
 
 
 def _winning_class(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> torch.Tensor | int:
-    """Return the class with the highest sampled score; one number where it is the same everywhere.
+    """Return the number of the class with the highest resampled score: a `Reduction`.
 
     Args:
-        scores: (C, x, y, z).
-        sample: samples one field of the scores on the target grid.
-        soft: whether scores are compared as they are, instead of after a softmax.
+        scores: (C, x, y, z) scores of a block.
+        sample: function that resamples one channel of the scores.
+        soft: whether the scores are resampled as they are, instead of their softmax.
+
+    Returns:
+        Class numbers on the target grid, or a single number if they are all the same.
     """
-    # a class that stays below another throughout the block cannot win
+    # a class whose highest score is below the lowest score of another cannot be the maximum
     possible = scores.amax((1, 2, 3)) >= scores.amin((1, 2, 3)).max()
     if not soft and possible.sum() > 1:
         if len(scores) == 2:
@@ -175,7 +177,10 @@ def _winning_class(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) ->
 def _resample_by_grid_sample(
     target: torch.Tensor, block: ScoreBlock, matrix: Affine, *, soft: bool, reduce: Reduction
 ) -> None:
-    """Fill a block's part of the target by trilinear interpolation, for any affine between them."""
+    """Write a block's part of the target by trilinear interpolation, whatever the two affines.
+
+    The arguments are those of `_resample_by_axes`.
+    """
     if not soft:
         scores = torch.softmax(block.scores, dim=0)
         block = ScoreBlock(start=block.start, scores=scores, shape=block.shape)
@@ -193,7 +198,7 @@ def _resample_by_grid_sample(
 
 
 def _sample_field(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
-    """Interpolate a field (x, y, z) linearly at positions (X, Y, Z, 3) in `grid_sample`'s units."""
+    """Return a field (x, y, z) interpolated at positions (X, Y, Z, 3) in `grid_sample`'s format."""
     values = functional.grid_sample(
         field[None, None], grid.to(field)[None], padding_mode="border", align_corners=True
     )
@@ -203,7 +208,10 @@ def _sample_field(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
 def _target_box(
     target_shape: Sequence[int], block: ScoreBlock, matrix: Affine
 ) -> tuple[slice, ...]:
-    """Return the box of target voxels in a block; the outermost blocks reach to infinity."""
+    """Return the box of target voxels that may lie in a block.
+
+    Blocks at the edge of the volume of scores include all voxels beyond it.
+    """
     sizes = block.scores.shape[1:]
     low = [-FAR if s == 0 else s - 1 for s in block.start]
     ends = zip(block.start, sizes, block.shape, strict=True)
@@ -222,10 +230,16 @@ def _target_box(
 def _sample_positions(
     part: tuple[slice, ...], block: ScoreBlock, matrix: Affine
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where target voxels lie in a block, and which of them this block decides.
+    """Return the positions of target voxels in a block, and which of them lie in it.
+
+    Args:
+        part: box of target voxels, (X, Y, Z).
+        block: block of scores.
+        matrix: voxel of the target → voxel of the volume of scores.
 
     Returns:
-        positions (X, Y, Z, 3) in `grid_sample`'s units and order, and a mask (X, Y, Z).
+        Positions (X, Y, Z, 3) as `grid_sample` takes them (-1 to 1, last axis first), and a mask
+        (X, Y, Z). A voxel that several blocks share is in the mask of the last one only.
     """
     ranges = [torch.arange(s.start, s.stop, dtype=torch.float64) for s in part]
     x, y, z = torch.meshgrid(*ranges, indexing="ij")
@@ -234,7 +248,7 @@ def _sample_positions(
         a, b, c, offset = (float(value) for value in matrix[axis])
         position = (x * a + y * b + z * c + offset).clamp(0, block.shape[axis] - 1)
         start, size = block.start[axis], block.scores.shape[axis + 1]
-        # the voxel that two blocks share belongs to the later one
+        # two blocks share one voxel, which belongs to the later block
         if start:
             inside &= position >= start
         if start + size < block.shape[axis]:

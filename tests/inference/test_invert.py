@@ -14,7 +14,7 @@ from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.invert import LabelInversion
-from pipeline.inference.label_resampling import _sample_field, _sample_positions, labels_on_grid
+from pipeline.inference.label_resampling import _sample_field, _sample_positions, labels_of_blocks
 from pipeline.transforms.preprocess import preprocessing
 from pipeline.transforms.resampling import axis_samplings, parallel_axes, sample_axes
 from pipeline.types import Affine, Array
@@ -46,6 +46,13 @@ def sample_any(field: torch.Tensor, matrix: Affine, shape: tuple[int, ...]) -> t
     grid, mine = _sample_positions(tuple(slice(0, n) for n in shape), whole, matrix)
     assert mine.all()
     return _sample_field(field, grid)
+
+
+def labels_on_grid(
+    logits: torch.Tensor, affine: Affine, target_affine: Affine, shape: tuple[int, ...]
+) -> torch.Tensor:
+    whole = ScoreBlock(start=(0, 0, 0), scores=logits.clone(), shape=tuple(logits.shape[1:]))
+    return labels_of_blocks(iter([whole]), affine, target_affine, shape)
 
 
 def by_scipy(field: Array, matrix: Affine, shape: tuple[int, ...]) -> Array:
@@ -114,14 +121,15 @@ def test_the_short_way_equals_the_long_one(name: str, size: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("target", [oblique((0.7, 1.0, 3.0)), TURNED], ids=["parallel", "turned"])
-def test_labels_are_the_argmax_of_interpolated_scores(target: Affine) -> None:
+def test_labels_are_the_argmax_of_interpolated_probabilities(target: Affine) -> None:
     """Class by class with a running maximum is the argmax of all classes at once.
 
     The first of equals wins.
     """
     logits, shape = scores(SHAPE, 5), (15, 22, 13)
     matrix = np.linalg.inv(oblique()) @ target
-    expected = np.stack([by_scipy(field, matrix, shape) for field in logits.numpy()]).argmax(axis=0)
+    probabilities = torch.softmax(logits, dim=0).numpy()
+    expected = np.stack([by_scipy(field, matrix, shape) for field in probabilities]).argmax(axis=0)
     ours = labels_on_grid(logits, oblique(), target, shape)
     assert ours.dtype == torch.uint8
     assert (np.asarray(ours) == expected).mean() >= 0.9999
