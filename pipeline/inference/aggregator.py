@@ -50,25 +50,26 @@ from pipeline.inference.boxes import box_at, crop_box
 from pipeline.types import Box
 
 Placement = Literal["even", "monai"]
-# the first voxels of windows → the scores (C, *roi_size) of each, None for a skipped window
+# first voxel of each window → scores (C, *roi_size) of each window, None for a skipped one
 WindowScorer = Callable[[Sequence[tuple[int, ...]]], Sequence[torch.Tensor | None]]
 
 # voxels that a block repeats of the block before it: linear interpolation needs both neighbours
 HALO = 1
-# logit of the first class where every window was skipped: a softmax gives the others 2e-9
+# logit of the first class in voxels without any scored window, where all others are 0: the softmax
+# gives each of them a probability of 2e-9
 BACKGROUND_LOGIT = 20.0
 FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreBlock:
-    """A finished part of a volume.
+    """A box of a volume in which the scores are final.
 
     Attributes:
-        start: the block's first voxel in the volume. Along each axis where it is not 0, the block
+        start: first voxel of the block in the volume. Along each axis where it is not 0, the block
             repeats the last `HALO` voxels of the block before it.
-        scores: (C, *spatial), which whoever receives the block may change.
-        shape: of the whole volume, voxels.
+        scores: (C, *spatial) scores; the receiver of the block may change them in place.
+        shape: size of the whole volume, voxels.
     """
 
     start: tuple[int, ...]
@@ -78,14 +79,18 @@ class ScoreBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowGrid:
-    """Where windows lie over a volume, and how many of them form a group.
+    """Positions of the sliding windows in a volume, and how they are grouped.
+
+    A group is a number of neighbouring windows that share one accumulation buffer; see the module's
+    docstring.
 
     Attributes:
-        shape: of the volume, voxels; nowhere smaller than the window.
-        roi_size: of a window, voxels.
-        starts: per axis, the first voxel of each window, ascending.
-        group_size: per axis, how many windows form a group.
-        order: the axes as they are looped over, the outermost loop first.
+        shape: size of the volume in voxels, at least `roi_size` along every axis.
+        roi_size: size of a window in voxels.
+        starts: per axis, first voxel of each window, ascending. There is a window at each
+            combination of them.
+        group_size: number of windows in a group along each axis.
+        order: axes in loop order, outermost first.
     """
 
     shape: tuple[int, ...]
@@ -95,12 +100,15 @@ class WindowGrid:
     order: tuple[int, ...]
 
     def groups(self, axis: int) -> list[tuple[int, ...]]:
-        """Return the starts of the windows of each group along one axis."""
+        """Return, for each group along one axis, the first voxels of its windows."""
         starts, size = self.starts[axis], self.group_size[axis]
         return [starts[i : i + size] for i in range(0, len(starts), size)]
 
     def held_voxels(self) -> int:
-        """Return how many voxels are held at most: the buffer and the shared sums."""
+        """Return the largest number of voxels whose sums are held at a time.
+
+        They are those of the largest buffer and of the sums that groups share.
+        """
         buffer = [_largest_buffer_length(self, axis) for axis in range(len(self.shape))]
         held = prod(buffer)
         for axis in self.order:
@@ -114,10 +122,10 @@ class _Group:
     """One group of windows.
 
     Attributes:
-        index: the group's number along each axis.
-        box: the voxels of the volume that the buffer covers: all that the group's windows touch,
-            and the halo.
-        finished_stop: per axis, the first voxel of the volume that later windows touch as well.
+        index: number of the group along each axis.
+        box: box of the volume that the group's buffer covers: its windows and the halo.
+        finished_stop: along each axis, first voxel of the volume that later windows contain too;
+            the group's block ends before it.
     """
 
     index: tuple[int, ...]
@@ -128,14 +136,15 @@ class _Group:
 def window_grid(
     shape: Sequence[int], roi_size: Sequence[int], overlap: float, placement: Placement = "even"
 ) -> WindowGrid:
-    """Return the windows over a volume, all of them in one group.
+    """Return the sliding windows over a volume, all of them in one group.
 
     Args:
-        shape: of the volume, voxels; nowhere smaller than the window.
-        roi_size: of a window, voxels.
-        overlap: of neighbouring windows, a fraction of the window.
-        placement: `even` spaces the windows evenly, `monai` places them as MONAI does (the last
-            window is shifted back into the volume). Both need equally many windows.
+        shape: size of the volume in voxels, at least `roi_size` along every axis.
+        roi_size: size of a window in voxels.
+        overlap: overlap of neighbouring windows, as a fraction of the window.
+        placement: `even` spaces the windows evenly. `monai` places them as MONAI does: at equal
+            steps, with the last window shifted back into the volume. Both need the same number of
+            windows.
     """
     starts = []
     for size, roi in zip(shape, roi_size, strict=True):
@@ -145,7 +154,7 @@ def window_grid(
             starts.append(tuple(round(i * (size - roi) / max(1, count - 1)) for i in range(count)))
         else:
             starts.append(tuple(min(i * step, size - roi) for i in range(count)))
-    # the longest axis outermost: the shared sums span the inner axes, which are then short
+    # the longest axis (in windows) is the outermost: the shared sums span all inner axes
     order = sorted(range(len(shape)), key=lambda axis: -shape[axis] / roi_size[axis])
     return WindowGrid(
         shape=tuple(shape),
@@ -157,16 +166,16 @@ def window_grid(
 
 
 def group_windows(grid: WindowGrid, channels: int, limit: float) -> WindowGrid:
-    """Return the same windows in the largest groups whose sums take at most `limit` bytes.
+    """Return the same windows in the largest groups whose sums need at most `limit` bytes.
 
-    Where no groups do, each window is a group of its own. The outermost axis is split up first;
-    an inner axis only where each group has one window along all axes outside it, because only then
-    every voxel still sums its windows in the same order.
+    If even groups of a single window need more, these are returned. Groups are made smaller along
+    the outermost axis first, down to one window, then along the next axis: in this order, each
+    voxel sums its windows in the same order as without groups.
 
     Args:
-        grid: any windows.
-        channels: of the network's output.
-        limit: bytes.
+        grid: positions of the windows, in any groups.
+        channels: number of channels of the network's output.
+        limit: largest size of all sums together, bytes.
     """
     group_size = [len(starts) for starts in grid.starts]
     for axis in grid.order:
@@ -181,8 +190,13 @@ def group_windows(grid: WindowGrid, channels: int, limit: float) -> WindowGrid:
 
 
 def buffer_bytes(grid: WindowGrid, channels: int) -> int:
-    """Return how many bytes `aggregate` holds at most, without the scores of a single window."""
-    return FLOAT32_BYTES * (channels + 1) * grid.held_voxels()  # 1: the sums of the weights
+    """Return the largest size of the sums that `aggregate` holds at a time, bytes.
+
+    Args:
+        grid: positions and groups of the windows.
+        channels: number of channels of the network's output.
+    """
+    return FLOAT32_BYTES * (channels + 1) * grid.held_voxels()  # + 1 for the sums of the weights
 
 
 def aggregate(
@@ -193,23 +207,26 @@ def aggregate(
     *,
     batch: int = 1,
 ) -> Iterator[ScoreBlock]:
-    """Yield the scores of a volume, block by block, in the order of the groups of windows.
+    """Yield the scores of a volume as blocks, one per group of windows.
+
+    The score of a voxel is the weighted mean over all windows that contain it.
 
     Args:
-        grid: where windows lie.
-        score_windows: the first voxels of up to `batch` windows → the scores (C, *roi_size) of
-            each window, None for a skipped one. Voxels without any scored window are background.
-        weights: (*roi_size), of each voxel of a window. The sums are held on the same device.
-        channels: C.
-        batch: windows per call of `score_windows`, at most.
+        grid: positions and groups of the windows.
+        score_windows: function that takes the first voxels of up to `batch` windows and returns the
+            scores (C, *roi_size) of each, None for a skipped window. A voxel whose windows are all
+            skipped becomes background.
+        weights: (*roi_size) weight of each voxel of a window. The sums are on its device.
+        channels: C, number of channels of the scores.
+        batch: largest number of windows per call of `score_windows`.
 
     Raises:
-        VolumeError: scores that are NaN or infinite.
+        VolumeError: the network gave scores that are NaN or infinite.
     """
     shared: dict[int, torch.Tensor] = {}
     for group in _groups(grid):
         buffer_size = [s.stop - s.start for s in group.box]
-        sums = weights.new_zeros((channels + 1, *buffer_size))  # the last channel: of the weights
+        sums = weights.new_zeros((channels + 1, *buffer_size))  # last channel: sums of the weights
         _restore_shared_sums(grid, group, shared, sums)
         for starts in _batches(grid, group, batch):
             _add_windows(sums, score_windows(starts), starts, weights, group.box)
@@ -366,13 +383,14 @@ def _finished_block(grid: WindowGrid, group: _Group, sums: torch.Tensor) -> Scor
 
 
 def assemble(blocks: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
-    """Return all blocks as one tensor (C, *spatial) float32.
+    """Return the scores of all blocks of a volume as one tensor (C, *spatial) float32.
 
-    Voxels without a block are background.
+    Voxels outside all blocks become background.
 
     Args:
-        blocks: at least one.
-        image: where it is a MetaTensor, the result is one with the same metadata.
+        blocks: blocks of the volume, at least one.
+        image: image that was segmented. If it is a MetaTensor, the result is a MetaTensor with the
+            same metadata.
     """
     scores = None
     for block in blocks:
@@ -382,5 +400,5 @@ def assemble(blocks: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
         crop_box(scores, box_at(block.start, block.scores.shape[1:])).copy_(block.scores)
         del block  # released before the next block is computed
     if scores is None:
-        raise ValueError("no blocks: a volume has one at least")
+        raise ValueError("expected at least one block of scores, got none")
     return MetaTensor(scores, meta=image.meta.copy()) if isinstance(image, MetaTensor) else scores

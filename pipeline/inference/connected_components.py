@@ -1,4 +1,4 @@
-"""Cleaning up a label map on the file's grid: connected components, holes, the cropped region."""
+"""Postprocessing of a label map: largest connected components, holes, the cropped region."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from pipeline.config import ALL, EACH, Spec
 from pipeline.inference.boxes import widen_box
 from pipeline.types import Affine, Array
 
-# voxels by which a position may lie beyond the outermost voxels and still count as inside them:
-# affines come from files and are rounded
+# voxels; a position that is less than this beyond a grid's edge counts as inside, because affines
+# in files are rounded
 OUTSIDE_TOLERANCE = 0.01
 
 
 def keep_components(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch.Tensor:
-    """Return class numbers (1, X, Y, Z) with only the components that the spec keeps.
+    """Return class numbers (1, X, Y, Z) with the postprocessing that the spec asks for.
 
-    Voxels outside the region that `spec.crop_resize` cut out become background, and smaller
-    components of the classes in `spec.largest_component` are removed.
+    Voxels outside the region that `spec.crop_resize` cropped the image to become background. Of the
+    classes in `spec.largest_component`, only the largest connected component is kept; `all` stands
+    for all structures together, and then holes inside them are filled.
 
     Args:
-        index: (1, X, Y, Z) class numbers, on the grid of the file that `image` was read from.
-        image: (C, x, y, z) on the network's grid, with `labels_affine` in its `meta`.
+        index: (1, X, Y, Z) class numbers on the grid of the label map.
+        image: (C, x, y, z) image on the network's grid; its `meta` has the `labels_affine`.
         spec: gives `crop_resize` and `largest_component`.
     """
     labels = index[0]
@@ -48,15 +49,15 @@ def keep_components(index: torch.Tensor, image: MetaTensor, spec: Spec) -> torch
 
 
 def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None) -> torch.Tensor:
-    """Return class numbers (X, Y, Z) with only the largest connected component of classes.
+    """Return class numbers (X, Y, Z) in which each class is a single connected component.
 
-    Voxels that share a face are connected. A smaller component takes the class of the nearest
-    voxel around it: background where it lies alone, another structure where it lies within that
-    structure, so that no hole is left.
+    Voxels that share a face are connected. Of each class the largest component is kept. The voxels
+    of smaller ones get the class of the nearest voxel outside them: background if they are
+    isolated, but the surrounding structure if they lie inside one, so that they leave no hole.
 
     Args:
         index: (X, Y, Z) class numbers.
-        numbers: the classes to clean up; None for all but background.
+        numbers: numbers of the classes that are changed; None for all but the background.
     """
     labels = index.cpu().numpy().copy()
     removed = np.zeros(labels.shape, dtype=np.uint8)
@@ -65,7 +66,7 @@ def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None
             continue
         components, count = ndimage.label(labels[box] == number)
         if count > 1:
-            sizes = np.bincount(components.ravel())[1:]  # without what is not of this class
+            sizes = np.bincount(components.ravel())[1:]  # component 0 is all other classes
             removed[box] |= (components > 0) & (components != 1 + sizes.argmax())
     _take_nearest_label(labels, removed)
     return torch.from_numpy(labels).to(index.device)
@@ -74,8 +75,11 @@ def largest_components(index: torch.Tensor, numbers: Sequence[int] | None = None
 def fill_holes(index: torch.Tensor) -> torch.Tensor:
     """Return class numbers (X, Y, Z) in which holes have the class of the nearest structure.
 
-    A hole is background from which no path of voxels that share faces leads out of the box around
-    all structures.
+    A hole is a connected component of the background (voxels that share a face) that does not reach
+    a face of the bounding box around all structures.
+
+    Args:
+        index: (X, Y, Z) class numbers.
     """
     labels = index.cpu().numpy().copy()
     boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
@@ -85,7 +89,7 @@ def fill_holes(index: torch.Tensor) -> torch.Tensor:
         for axis in range(3):
             faces += [components.take(0, axis=axis).ravel(), components.take(-1, axis=axis).ravel()]
         is_hole = ~np.isin(np.arange(components.max() + 1), np.concatenate(faces))
-        is_hole[0] = False  # the structures
+        is_hole[0] = False  # component 0 is the structures
         holes = np.zeros(labels.shape, dtype=np.uint8)
         holes[boxes[0]] = is_hole[components]
         _take_nearest_label(labels, holes)
@@ -93,10 +97,15 @@ def fill_holes(index: torch.Tensor) -> torch.Tensor:
 
 
 def _take_nearest_label(labels: Array, replaced: Array) -> None:
-    """Give the voxels that are `replaced` the label of the nearest voxel that is not, in place."""
+    """Give each voxel of a mask the label of the nearest voxel outside the mask, in place.
+
+    Args:
+        labels: (X, Y, Z) class numbers, changed in place.
+        replaced: (X, Y, Z) mask of the voxels to change.
+    """
     if not replaced.any():
         return
-    # one component at a time: a distance transform of its box is much cheaper than of the volume
+    # one component at a time: distance transforms of small boxes are much faster than of the volume
     components, _ = ndimage.label(replaced)
     for box in ndimage.find_objects(components):
         wide = widen_box(box, labels.shape)
@@ -112,16 +121,16 @@ def outside_grid(
     """Return which voxels of a target grid lie outside another grid, (X', Y', Z') bool.
 
     Args:
-        shape: of the other grid, voxels.
-        affine: voxel → world of the other grid, mm.
-        target_affine: voxel → world of the target grid, mm.
-        target_shape: (X', Y', Z') of the target grid, voxels.
+        shape: size of the other grid, voxels.
+        affine: affine of the other grid, voxel → world, mm.
+        target_affine: affine of the target grid, voxel → world, mm.
+        target_shape: size (X', Y', Z') of the target grid, voxels.
     """
     matrix = np.linalg.inv(affine) @ target_affine
     outside = torch.zeros(tuple(target_shape), dtype=torch.bool)
     for axis, size in enumerate(shape):
-        # the position along this axis is a sum of one term per target axis, so that only one
-        # array as large as the volume is made
+        # the position along this axis is the sum of a term for each target axis: broadcasting makes
+        # a single array as large as the volume
         x, y, z = (
             torch.from_numpy(matrix[axis, dim] * np.arange(n)).float()
             for dim, n in enumerate(target_shape)

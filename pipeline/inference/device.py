@@ -18,10 +18,10 @@ NEVER_TRIM = 2**31 - 1  # bytes, the largest threshold that mallopt takes
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, where the C library is glibc.
+    """Configure glibc's `malloc` to keep freed memory in the process; do nothing without glibc.
 
-    A training step frees and requests the same gigabyte each time. By default glibc returns it to
-    the system, and the pages have to be zeroed again for the next step.
+    Each training step frees and allocates the same gigabyte. By default glibc returns it to the
+    system, which then has to zero the pages again for the next step.
     """
     try:
         libc: Any = ctypes.CDLL("libc.so.6")
@@ -32,10 +32,13 @@ def keep_freed_memory() -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is a GPU where there is one, else the CPU.
+    """Return the torch device for a name; `auto` is a GPU if there is one, else the CPU.
+
+    Args:
+        name: `auto`, `cpu`, `mps`, `cuda` or `cuda:<number>`.
 
     Raises:
-        ConfigError: a device that this machine does not have.
+        ConfigError: this machine has no such device.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -50,7 +53,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def processor_name(device: torch.device) -> str:
-    """Return the name of a device's processor, such as `NVIDIA H100 80GB HBM3`."""
+    """Return the product name of a device, such as `NVIDIA H100 80GB HBM3`."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     # Python's platform module gives only the architecture on Linux

@@ -1,4 +1,4 @@
-"""The foreground of a scan: air around a head needs no network."""
+"""The foreground of a scan: windows that contain only air need not be computed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch.nn import functional
 from pipeline.inference.boxes import crop_box
 from pipeline.types import Box
 
-# voxels per side of a cell, whose mean is compared with the level: noise averages out, and
-# structures that matter are larger
+# voxels per side of a cell. The mean of a cell is compared with the threshold, so that noise
+# averages out; structures of interest are larger than a cell
 CELL = 4
-# quantile of the values that counts as the brightest: a few voxels of vessels or artefacts do not
+# this quantile of the values is taken as the brightest value: the maximum may be a vessel or an
+# artefact
 BRIGHTEST_QUANTILE = 0.995
-# voxels that this quantile is taken of, about; torch.quantile refuses more than 16 million values
+# number of voxels, about, that this quantile is computed from; torch.quantile refuses more than 16
+# million values
 MAX_SAMPLES = 10**6
 
 
 def foreground_level(image: torch.Tensor, fraction: float) -> float:
-    """Return the value that separates background and foreground of an image.
+    """Return the value above which a voxel of an image counts as foreground.
 
     Args:
-        image: (C, *spatial).
-        fraction: of the way from the lowest value to the brightest.
+        image: (C, *spatial) image.
+        fraction: position of the result between the lowest value (0) and the brightest (1).
     """
     values = image.flatten()
     samples = values[:: max(1, len(values) // MAX_SAMPLES)].float()
@@ -37,14 +39,15 @@ def foreground_level(image: torch.Tensor, fraction: float) -> float:
 def foreground_cells(image: torch.Tensor, level: float) -> torch.Tensor:
     """Return which cells of `CELL` voxels per side belong to the foreground.
 
-    In a cell of the foreground the mean of at least one channel is above the level.
+    A cell does if the mean of at least one channel over it is above the level.
 
     Args:
-        image: (C, *spatial), 2D or 3D.
-        level: in the image's values.
+        image: (C, *spatial) image, 2D or 3D.
+        level: value that separates background and foreground, from `foreground_level`.
 
     Returns:
-        (*cells) bool; the last cell along an axis may be cut off by the image's edge.
+        (*cells) bool, the image's shape divided by `CELL` and rounded up; the last cell along an
+        axis may be cut off by the image's edge.
     """
     pool = functional.avg_pool3d if image.ndim == 4 else functional.avg_pool2d
     size = [min(CELL, n) for n in image.shape[1:]]
@@ -53,15 +56,16 @@ def foreground_cells(image: torch.Tensor, level: float) -> torch.Tensor:
 
 
 def foreground_box(image: torch.Tensor, level: float, min_size: Sequence[int]) -> Box:
-    """Return the box around the foreground, or the box of the whole image where there is none.
+    """Return the bounding box of the foreground; of the whole image if there is no foreground.
 
-    The box is exact to the voxel: it contains all voxels above the level that lie in cells of the
-    foreground or next to them.
+    It is the bounding box of all voxels above the level that lie in foreground cells or in the
+    cells next to them.
 
     Args:
-        image: (C, *spatial).
-        level: in the image's values.
-        min_size: of the box along each axis, voxels, where the image is as large.
+        image: (C, *spatial) image.
+        level: value that separates background and foreground, from `foreground_level`.
+        min_size: smallest size of the box along each axis, voxels; the image's size where that is
+            smaller.
     """
     shape = image.shape[1:]
     cells = foreground_cells(image, level).nonzero()
@@ -81,20 +85,21 @@ def foreground_box(image: torch.Tensor, level: float, min_size: Sequence[int]) -
 
 
 def _lengthen(start: int, stop: int, size: int, min_length: int) -> slice:
-    """Return a slice of at least `min_length`, lengthened at both ends, within 0 to `size`."""
-    length = stop - start
-    missing = max(0, min(min_length, size) - length)
-    start = max(0, min(start - missing // 2, size - length - missing))
-    return slice(start, max(stop, start + min(min_length, size)))
+    """Return a slice lengthened at both ends to `min_length` voxels, within an axis of `size`."""
+    min_length = min(min_length, size)
+    missing = max(0, min_length - (stop - start))
+    length = stop - start + missing
+    start = max(0, min(start - missing // 2, size - length))
+    return slice(start, max(stop, start + min_length))
 
 
 def touches_foreground(cells: torch.Tensor, start: Sequence[int], size: Sequence[int]) -> bool:
-    """Return whether a window touches a cell of the foreground.
+    """Return whether a window overlaps any foreground cell.
 
     Args:
-        cells: (*cells) as from `foreground_cells`.
-        start: the window's first voxel.
-        size: of the window, voxels.
+        cells: (*cells) bool, from `foreground_cells`.
+        start: first voxel of the window.
+        size: size of the window, voxels.
     """
     touched = []
     for i, n in zip(start, size, strict=True):

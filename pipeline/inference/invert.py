@@ -1,4 +1,4 @@
-"""From the network's logits to a label map on the grid that the labels are written on."""
+"""Inversion: from logits on the network's grid to the label map on the file's own grid."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ PRED = "pred"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InvertedLabels:
-    """A label map on its final grid.
+    """A label map on the grid that it is written on.
 
     Attributes:
-        labels: (X', Y', Z') output values in the smallest unsigned type that holds them all.
-        grid: of the labels.
-        soft_mm3: each class's volume by its probabilities, mm³, if the spec asks for it.
-        uncertainty: (X', Y', Z') float32, the entropy of the scores from 0 to 1, where asked for.
+        labels: (X', Y', Z') label map, in the smallest unsigned integer type for its values.
+        grid: grid of the label map.
+        soft_mm3: soft volume of each class, mm³: the sum of its probabilities times the volume of a
+            voxel. None unless the spec has `soft_volumes`.
+        uncertainty: (X', Y', Z') float32 entropy of the class probabilities, 0 to 1; None if it was
+            not requested.
     """
 
     labels: LabelMap
@@ -42,16 +44,17 @@ class InvertedLabels:
 
 
 class LabelInversion(MapTransform):
-    """Turns logits on the network's grid into output values on the grid of the label map.
+    """Converts logits on the network's grid to a label map on the file's own grid.
 
-    As a MONAI transform it replaces `pred`, logits (classes, X, Y, Z) from any inferer, by a
-    MetaTensor (1, X', Y', Z') of output values; `image` gives both grids, and `scan`, where the
-    spec refines borders, the intensities. `from_blocks` does the same for logits that come block by
-    block.
+    It is a MONAI transform of `pred`: logits (classes, X, Y, Z) from any inferer → MetaTensor
+    (1, X', Y', Z') with the values of the spec's labels. The grids come from `image`, and the
+    intensities for `spec.refine` from `scan`. `from_blocks` does the same without MONAI's dict, for
+    logits that are computed block by block.
 
     Args:
-        spec: output values, soft volumes, refinement and connected components.
-        uncertainty: whether the entropy of the scores is computed.
+        spec: gives the labels' values, `soft_volumes`, `refine`, `crop_resize` and
+            `largest_component`.
+        uncertainty: whether the entropy of the class probabilities is computed.
     """
 
     def __init__(self, spec: Spec, *, uncertainty: bool = False) -> None:
@@ -63,7 +66,7 @@ class LabelInversion(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
         pred, image = case[PRED], case[IMAGE]
-        if not isinstance(pred, InvertedLabels):  # our engine's iteration inverts block by block
+        if not isinstance(pred, InvertedLabels):  # `streaming_iteration` has inverted the logits
             logits = pred.as_tensor() if isinstance(pred, MetaTensor) else pred
             shape = tuple(logits.shape[1:])
             block = ScoreBlock(start=(0, 0, 0), scores=logits.float(), shape=shape)
@@ -75,12 +78,13 @@ class LabelInversion(MapTransform):
     def from_blocks(
         self, blocks: Iterator[ScoreBlock], image: MetaTensor, scan: MetaTensor | None = None
     ) -> InvertedLabels:
-        """Return the label map of logits that come block by block.
+        """Return the label map of a volume from blocks of its logits.
 
         Args:
-            blocks: of logits (classes, x, y, z), in any order; changed in place.
-            image: (C, X, Y, Z) on the network's grid; its `meta` holds the grid of the labels.
-            scan: (C, I, J, K) intensities as read, for `refine`; None leaves borders as they are.
+            blocks: blocks of logits (classes, x, y, z), in any order; changed in place.
+            image: (C, X, Y, Z) image on the network's grid; its `meta` has the label map's grid.
+            scan: (C, I, J, K) intensities as read, for `spec.refine`; None leaves borders
+                unrefined.
         """
         own = np.asarray(image.affine, dtype=np.float64)
         grid = Grid.from_meta(image.meta)
@@ -104,7 +108,7 @@ class LabelInversion(MapTransform):
         )
 
     def _output_values(self, index: torch.Tensor) -> LabelMap:
-        """Return class numbers as output values."""
+        """Return the label map with the spec's values in place of class numbers."""
         numbers = index.cpu().numpy()
         is_identity = np.array_equal(self.values, np.arange(len(self.values)))
         if is_identity and numbers.dtype == self.values.dtype:

@@ -1,10 +1,10 @@
-"""One window over all structures of a scan: a search for the region of interest.
+"""Localisation: a search for the part of a scan that contains all structures.
 
-A head is larger than its brain. Windows that are spread over the whole head each contain a part of
-the brain; if one window can contain all of it, that window alone is enough. The search predicts one
-window near the top of the head, moves it towards structures that its faces cut, and repeats. Along
-an axis where the structures are longer than a window, the region is as long as they are, and
-windows are spread along that axis.
+A head is larger than its brain. If one window can contain the whole brain, that window alone is
+enough, instead of windows over the whole head. The search segments one window near the top of the
+head, moves it towards structures that its faces cut, and repeats. Along an axis where the
+structures are longer than a window, the result is as long as they are, so that several windows are
+needed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from pipeline.inference.boxes import crop_box
 from pipeline.inference.foreground import foreground_box, foreground_cells
 from pipeline.types import Box
 
-# windows that the search predicts at most. More would cost as much as windows over the whole
-# foreground, which are used where the search fails.
+# largest number of windows that the search segments. More would take as long as windows over the
+# whole foreground, which are used if the search fails
 MAX_SEARCH_WINDOWS = 4
-# voxels from a window's face within which a structure counts as cut by it; a network is least
-# certain in its outermost voxels
+# voxels; a face of a window cuts a structure if the structure comes closer to it than this. At the
+# face itself a network is least certain
 CUT_MARGIN = 2
-# voxels that stay between a face and the structures when a window is moved away from them
+# voxels; when a window is moved towards a structure at one face, structures stay at least this far
+# from the opposite face
 KEPT_MARGIN = 6
-# fraction of a cell (`foreground.CELL`) that must be structures, so that a speck does not count
+# fraction of a cell (`foreground.CELL`) that must be structures, so that single voxels do not count
 STRUCTURE_FRACTION = 0.5
-# The first window begins 1/16 of its height below the top of the head: scalp and skull are there.
-# Rounded down to whole voxels, hence the divisor.
+# the first window begins 1/16 of its height below the top of the head, because scalp and skull are
+# above; an integer division rounds the gap down to whole voxels
 TOP_GAP_DIVISOR = 16
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTop:
-    """The direction of the top of a head on a grid.
+    """The direction in which the top of a head lies on a grid.
 
     Attributes:
-        axis: the spatial axis from inferior to superior or back.
-        at_end: whether the top lies at the end of that axis, not at its start.
+        axis: spatial axis that runs along the inferior-superior direction.
+        at_end: whether the top is at the end of that axis; otherwise it is at its start.
     """
 
     axis: int
@@ -48,7 +49,7 @@ class HeadTop:
 
 
 def head_top(spec: Spec) -> HeadTop:
-    """Return where the top of a head lies on a spec's grid."""
+    """Return the direction of the top of a head on the network's grid, from the orientation."""
     axis = next(i for i, code in enumerate(spec.orientation) if code in "SI")
     return HeadTop(axis, at_end=spec.orientation[axis] == "S")
 
@@ -61,20 +62,21 @@ def localise(
     level: float,
     score_box: Callable[[Box], torch.Tensor],
 ) -> Box:
-    """Return the box that windows have to be spread over to contain all structures.
+    """Return a box that contains all structures; windows outside it are not needed.
 
-    Along an axis where the structures fit in a window, the box is as long as a window and centred
-    on them. Elsewhere it is as long as they are. The box is the whole foreground where no structure
-    is found, or not all of them within `MAX_SEARCH_WINDOWS` windows.
+    Along an axis where the structures fit into a window, the box is as long as a window and centred
+    on them; along other axes it is as long as they are, with a margin. If the first window has no
+    structure, or if the search does not find all of them with `MAX_SEARCH_WINDOWS` windows, the box
+    is that of the whole foreground.
 
     Args:
-        image: (C, *spatial).
-        foreground: the box of the foreground.
-        roi_size: of a window, voxels.
-        top: where the top of the head lies.
-        level: the value above which a voxel belongs to the foreground.
-        score_box: a box of the image → the network's scores there, (classes, *box), background
-            first.
+        image: (C, *spatial) image.
+        foreground: box of the foreground.
+        roi_size: size of a window, voxels.
+        top: direction of the top of the head.
+        level: value above which a voxel is foreground.
+        score_box: function that takes a box of the image and returns the network's scores in it,
+            (classes, *box), with the background as first class.
     """
     window = _first_window(image, foreground, roi_size, top, level)
     for _ in range(MAX_SEARCH_WINDOWS):
@@ -99,8 +101,8 @@ def _first_window(
 ) -> Box:
     """Return the window that the search begins with.
 
-    It lies just below the top of the head. Along the other axes it is centred on the upper part of
-    the foreground, because face and neck lie lower and off the brain's centre.
+    It begins just below the top of the head. Along the other axes it is centred on the upper part
+    of the foreground, because face and neck, which are lower, are not centred on the brain.
     """
     height, whole = roi_size[top.axis], foreground[top.axis]
     gap = height // TOP_GAP_DIVISOR
@@ -122,22 +124,22 @@ def _first_window(
 
 
 def _centred_slice(middle: float, size: int, whole: slice) -> slice:
-    """Return a slice of a size around a middle, shifted into `whole`, and no longer than that."""
+    """Return a slice of the given size and middle, shifted and shortened to lie within `whole`."""
     size = min(size, whole.stop - whole.start)
     start = min(max(round(middle - size / 2), whole.start), whole.stop - size)
     return slice(start, start + size)
 
 
 def _cut_faces(found: slice, window: slice, foreground: slice) -> tuple[bool, bool]:
-    """Return whether a window's first and its last face along one axis cut structures.
+    """Return whether the first and the last face of a window, along one axis, cut structures.
 
-    A face at the end of the foreground cuts nothing. Where one face cuts structures and the window
-    cannot be moved away from the other, both count as cut.
+    A face at the end of the foreground cuts nothing. If one face cuts structures, and moving the
+    window towards them would bring structures too close to the other face, both count as cut.
 
     Args:
-        found: the extent of the structures, in the window's voxels.
-        window: in the image's voxels.
-        foreground: in the image's voxels.
+        found: extent of the structures along the axis, voxels of the window.
+        window: extent of the window, voxels of the image.
+        foreground: extent of the foreground, voxels of the image.
     """
     size = window.stop - window.start
     first = found.start < CUT_MARGIN and window.start > foreground.start
@@ -149,9 +151,10 @@ def _cut_faces(found: slice, window: slice, foreground: slice) -> tuple[bool, bo
 def _move_to_cut(
     found: slice, window: slice, foreground: slice, first_cut: bool, last_cut: bool
 ) -> slice:
-    """Return a window moved towards the face that cuts structures; all of them stay inside.
+    """Return a window, along one axis, moved towards the structures that one of its faces cuts.
 
-    Where both faces cut structures, the window becomes the whole foreground along this axis.
+    The structures that are in the window stay in it. If both faces cut structures, the whole
+    foreground along this axis is returned.
     """
     if first_cut and last_cut:
         return foreground
@@ -164,7 +167,7 @@ def _move_to_cut(
 
 
 def _centre_on_structures(found: slice, window: slice, foreground: slice, size: int) -> slice:
-    """Return a slice of a window's size around the structures, or longer where they do not fit."""
+    """Return a slice centred on the structures: as long as a window, longer if they do not fit."""
     length = found.stop - found.start
     if length > size - CUT_MARGIN:
         size = length + 2 * CUT_MARGIN

@@ -1,4 +1,4 @@
-"""What the prediction of a case starts from and what it results in."""
+"""The data types of a prediction: the opened bundle, a preprocessed case, and the result."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from pipeline.types import Affine, Array, LabelMap, PathOrStr
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A bundle opened for inference: all that one case needs, loaded once.
+    """A bundle opened for inference: everything that the prediction of a case needs.
 
     Attributes:
-        root: the bundle's folder.
-        spec: the inputs and outputs that its weights were trained for.
-        preprocessing: from files to the network's grid.
-        network: the network as it runs, (B, C, *roi_size) → logits.
-        inferer: applies the network to a volume of any size.
-        inversion: from logits to labels on the grid of the output.
-        device: where the network runs.
-        max_memory: bytes of resident memory that the process may use; None for no limit.
+        root: folder of the bundle.
+        spec: inputs and outputs that the weights were trained for.
+        preprocessing: transform from the files of a case to the image on the network's grid.
+        network: network with its weights, in the runtime that was chosen, (B, C, *roi_size) →
+            logits.
+        inferer: inferer that applies the network to an image of any size.
+        inversion: transform from logits to a label map on the grid of the file.
+        device: device that the network runs on.
+        max_memory: largest resident memory of the process, bytes; None sets no limit.
     """
 
     root: PathOrStr
@@ -43,11 +44,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedCase:
-    """A case that was read and brought to the network's grid.
+    """A case that was read and preprocessed.
 
     Attributes:
-        case: with `image` (C, X, Y, Z) and, where borders are refined, `scan`.
-        seconds: wall time of each step so far.
+        case: the case with `image` (C, X, Y, Z) on the network's grid and, if the spec has
+            `refine`, `scan` (C, I, J, K): the intensities as read.
+        seconds: name of each step so far (`read`, `preprocess`) → its wall time.
     """
 
     case: dict[Hashable, Any]
@@ -59,13 +61,16 @@ class Prediction:
     """The result of one case.
 
     Attributes:
-        labels: (X, Y, Z) output values on the grid of the file, or the one asked for.
-        affine: of the labels, voxel → RAS+ world, mm.
-        header: bytes of the NIfTI header on that grid; empty where the input was of another format.
-        warnings: what makes the case doubtful.
-        seconds: wall time of each step.
-        volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
-        uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, where it was asked for.
+        labels: (X, Y, Z) label map, on the grid of the file or with the voxel size that was
+            requested.
+        affine: affine of the label map, voxel → RAS+ world, mm.
+        header: bytes of a NIfTI header for the label map's grid; empty if the input was in another
+            format.
+        warnings: reasons to check the case by eye.
+        seconds: name of each step → its wall time.
+        volumes_mm3: name of each structure and of each sum in the spec → volume, mm³.
+        uncertainty: (X, Y, Z) entropy of the class probabilities, 0 to 1; None if it was not
+            requested.
     """
 
     labels: LabelMap

@@ -1,4 +1,4 @@
-"""Networks that return several tensors, as a sequence or a mapping."""
+"""Networks that return several tensors, in a sequence, a mapping or nested ones."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ def aggregate_outputs(
     example: Any,
     importance_map: Callable[[tuple[int, ...]], torch.Tensor],
 ) -> Any:
-    """Return whole scores of a network of several outputs, in the structure that it returns.
+    """Return the scores of a volume, for a network of several outputs.
 
-    Unlike `aggregate`, this holds the sums of the whole volume.
+    Unlike `aggregate`, this function holds the sums of the whole volume.
 
     Args:
-        grid: where windows lie.
-        score_windows: the first voxels of windows → the outputs of each, tensors (C, *size).
-        example: the outputs of any window, for their structure.
-        importance_map: size of a window, voxels → the weights of its voxels.
+        grid: positions of the windows; groups do not matter.
+        score_windows: function that takes the first voxels of windows and returns the outputs of
+            each window, tensors (C, *size) in the network's structure.
+        example: outputs of any window, which show the structure.
+        importance_map: function that takes the size of a window, voxels, and returns the weights of
+            its voxels.
 
     Returns:
-        Each output at its own resolution: one of half as many voxels per window as `roi_size` has
-        half as many as the volume.
+        The scores of the volume, in the structure that the network returns. Each output keeps its
+        resolution: one that has half of `roi_size` in a window has half of the volume's size.
     """
-    sums: list[torch.Tensor] = []  # per output (C + 1, *spatial), the last channel of the weights
+    # per output (C + 1, *spatial); the last channel is the sum of the weights
+    sums: list[torch.Tensor] = []
     for start in product(*grid.starts):
         (outputs,) = score_windows([start])
         for number, scores in enumerate(leaves(outputs)):
@@ -53,29 +56,29 @@ def aggregate_outputs(
 def _at_resolution(
     voxels: Sequence[int], size: Sequence[int], roi_size: Sequence[int]
 ) -> list[int]:
-    """Return a position or size of the volume on the grid of an output.
+    """Return a position or size in the volume, converted to voxels of an output.
 
     Args:
-        voxels: per axis, in voxels of the volume.
-        size: of the output in one window.
-        roi_size: of the window itself.
+        voxels: position or size along each axis, voxels of the volume.
+        size: size of the output in one window, voxels of the output.
+        roi_size: size of the window, voxels of the volume.
     """
     return [n * s // r for n, s, r in zip(voxels, size, roi_size, strict=True)]
 
 
 def leaves(structure: Any) -> list[torch.Tensor]:
-    """Return the tensors of a structure, in its order."""
+    """Return all tensors of a structure as a list, in the order of the structure."""
     found: list[torch.Tensor] = []
     map_tensors(found.append, structure)
     return found
 
 
 def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
-    """Return a structure of the results of a function for each tensor.
+    """Apply a function to each tensor of a structure; return the results in the same structure.
 
     Args:
-        function: takes one tensor of each structure.
-        structures: tensors, or sequences or mappings of structures, all with the same layout.
+        function: function of one tensor from each structure.
+        structures: tensors, or lists, tuples or mappings of structures; all alike.
     """
     first = structures[0]
     if isinstance(first, Mapping):
@@ -89,11 +92,12 @@ def map_tensors(function: Callable[..., Any], *structures: Any) -> Any:
 
 
 def split_batch(output: Any, slice_dim: int | None) -> list[Any]:
-    """Return the output of a batch as one result per item.
+    """Return the output of a network for each item of the batch, without the batch axis.
 
     Args:
-        output: tensors (B, C, *spatial), in any structure.
-        slice_dim: the spatial axis of length 1 to insert, for a 2D network; None for none.
+        output: tensor (B, C, *spatial), or a structure of such tensors.
+        slice_dim: position of a spatial axis of length 1 to insert, for a 2D network on a volume;
+            None inserts no axis.
     """
     if slice_dim is not None:
         output = map_tensors(lambda tensor: tensor.unsqueeze(slice_dim + 2), output)

@@ -1,10 +1,11 @@
-"""An unpadded network over a volume of any size: mirror-extended tiles whose outputs abut.
+"""The overlap-tile strategy of U-Net: a network without padding on a volume of any size.
 
-Nothing is blended and nothing is computed twice. Each voxel comes from one tile, whose input
-contains the whole receptive field of the voxel, beyond the volume's edge as a mirror image. Tiles
-start at multiples of the product of the strides, so that every max pooling pairs the same voxels
-in every tile; what a tile gives beyond the start of the next one is dropped. The result is then
-the same as that of one window over the whole volume.
+The output of such a network is smaller than its input. The volume is divided into tiles that lie
+next to each other without overlap. For each tile, the network gets a larger input, which contains
+the receptive field of all voxels of the tile; beyond the volume's edge it is a mirror image. The
+result equals that of the network on the whole volume at once. For that, tiles start at multiples of
+the product of the strides, so that max pooling groups the same voxels in every tile; the part of an
+output that lies in the next tile is dropped.
 
 References:
     Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28, figure 2.
@@ -25,26 +26,27 @@ from pipeline.errors import ShapeError
 from pipeline.transforms import mirror_padded_box
 from pipeline.types import NetworkFunction
 
-TILES_PER_BATCH_2D = 4  # tiles are large: more need memory and gain no time
+TILES_PER_BATCH_2D = 4  # tiles are large: more of them need more memory and save no time
 TILES_PER_BATCH_3D = 1
 
 
 class OverlapTileInferer(Inferer):
-    """An inferer of mirror-extended tiles whose outputs abut.
+    """A MONAI inferer for networks without padding: the overlap-tile strategy.
 
     Args:
-        roi_size: of the network's input, voxels.
-        margin: voxels by which the output is smaller along each axis, both ends together.
-        steps: the product of the strides along each axis.
-        sw_batch_size: tiles that go through the network together.
-        slice_dim: the axis, 0 to 2, that the slices of a 2D network are stacked along; None for a
-            3D network.
+        roi_size: size of the network's input, voxels.
+        margin: number of voxels that the output is smaller than the input along each axis, both
+            ends together.
+        steps: product of the strides along each axis; tiles start at multiples of it.
+        sw_batch_size: number of tiles that go through the network together.
+        slice_dim: array axis, 0 to 2, along which the slices of a 2D network are stacked; None for
+            a 3D network.
 
     Shapes:
         (B, C, X, Y, Z) of any size → logits (B, classes, X, Y, Z).
 
     Raises:
-        ShapeError: tiles whose output is smaller than one step.
+        ShapeError: the network's output is smaller than one step along some axis.
     """
 
     overlap = 0.0
@@ -59,7 +61,7 @@ class OverlapTileInferer(Inferer):
     ) -> None:
         self.roi_size, self.margin = tuple(roi_size), tuple(margin)
         self.sw_batch_size, self.slice_dim = sw_batch_size, slice_dim
-        tile_size = []  # voxels of each tile's output that are used
+        tile_size = []  # size of a tile: the part of the network's output that is used
         for axis, (roi, lost, step) in enumerate(zip(roi_size, margin, steps, strict=True)):
             used = (roi - lost) // step * step
             if used < step:
@@ -81,19 +83,20 @@ class OverlapTileInferer(Inferer):
         return logits.reshape(batch, slices, *logits.shape[1:]).movedim(1, axis)
 
     def _tiled(self, x: torch.Tensor, network: NetworkFunction) -> torch.Tensor:
-        """Return the logits of images with as many spatial axes as the network has.
+        """Return the logits of images that have as many spatial axes as the network.
 
         Shapes:
             (B, C, *spatial) → (B, classes, *spatial).
         """
         size = x.shape[2:]
         along_axes = [range(0, n, step) for n, step in zip(size, self.tile_size, strict=True)]
-        tiles = list(product(range(len(x)), *along_axes))  # image in the batch, first voxel
+        # per tile: number of the image in the batch, first voxel along each axis
+        tiles = list(product(range(len(x)), *along_axes))
         result: torch.Tensor | None = None
         for first in range(0, len(tiles), self.sw_batch_size):
             group = tiles[first : first + self.sw_batch_size]
             logits = network(torch.stack([self._tile_input(x[i], start) for i, *start in group]))
-            if result is None:  # only now the number of classes is known
+            if result is None:  # the number of classes is known from the first output only
                 result = logits.new_empty((len(x), logits.shape[1], *size))
             for tile_logits, (i, *start) in zip(logits, group, strict=True):
                 self._paste(tile_logits, result[i], start)
@@ -102,12 +105,12 @@ class OverlapTileInferer(Inferer):
         return result
 
     def _tile_input(self, image: torch.Tensor, start: Sequence[int]) -> torch.Tensor:
-        """Return the part of an image (C, *spatial) whose output begins at `start`."""
+        """Return the network's input for the tile at `start` of an image (C, *spatial)."""
         first = [i - lost // 2 for i, lost in zip(start, self.margin, strict=True)]
         return torch.as_tensor(mirror_padded_box(image, first, self.roi_size))
 
     def _paste(self, tile: torch.Tensor, image: torch.Tensor, start: Sequence[int]) -> None:
-        """Write the used part of a tile's output into (classes, *spatial) at `start`, in place."""
+        """Copy the tile at `start` from the network's output into an image (classes, *spatial)."""
         sizes = zip(start, self.tile_size, image.shape[1:], strict=True)
         for axis, (first, used, whole) in enumerate(sizes, start=1):
             length = min(used, whole - first)
@@ -117,14 +120,14 @@ class OverlapTileInferer(Inferer):
 
 
 class BackgroundInferer(Inferer):
-    """An inferer that puts a background channel before those of a network without one.
+    """An inferer that adds a background channel to the output of a network with sigmoid outputs.
 
-    Its logit is 0, a probability of 0.5. A structure then has the highest logit where its own
-    probability is above 0.5 and above that of the others. With one structure, its softmax
-    probability equals the sigmoid of its logit.
+    The background's logit is 0, which corresponds to a probability of 0.5. Hence a structure has
+    the highest logit where its probability is above 0.5 and above those of the other structures.
+    With a single structure, its softmax probability equals the sigmoid of its logit.
 
     Args:
-        inferer: computes the volume.
+        inferer: inferer that applies the network to a volume.
     """
 
     def __init__(self, inferer: Inferer) -> None:
@@ -140,7 +143,7 @@ class BackgroundInferer(Inferer):
 
 
 def with_background(logits: torch.Tensor) -> torch.Tensor:
-    """Return logits with a channel of zeros before them.
+    """Return logits with a first channel of zeros, the background; see `BackgroundInferer`.
 
     Shapes:
         (B, structures, *spatial) → (B, 1 + structures, *spatial).
@@ -149,11 +152,12 @@ def with_background(logits: torch.Tensor) -> torch.Tensor:
 
 
 def build_tile_inferer(spec: Spec, sw_batch_size: int | None = None) -> OverlapTileInferer:
-    """Return the overlap-tile inferer of a spec whose network has no padding.
+    """Return the overlap-tile inferer for a spec whose network has no padding.
 
     Args:
-        spec: gives roi_size, strides and the axis of slices.
-        sw_batch_size: tiles that go through the network together; by default 1 in 3D, 4 in 2D.
+        spec: gives the size of windows, the strides and the axis of slices.
+        sw_batch_size: number of tiles that go through the network together; None takes 1 in 3D and
+            4 in 2D.
     """
     steps = []
     for axis in range(spec.spatial_dims):

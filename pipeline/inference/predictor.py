@@ -1,7 +1,8 @@
-"""One case through the whole path: from files to labels on their own grid.
+"""The prediction of one case, from its files to a label map on their own grid.
 
-The command line, the Python API and the bundle's Ignite engine all call `predict_case` or its two
-halves, so they give the same voxels. Nothing here is kept between cases.
+`predict_case` does all of it; its two halves are `prepare` (read and preprocess) and
+`predict_prepared` (network and inversion). The command line, the Python API and the bundle's Ignite
+engine call these functions, so all of them give the same voxels. No state is kept between cases.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from pipeline.inference.volumes import volumes_mm3, with_sums
 from pipeline.io import read_header, warnings_of
 from pipeline.transforms import IMAGE, SCAN
 
-INVERTED = "inverted_labels"  # key of the evaluator's output: labels before user postprocessing
-NETWORK_SECONDS = "network_seconds"  # likewise
+# keys of the evaluator's output: the labels before the user's postprocessing, and the time of the
+# network
+INVERTED, NETWORK_SECONDS = "inverted_labels", "network_seconds"
 
 
 def predict_case(model: Model, image: Any) -> Prediction:
-    """Return the labels of one case.
+    """Return the prediction for one case: label map, volumes and warnings.
 
     Args:
-        model: an opened bundle.
-        image: a path, a nibabel or SimpleITK image, or a list of them, one per channel.
+        model: opened bundle.
+        image: path, nibabel image or SimpleITK image, or a list of them, one per channel.
 
     Raises:
-        VolumeError: the case needs more memory than `model.max_memory` allows, or cannot be
-            segmented as it is.
+        VolumeError: the case needs more memory than `model.max_memory`, or cannot be segmented as
+            it is.
         PipelineError: the case cannot be read or segmented; the message says why.
     """
     buffer_bytes = None
@@ -53,7 +55,13 @@ def predict_case(model: Model, image: Any) -> Prediction:
 
 
 def prepare(model: Model, image: Any) -> PreparedCase:
-    """Return a case read and preprocessed; may run while the network computes another one.
+    """Return a case after reading and preprocessing.
+
+    It may run in another thread while the network computes another case.
+
+    Args:
+        model: opened bundle.
+        image: path, nibabel image or SimpleITK image, or a list of them, one per channel.
 
     Raises:
         PipelineError: the case cannot be read; the message says why.
@@ -71,12 +79,13 @@ def prepare(model: Model, image: Any) -> PreparedCase:
 def predict_prepared(
     model: Model, prepared: PreparedCase, *, buffer_bytes: float | None = None
 ) -> Prediction:
-    """Return the labels of a prepared case: network, inversion, volumes and quality checks.
+    """Return the prediction for a preprocessed case: network, inversion, volumes, quality checks.
 
     Args:
-        model: an opened bundle.
-        prepared: from `prepare`.
-        buffer_bytes: sums of windows that may be held at a time; the inferer's own by default.
+        model: opened bundle.
+        prepared: case from `prepare`.
+        buffer_bytes: largest size of the windows' sums that are held at a time, bytes; None for the
+            inferer's own limit.
 
     Raises:
         PipelineError: the case cannot be segmented; the message says why.
@@ -98,15 +107,17 @@ def segment_volume(
     *,
     buffer_bytes: float | None = None,
 ) -> tuple[InvertedLabels, float]:
-    """Return the labels of a volume on the network's grid, and the seconds that the network took.
+    """Return the label map of a preprocessed image, and the seconds that the network took.
 
-    Logits are inverted while they are computed, block by block, where the inferer yields blocks.
+    Each block of logits is inverted before the next one is computed, if the inferer is a
+    `WindowInferer`; any other inferer computes the logits of the whole image first.
 
     Args:
-        model: an opened bundle.
-        image: (C, X, Y, Z) on the network's grid.
-        scan: (C, I, J, K) intensities as read, where borders are refined.
-        buffer_bytes: sums of windows that may be held at a time; the inferer's own by default.
+        model: opened bundle.
+        image: (C, X, Y, Z) image on the network's grid.
+        scan: (C, I, J, K) intensities as read, for `spec.refine`; None leaves borders unrefined.
+        buffer_bytes: largest size of the windows' sums that are held at a time, bytes; None for the
+            inferer's own limit.
     """
     model.network.eval()
     on_device = image.to(model.device)
@@ -127,14 +138,18 @@ def segment_volume(
 
 
 def _one_block(model: Model, image: MetaTensor) -> Iterator[ScoreBlock]:
-    """Yield the whole logits that any other inferer gives as one block."""
+    """Yield the logits of the whole image as one block, for inferers that do not yield blocks."""
     logits = model.inferer(image[None], model.network)[0]
     plain = logits.as_tensor() if isinstance(logits, MetaTensor) else logits
     yield ScoreBlock(start=(0, 0, 0), scores=plain.float(), shape=tuple(plain.shape[1:]))
 
 
 class _Timer:
-    """Adds up the time that passes inside an iterator."""
+    """A stopwatch for the time that an iterator takes to compute its items.
+
+    Attributes:
+        seconds: total time so far.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -153,7 +168,7 @@ class _Timer:
 def _prediction(
     model: Model, inverted: InvertedLabels, image: MetaTensor, seconds: dict[str, float]
 ) -> Prediction:
-    """Return the result of a case with its volumes and warnings."""
+    """Return the prediction of a case: its labels with volumes and warnings."""
     spec, labels, affine = model.spec, inverted.labels, inverted.grid.affine
     volumes = volumes_mm3(labels, affine, spec.labels, inverted.soft_mm3)
     volumes = with_sums(volumes, spec.sums)
@@ -177,13 +192,15 @@ def _check_channels(image: torch.Tensor, spec: Spec) -> None:
 
 
 def streaming_iteration(model: Model) -> Callable[[Engine, Mapping[str, Any]], list[Any]]:
-    """Return the iteration of a MONAI evaluator that inverts logits while they are computed.
+    """Return an `iteration_update` for MONAI's `SupervisedEvaluator` that needs less memory.
 
-    The evaluator's own iteration holds whole logits, classes × volume. This one fires the same
-    events, so that handlers and postprocessing run as ever. Use it with `decollate=False`.
+    MONAI's own iteration holds the logits of the whole volume. This one inverts each block of them
+    before the next one is computed (`segment_volume`). It fires the same events, so that handlers
+    and postprocessing run as usual. The evaluator needs `decollate=False`, because the output is a
+    list of cases already.
 
     Args:
-        model: an opened bundle.
+        model: opened bundle.
     """
 
     def iteration(engine: Engine, batch: Mapping[str, Any]) -> list[Any]:
@@ -211,12 +228,14 @@ def streaming_iteration(model: Model) -> Callable[[Engine, Mapping[str, Any]], l
 def evaluate_prepared(
     evaluator: SupervisedEvaluator, model: Model, prepared: PreparedCase
 ) -> Prediction:
-    """Return the labels of a prepared case by the bundle's evaluator, its handlers included.
+    """Return the prediction for a preprocessed case, computed by the bundle's MONAI evaluator.
+
+    The evaluator's handlers and postprocessing run too.
 
     Args:
-        evaluator: with `streaming_iteration`, as the wiring builds it.
-        model: the same bundle.
-        prepared: from `prepare`.
+        evaluator: evaluator of the bundle's wiring, with `streaming_iteration`.
+        model: opened bundle, the same that the evaluator uses.
+        prepared: case from `prepare`.
 
     Raises:
         PipelineError: the case cannot be segmented; the message says why.
@@ -231,12 +250,12 @@ def evaluate_prepared(
         pred, inverted = output[PRED], output[INVERTED]
         network = output[NETWORK_SECONDS]
         seconds = {"network": network, "invert": time.perf_counter() - started - network}
-        # postprocessing of the user's own may have changed the labels
+        # the user's own postprocessing may have changed the labels
         changed = replace(inverted, labels=pred[0].numpy())
         return _prediction(model, changed, output[IMAGE], prepared.seconds | seconds)
     finally:
         evaluator.data_loader, evaluator.state.output, evaluator.state.batch = [], None, None
-        # Ignite keeps the generator of a run that failed: the next case would not run
+        # after an error Ignite keeps the generator of the run, and the next run would resume it
         evaluator._internal_run_generator = None
 
 

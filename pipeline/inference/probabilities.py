@@ -1,4 +1,4 @@
-"""What probabilities hold besides the winning label: soft volumes, per-class maps and entropy."""
+"""Soft volumes, probability maps and entropy: what class probabilities give besides labels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from pipeline.inference.aggregator import HALO, ScoreBlock
 
 
 class ProbabilityCollector:
-    """Sums the probabilities of blocks of logits, and keeps those of some classes.
+    """Accumulates per-class softmax probabilities block by block.
+
+    It also stores full probability maps for `kept_classes`.
 
     Args:
-        kept_classes: the classes whose probability maps are kept.
+        kept_classes: numbers of the classes whose probability maps are stored.
 
     Attributes:
-        sums: (C,) float64 per block, the sum of each class's probabilities, in voxels.
-        maps: (len(kept_classes), X, Y, Z) float16 on the CPU; None without kept classes.
+        sums: list with one (C,) float64 tensor per block: the soft volume of each class in voxels.
+            Voxels that a block repeats of the block before it (the halo) are counted once.
+        maps: (len(kept_classes), X, Y, Z) float16 probabilities on the CPU; None before the first
+            block, or without `kept_classes`.
     """
 
     def __init__(self, kept_classes: Sequence[int] = ()) -> None:
@@ -27,7 +31,7 @@ class ProbabilityCollector:
         self.maps: torch.Tensor | None = None
 
     def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
-        """Yield the same blocks of logits, after adding up their probabilities."""
+        """Yield the given blocks of logits unchanged, after accumulating their probabilities."""
         for block in blocks:
             self._add(block)
             yield block
@@ -35,7 +39,7 @@ class ProbabilityCollector:
 
     @property
     def voxels(self) -> torch.Tensor:
-        """(C,) float64: the sum of each class's probabilities over the volume, in voxels."""
+        """Soft volume of each class over all blocks so far, (C,) float64, in voxels."""
         return torch.stack(self.sums).sum(dim=0)
 
     def _add(self, block: ScoreBlock) -> None:
@@ -53,13 +57,14 @@ class ProbabilityCollector:
 
 
 def entropy(scores: torch.Tensor) -> torch.Tensor:
-    """Return the entropy of the softmax of scores as a fraction of its largest value.
+    """Return the entropy of the class probabilities, divided by its largest possible value.
 
     Args:
         scores: (C, x, y, z) logits.
 
     Returns:
-        (x, y, z) from 0 (one class only) to 1 (all classes alike).
+        (x, y, z) entropy, from 0 (one class is certain) to 1 (all classes have the same
+        probability).
 
     References:
         Shannon: A mathematical theory of communication. Bell System Technical Journal 27 (1948).

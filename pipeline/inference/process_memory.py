@@ -11,15 +11,14 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else KIB
 
 
 def resident_bytes() -> int:
-    """Return the process's resident memory, bytes."""
+    """Return the resident memory of this process, bytes; the peak where only that is known."""
     return _proc_status("VmRSS") or peak_bytes()
 
 
 def peak_bytes() -> int:
-    """Return the largest resident memory since `reset_peak`, bytes.
+    """Return the largest resident memory of this process since `reset_peak`, bytes.
 
-    Where the kernel cannot say (other systems than Linux), since the start of the process; 0 on
-    Windows.
+    On systems other than Linux it is the largest since the process started, and 0 on Windows.
     """
     peak = _proc_status("VmHWM")
     if peak:
@@ -32,7 +31,7 @@ def peak_bytes() -> int:
 
 
 def reset_peak() -> None:
-    """Start counting the peak from now, where the kernel allows it (Linux)."""
+    """Let `peak_bytes` count from now on; this does nothing on systems other than Linux."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -40,7 +39,7 @@ def reset_peak() -> None:
 
 
 def _proc_status(key: str) -> int:
-    """Return a size in the kernel's account of this process, bytes; 0 where there is none."""
+    """Return a size from /proc/self/status, bytes; 0 if there is no such file or entry."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,10 +1,11 @@
 """Refinement of borders between structures by the grey values of the scan.
 
-A network on voxels of 2 mm gives the probability of each structure in them; a scan with finer
-voxels shows where the border runs. In each voxel of the labels that several structures contest,
-their probabilities are combined with how well the voxel's grey value fits the appearance of each
-structure nearby (Bayes' rule). The appearance is a Gaussian distribution of grey values, whose mean
-varies from place to place, because the bias field does.
+A network on voxels of 2 mm gives the probability of each structure in these voxels; a scan with
+finer voxels shows where the border between them is. A voxel of the label map is contested if
+several structures are probable near it. Bayes' rule then chooses the structure: its prior is the
+network's probability, and its likelihood tells how well the voxel's grey value fits the appearance
+of the structure nearby. An appearance is a Gaussian distribution of grey values; its mean varies
+over the scan, because the bias field does.
 """
 
 from __future__ import annotations
@@ -23,34 +24,37 @@ from pipeline.config import Spec
 from pipeline.inference.boxes import crop_box, widen_box
 from pipeline.types import Affine, Array, Box
 
-# from this probability on a voxel shows the appearance of its structure: mixed voxels do not
+# probability from which the grey value of a voxel counts for the appearance of its structure;
+# voxels with less may be mixed
 SURE_PROBABILITY = 0.8
-# from this probability on a structure can win a voxel: below, the network is sure that it is not
-# there, and a lesion with its grey value must not become part of it
+# probability from which a structure can get a voxel. Below it, the network is certain that the
+# structure is not there, and a lesion with the structure's grey value must not become part of it
 CONTESTING_PROBABILITY = 0.1
-# mm, the standard deviation of the neighbourhood that an appearance is measured in: bias fields
-# vary more slowly, and structures as thin as the cortex still have enough voxels in it
+# standard deviation of the Gaussian neighbourhood in which an appearance is measured, mm. Bias
+# fields vary more slowly than that, and it has enough voxels even of the thin cortex
 NEIGHBOURHOOD_MM = 10.0
-# mm, about, of the grid of the appearances: less than half of a neighbourhood loses nothing
+# approximate spacing of the grid of appearances, mm: with less than half of a neighbourhood, linear
+# interpolation between its voxels loses nothing
 APPEARANCE_SPACING_MM = 4.0
-# fraction of the neighbourhood that must surely be a structure for its appearance to be known
+# smallest fraction of the neighbourhood that must belong to a structure for its appearance to be
+# known
 MIN_KNOWN_FRACTION = 1e-4
-# the least standard deviation of noise, a fraction of the largest grey value: a phantom without
-# noise would divide by 0
+# smallest standard deviation of grey values, as a fraction of the largest grey value: in a phantom
+# without noise it would be 0, and the likelihood is divided by it
 MIN_NOISE = 1e-4
-# added to probabilities before their logarithm: a network's 0 is not quite 0
+# added to probabilities before their logarithm: a network's 0 does not mean impossible
 PROBABILITY_OFFSET = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Appearance:
-    """The grey values of a group's structures around each place, on a coarse grid (x, y, z).
+    """The Gaussian distributions of grey values of K structures, on a coarse grid (x, y, z).
 
     Attributes:
-        means: (K, C, x, y, z), per structure and channel.
-        variances: (C, x, y, z), shared by the structures.
-        known: (K, x, y, z), the fraction of the neighbourhood that is surely each structure.
-        affine: voxel → world of the coarse grid, mm.
+        means: (K, C, x, y, z) mean of each structure in each channel.
+        variances: (C, x, y, z) variance in each channel, the same for all structures.
+        known: (K, x, y, z) fraction of the neighbourhood that belongs to each structure.
+        affine: affine of the coarse grid, voxel → world, mm.
     """
 
     means: torch.Tensor
@@ -67,19 +71,21 @@ def refine_borders(
     affine: Affine,
     spec: Spec,
 ) -> torch.Tensor:
-    """Return class numbers whose borders within each group of `spec.refine` follow the scan.
+    """Return class numbers whose borders, within each group of `spec.refine`, follow the scan.
+
+    A voxel can only change from one structure of a group to another of the same group.
 
     Args:
-        index: (X', Y', Z') class numbers on the grid of `target_affine`.
-        target_affine: voxel → world of the labels, mm.
-        scan: (C, I, J, K) grey values on a grid of their own.
-        probabilities: (N, X, Y, Z) of the classes `spec.contested`, on the network's grid.
-        affine: voxel → world of the probabilities, mm.
-        spec: gives `refine` and `contested`.
+        index: (X', Y', Z') class numbers on the grid of the label map.
+        target_affine: affine of the label map, voxel → world, mm.
+        scan: (C, I, J, K) grey values as read, on a grid of their own.
+        probabilities: (N, X, Y, Z) probabilities of the classes `spec.contested`, on the network's
+            grid.
+        affine: affine of the network's grid, voxel → world, mm.
+        spec: gives `refine` (groups of structures) and `contested` (numbers of their classes).
 
     Returns:
-        (X', Y', Z') class numbers. Voxels move from one structure of a group to another; all
-        others keep their class.
+        (X', Y', Z') refined class numbers.
     """
     labels = index.cpu().numpy().copy()
     names, contested = list(spec.labels), list(spec.contested)
@@ -114,13 +120,13 @@ def refine_borders(
 
 
 def _contesting_box(likely: torch.Tensor) -> Box:
-    """Return the box of voxels that any structure can win, and one voxel more at each end.
+    """Return the bounding box of the voxels that any structure can get, with one voxel around it.
 
     Args:
         likely: (K, X, Y, Z) probabilities of a group's structures.
 
     Returns:
-        A box within (X, Y, Z); a corner of it where no structure can win anything.
+        A box within (X, Y, Z); the box at its first voxel if there are no such voxels.
     """
     can_win = (likely >= CONTESTING_PROBABILITY).any(dim=0).numpy()
     boxes = ndimage.find_objects(can_win.astype(np.uint8))
@@ -130,15 +136,15 @@ def _contesting_box(likely: torch.Tensor) -> Box:
 def _contested_voxels(
     labels: Array, numbers: Sequence[int], likely: torch.Tensor, to_likely: Affine
 ) -> Array:
-    """Return the voxels (N, 3) of a group's structures near which two of them are likely.
+    """Return the voxels (N, 3) of a group's structures near which at least two are probable.
 
     Args:
         labels: (X', Y', Z') class numbers.
-        numbers: the classes of the group.
-        likely: (K, X, Y, Z) their probabilities.
+        numbers: class numbers of the group's structures.
+        likely: (K, X, Y, Z) probabilities of these structures.
         to_likely: voxel of `labels` → voxel of `likely`.
     """
-    # one voxel around counts as well: labels interpolate between voxels of the network
+    # neighbouring voxels count too, because the labels come from interpolation between them
     widened = functional.max_pool3d(likely[None], 3, stride=1, padding=1)[0]
     is_contested = ((widened >= CONTESTING_PROBABILITY).sum(dim=0) > 1).numpy().astype(np.uint8)
     first, stop = _covered_box(is_contested.shape, to_likely, labels.shape)
@@ -153,12 +159,12 @@ def _contested_voxels(
 def _covered_box(
     shape: Sequence[int], from_target: Affine, target_shape: Sequence[int]
 ) -> tuple[Array, Array]:
-    """Return the first and the stop voxel of the box on a target grid that covers another grid.
+    """Return the box of a target grid that covers another grid, as first and stop voxel, (3,) each.
 
     Args:
-        shape: of the other grid, voxels.
+        shape: size of the other grid, voxels.
         from_target: voxel of the target grid → voxel of the other grid.
-        target_shape: of the target grid, voxels.
+        target_shape: size of the target grid, voxels.
     """
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
     places = apply_affine(np.linalg.inv(from_target), corners)
@@ -168,9 +174,14 @@ def _covered_box(
 
 
 def _is_any_of(part: Array, numbers: Sequence[int], labels: Array) -> Array:
-    """Return which voxels of a part of a label map have one of some class numbers, bool.
+    """Return which voxels of `part` have one of the class numbers, as `numpy.isin` does.
 
     A lookup table is several times faster than `numpy.isin`, which sorts.
+
+    Args:
+        part: box of `labels`.
+        numbers: class numbers.
+        labels: whole label map, which gives the size of the table.
     """
     size = 256 if labels.dtype == np.uint8 else int(labels.max()) + 1
     table = np.zeros(size, dtype=bool)
@@ -186,26 +197,26 @@ def _most_probable(
     appearance: _Appearance,
     affine: Affine,
 ) -> Array:
-    """Return which structure of a group each of N voxels belongs to.
+    """Return the structure of a group with the highest posterior probability in each of N voxels.
 
     Args:
         grey: (C, N) grey values of the voxels.
-        world: (N, 3) their positions, mm.
+        world: (N, 3) positions of the voxels, mm.
         likely: (K, X, Y, Z) probabilities of the group's structures.
-        appearance: of the group's structures.
-        affine: voxel → world of `likely`, mm.
+        appearance: appearance of the group's structures.
+        affine: affine of `likely`, voxel → world, mm.
 
     Returns:
-        (N,) numbers from 0 to K - 1; -1 where no structure can win, or the appearance of one that
-        can win is unknown.
+        (N,) numbers of structures, 0 to K - 1; -1 if no structure can get the voxel, or if the
+        appearance of one that can get it is unknown.
     """
     count, channels = appearance.means.shape[:2]
     fields = torch.cat([appearance.means.flatten(0, 1), appearance.variances, appearance.known])
     sampled = _sample_linear(fields, world, appearance.affine)
     means, variances, known = torch.split(sampled, [count * channels, channels, count])
     probability = _sample_linear(likely, world, affine)
-    # Bayes: log prior + log likelihood. The structures share their variances, hence the
-    # normalisation of the Gaussian is the same for all of them and left out.
+    # Bayes: log prior + log likelihood. The factor before a Gaussian depends on its variance only,
+    # which is the same for all structures, and is left out.
     deviation = grey - means.view(count, channels, -1)
     misfit = deviation**2 / (2 * variances.clamp(min=torch.finfo().tiny))
     can_win = probability >= CONTESTING_PROBABILITY
@@ -218,12 +229,12 @@ def _most_probable(
 
 
 def _appearance(likely: torch.Tensor, grey: torch.Tensor, affine: Affine) -> _Appearance:
-    """Return what the structures of a group look like around each place.
+    """Return the appearance of a group's structures: means and variances of their grey values.
 
     Args:
         likely: (K, X, Y, Z) probabilities of the group's structures.
         grey: (C, X, Y, Z) grey values on the same grid.
-        affine: voxel → world of both, mm.
+        affine: affine of this grid, voxel → world, mm.
     """
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     step = []  # voxels of the fine grid per voxel of the coarse grid
@@ -234,7 +245,7 @@ def _appearance(likely: torch.Tensor, grey: torch.Tensor, affine: Affine) -> _Ap
     sigma = NEIGHBOURHOOD_MM / (spacing * step)
 
     smallest = torch.finfo().tiny
-    # variances are differences of means of squares: less is lost to rounding around the mean
+    # variance = mean of squares - square of mean, which rounds less if values are close to 0
     centre = grey.mean(dim=(1, 2, 3), keepdim=True)
     centred = grey - centre
     sure = torch.where(likely >= SURE_PROBABILITY, likely, 0.0)
@@ -256,12 +267,14 @@ def _appearance(likely: torch.Tensor, grey: torch.Tensor, affine: Affine) -> _Ap
 
 
 def _neighbourhood_mean(field: torch.Tensor, step: Sequence[int], sigma: Array) -> torch.Tensor:
-    """Return the mean of a field around each place of a coarse grid; beyond its edge it is 0.
+    """Return the Gaussian-weighted mean of fields around each voxel of a coarse grid.
+
+    Beyond their edge the fields are 0.
 
     Args:
-        field: (F, X, Y, Z).
-        step: voxels of the field per voxel of the coarse grid, along each axis.
-        sigma: standard deviation of the Gaussian, voxels of the coarse grid along each axis.
+        field: (F, X, Y, Z) fields.
+        step: number of voxels of the fields per voxel of the coarse grid, along each axis.
+        sigma: standard deviation of the Gaussian along each axis, voxels of the coarse grid.
     """
     pooled = functional.avg_pool3d(field[None], list(step), ceil_mode=True)[0].numpy()
     smoothed = ndimage.gaussian_filter(pooled, [0.0, *sigma], mode="constant", truncate=3.0)
@@ -269,12 +282,12 @@ def _neighbourhood_mean(field: torch.Tensor, step: Sequence[int], sigma: Array) 
 
 
 def _resample_nearest(array: Array, matrix: Affine, shape: Sequence[int]) -> Array:
-    """Return the nearest values at the voxels of another grid; beyond the edge, the edge's.
+    """Return an array resampled to another grid by nearest neighbours, with repeated edges.
 
     Args:
-        array: (X, Y, Z).
+        array: (X, Y, Z) values.
         matrix: voxel of the other grid → voxel of `array`.
-        shape: of the other grid, voxels.
+        shape: size of the other grid, voxels.
     """
     values: Array = ndimage.affine_transform(
         array, matrix[:3, :3], matrix[:3, 3], output_shape=tuple(shape), order=0, mode="nearest"
@@ -283,15 +296,15 @@ def _resample_nearest(array: Array, matrix: Affine, shape: Sequence[int]) -> Arr
 
 
 def _sample_linear(fields: torch.Tensor, world: Array, affine: Affine) -> torch.Tensor:
-    """Return fields, linearly interpolated at N positions; beyond the edge, the edge's values.
+    """Return fields interpolated linearly at N positions, with repeated edges.
 
     Args:
-        fields: (F, X, Y, Z).
-        world: (N, 3), mm.
-        affine: voxel → world of the fields, mm.
+        fields: (F, X, Y, Z) fields.
+        world: (N, 3) positions, mm.
+        affine: affine of the fields, voxel → world, mm.
 
     Returns:
-        (F, N) float32.
+        (F, N) float32 values.
     """
     inverse = np.linalg.inv(affine)
     size = np.array(fields.shape[1:])

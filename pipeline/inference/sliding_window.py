@@ -1,4 +1,4 @@
-"""The network over a volume of any size, window by window, blended by a Gaussian."""
+"""Sliding-window inference on volumes of any size, with Gaussian blending, in little memory."""
 
 from __future__ import annotations
 
@@ -44,32 +44,34 @@ from pipeline.types import Box, NetworkFunction
 
 T = TypeVar("T")
 
-# slices that a 2D network computes together: one alone leaves cores idle
+# number of slices that a 2D network computes together: a single one leaves cores idle
 SLICES_PER_BATCH = 16
-# sums of windows that are held without a memory limit; more was measured to gain no time
+# largest size of the windows' sums that are held at a time; more was measured to save no time
 BUFFER_BYTES = 2**30
-# of a window's size: MONAI's default, whose weights ours equal
+# standard deviation of the Gaussian, as a fraction of the window's size: MONAI's default
 GAUSSIAN_SIGMA = 0.125
 
 
 def build_inferer(
     spec: Spec, overlap: float | None = None, sw_batch_size: int | None = None
 ) -> Inferer:
-    """Return the inferer of a spec: volumes by 3D windows, or slice by slice for a 2D network.
+    """Return the MONAI inferer that applies a spec's network to a whole volume.
 
-    A network without padding gets mirror-extended tiles whose outputs abut; one with a sigmoid
-    output gets a background channel; rotated versions are averaged where the spec asks for them.
+    It is a sliding window, in 3D or slice by slice, or the overlap-tile strategy for a network
+    without padding. The output has a background channel also for a network with sigmoid outputs.
+    Mirror images and rotations are averaged if the spec asks for them.
 
     Args:
-        spec: gives roi_size, overlap and the axis of slices.
-        overlap: of neighbouring windows, a fraction of roi_size; the spec's own by default.
-        sw_batch_size: windows that go through the network together; by default 1 in 3D, 16 in 2D.
+        spec: gives the size of windows and all other settings of inference.
+        overlap: overlap of neighbouring windows, as a fraction of a window; None takes the spec's.
+        sw_batch_size: number of windows that go through the network together; None takes 1 in 3D
+            and 16 in 2D (4 for the overlap-tile strategy).
 
     Shapes:
         (B, C, X, Y, Z) of any size → logits (B, labels, X, Y, Z).
 
     Raises:
-        ConfigError: an overlap that is not 0 ≤ overlap < 1.
+        ConfigError: the overlap is not in 0 ≤ overlap < 1, or not 0 for a network without padding.
     """
     overlap = spec.overlap if overlap is None else overlap
     return average_rotations(spec, _window_or_tile_inferer(spec, overlap, sw_batch_size))
@@ -98,15 +100,15 @@ def _window_or_tile_inferer(spec: Spec, overlap: float, sw_batch_size: int | Non
 
 @dataclass(frozen=True, kw_only=True)
 class _WindowPass:
-    """One image prepared for its windows.
+    """One image for which the windows have been placed.
 
     Attributes:
-        scores: the network's scores in windows of the (padded) region.
-        size: of that region, voxels.
-        margins: voxels that the region was padded by along each axis.
-        region: the part of the image that windows are spread over.
-        shape: of the whole image, voxels.
-        device: where sums are held.
+        scores: computes the network's scores in windows of the padded region.
+        size: size of the padded region, voxels.
+        margins: number of voxels that the region was padded by along each axis, both ends together.
+        region: part of the image that windows are spread over.
+        shape: size of the whole image, voxels.
+        device: device that holds the sums of the windows.
     """
 
     scores: WindowScores
@@ -118,34 +120,40 @@ class _WindowPass:
 
 
 class WindowInferer(Inferer):
-    """A sliding-window inferer that holds only what later windows still overlap.
+    """A sliding-window inferer that can yield finished blocks of logits, to save memory.
 
-    Called like any MONAI inferer it returns whole logits; `blocks` yields finished parts of them.
+    Called like any MONAI inferer, it returns the logits of the whole image. `blocks` yields them as
+    blocks, and then only the sums of voxels that later windows overlap are held.
 
     Args:
-        roi_size: size of a window, voxels; the network's input.
-        overlap: of neighbouring windows, a fraction of roi_size.
-        slice_dim: the spatial axis that 2D windows are stacked along in a volume; None where the
-            network has as many spatial axes as the image.
-        sw_batch_size: windows that go through the network together.
-        placement: `even` spaces windows evenly, `monai` shifts the last one back; both need
-            equally many windows.
-        mode: weight of a window's voxels, `gaussian` or `constant`.
-        mirroring: mirror images of each window that are averaged in; None for none.
-        foreground_threshold: fraction of the way from an image's lowest value to its brightest
-            below which it is background. Windows are spread over the box of the foreground, those
-            without any are skipped, and all else is background. None computes every window.
-        head_top: where a head's top is, for images whose structures fit in one window: that window
-            is placed over them, and windows are spread only where they do not fit. Needs
-            `foreground_threshold`. None always spreads windows.
-        add_background: whether a logit of 0, the background, is put before the network's: for
-            networks with a sigmoid output.
-        buffer_bytes: sums of windows that may be held at a time; no result depends on it.
+        roi_size: size of a window, the network's input, voxels.
+        overlap: overlap of neighbouring windows, as a fraction of a window.
+        slice_dim: spatial axis along which windows are one slice thick, for a 2D network on a
+            volume; None if the network has as many spatial axes as the image.
+        sw_batch_size: number of windows that go through the network together.
+        placement: `even` spaces the windows evenly; `monai` shifts the last one back into the
+            image. Both need the same number of windows.
+        mode: weights of a window's voxels, `gaussian` or `constant`.
+        mirroring: mirror images of each window whose outputs are averaged; None for no mirroring.
+        foreground_threshold: threshold between background and foreground, 0 for the lowest value of
+            the image, 1 for the brightest. Windows are spread over the bounding box of the
+            foreground, and those without foreground are skipped; everything else becomes
+            background. None computes windows over the whole image.
+        head_top: direction of the top of the head, for images of heads: windows are spread only
+            over the box that contains all structures (`localise`), often a single window. Needs
+            `foreground_threshold`. None spreads windows over the whole foreground.
+        add_background: whether a background channel with the logit 0 is put before the network's
+            channels, for networks with sigmoid outputs.
+        buffer_bytes: largest size of the windows' sums that are held at a time, bytes. The logits
+            do not depend on it.
 
     Shapes:
-        (B, C, *spatial) of any size, padded by 0 where smaller than the window →
-        (B, classes, *spatial) float32. A network of several outputs (a sequence or a mapping) gives
-        the same structure of whole logits, those of a lower resolution at theirs.
+        (B, C, *spatial) of any size → (B, classes, *spatial) float32; images smaller than a window
+        are padded with 0. For a network of several outputs (a sequence or a mapping), the result
+        has the same structure, and each output keeps its resolution.
+
+    Raises:
+        ConfigError: `overlap` or `sw_batch_size` is out of range.
     """
 
     def __init__(
@@ -172,18 +180,24 @@ class WindowInferer(Inferer):
         self.mirroring = mirroring
         self.foreground_threshold, self.head_top = foreground_threshold, head_top
         self.add_background, self.buffer_bytes = add_background, buffer_bytes
-        self.window = self.roi_size  # along the image's axes: a slice has a thickness of 1
+        self.window = self.roi_size  # size of a window along the image's axes: slices are 1 thick
         if slice_dim is not None:
             self.window = (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Return whole logits of a batch of images.
+        """Return the logits of a batch of images; see the shapes of the class.
+
+        Args:
+            inputs: (B, C, *spatial) images.
+            network: network, (B, C, *roi_size) → logits.
+            args: further arguments of the network.
+            kwargs: further arguments of the network.
 
         Raises:
-            ShapeError: the inputs' number of axes does not fit roi_size.
-            VolumeError: scores that are NaN or infinite.
+            ShapeError: the inputs do not have the spatial axes of a window.
+            VolumeError: the network gave logits that are NaN or infinite.
         """
         if inputs.ndim != len(self.window) + 2:
             raise ShapeError(
@@ -209,30 +223,32 @@ class WindowInferer(Inferer):
         device: torch.device | None = None,
         buffer_bytes: float | None = None,
     ) -> Iterator[ScoreBlock]:
-        """Yield the logits of one image as finished blocks, each computed when it is asked for.
+        """Yield the logits of one image as finished blocks; each is computed when it is requested.
 
         Args:
-            image: (C, *spatial), on the device of the network.
-            network: (B, C, *roi_size) → logits.
-            device: where sums are held; that of the image by default.
-            buffer_bytes: sums that may be held at a time, instead of the inferer's own.
+            image: (C, *spatial) image, on the device of the network.
+            network: network, (B, C, *roi_size) → logits.
+            device: device that holds the sums of the windows; None takes the image's.
+            buffer_bytes: largest size of the sums that are held at a time, bytes; None takes the
+                inferer's own limit.
 
         Raises:
-            VolumeError: scores that are NaN or infinite.
+            VolumeError: the network gave logits that are NaN or infinite.
         """
-        # a generator, so that placing the windows counts as time of the first block
+        # in the generator, so that a caller's stopwatch counts placing as part of the first block
         started = self._start(image, network, device or image.device)
         yield from self._placed_blocks(started, buffer_bytes)
 
     def windows(
         self, shape: Sequence[int], channels: int, buffer_bytes: float | None = None
     ) -> WindowGrid:
-        """Return where windows lie over a volume, and how they are grouped for so many classes.
+        """Return the positions of the windows over a volume, grouped to keep the memory limit.
 
         Args:
-            shape: (*spatial) of the volume, voxels.
-            channels: of the network's output.
-            buffer_bytes: sums that may be held at a time, instead of the inferer's own.
+            shape: size of the volume, voxels.
+            channels: number of channels of the network's output.
+            buffer_bytes: largest size of the sums that are held at a time, bytes; None takes the
+                inferer's own limit.
         """
         least = [max(n, r) for n, r in zip(shape, self.window, strict=True)]
         grid = window_grid(least, self.window, self.overlap, self.placement)
@@ -242,6 +258,7 @@ class WindowInferer(Inferer):
     def _start(
         self, image: torch.Tensor, network: NetworkFunction, device: torch.device
     ) -> _WindowPass:
+        """Place the windows over an image (C, *spatial); the first one is computed."""
         plain = _replace_nonfinite(_plain(image).to(device, torch.float32))
         shape = tuple(plain.shape[1:])
         threshold = self.foreground_threshold
@@ -267,12 +284,13 @@ class WindowInferer(Inferer):
         )
 
     def _complete(self, network: NetworkFunction) -> NetworkFunction:
-        """Return the network with a channel for the background, where it has none of its own."""
+        """Return the network, with a background channel if the inferer adds one."""
         if not self.add_background:
             return network
         return lambda patch: with_background(network(patch))
 
     def _whole(self, image: torch.Tensor, network: NetworkFunction, device: torch.device) -> Any:
+        """Return the logits of a whole image (C, *spatial), from one or from several outputs."""
         started = self._start(image, network, device)
         first = started.scores.first
         if self.foreground_threshold is None and not isinstance(first, torch.Tensor):
@@ -285,17 +303,17 @@ class WindowInferer(Inferer):
     def _placed_blocks(
         self, started: _WindowPass, buffer_bytes: float | None
     ) -> Iterator[ScoreBlock]:
-        """Yield blocks in the whole volume; each is released before the next is computed."""
+        """Yield the blocks of the region, moved to their place in the whole image."""
         channels = len(_single_output(started.scores.first))
         grid = self.windows(started.size, channels, buffer_bytes)
         weights = importance_map(self.window, self.mode).to(started.device)
         found = aggregate(grid, started.scores, weights, channels, batch=self.sw_batch_size)
         for block in found:
             start = tuple(s.start + i for s, i in zip(started.region, block.start, strict=True))
-            # along a padded axis there is one window, so its padding is cut off whole
+            # along a padded axis there is only one window, so that each block has all the padding
             scores = crop_padding(block.scores, started.margins)
             yield ScoreBlock(start=start, scores=scores, shape=started.shape)
-            del block, scores
+            del block, scores  # or they would be held while the next one is computed
 
     def _region(
         self,
@@ -319,11 +337,13 @@ class WindowInferer(Inferer):
 
 
 def with_host_fallback(compute: Callable[[torch.device], T], image: torch.Tensor) -> T:
-    """Return `compute(device)`; where a GPU's memory does not suffice, compute on the host's.
+    """Return `compute(device of the image)`; if the GPU runs out of memory, `compute(CPU)`.
 
     Args:
-        compute: takes the device on which the sums of windows are held.
-        image: gets a warning in its `meta` in the second case.
+        compute: function of the device that holds the sums of windows; the network itself stays on
+            the image's device.
+        image: image that is segmented. If it is a MetaTensor, it gets a warning in its `meta` when
+            the GPU has run out of memory.
     """
     try:
         return compute(image.device)
@@ -350,9 +370,13 @@ def _single_output(scores: Any) -> torch.Tensor:
 
 @lru_cache(maxsize=4)
 def importance_map(size: tuple[int, ...], mode: str) -> torch.Tensor:
-    """Return the weight of each voxel of a window, (*size) float32, as MONAI computes it.
+    """Return MONAI's importance map: the weight of each voxel of a window, (*size) float32.
 
-    Axes of length 1 do not count: a slice has the weights of a 2D window.
+    Axes of length 1 are left out: a slice has the weights of a 2D window.
+
+    Args:
+        size: size of the window, voxels.
+        mode: `gaussian` or `constant`.
     """
     kept = tuple(n for n in size if n > 1) or (1,)
     weights: torch.Tensor = compute_importance_map(
@@ -362,7 +386,10 @@ def importance_map(size: tuple[int, ...], mode: str) -> torch.Tensor:
 
 
 def _replace_nonfinite(image: torch.Tensor) -> torch.Tensor:
-    """Replace NaN and infinities by the smallest finite value: one would spoil its windows."""
+    """Return the image with the lowest finite value in place of NaN and infinities.
+
+    A single NaN would make all scores of the windows that contain it NaN.
+    """
     if torch.isfinite(image.sum()):
         return image
     finite = torch.isfinite(image)
@@ -375,7 +402,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _collated(results: list[Any]) -> Any:
-    """Return one result per image as a batch."""
+    """Return the results of several images as a batch: tensors with a first axis B."""
     if not isinstance(results[0], torch.Tensor):
         return map_tensors(lambda *parts: torch.stack(parts), *results)
     if len({tuple(result.shape) for result in results}) > 1:

@@ -34,21 +34,21 @@ OTHER_SIDE = {
     "Right": "Left",
     "RIGHT": "LEFT",
 }
-# a whole word: `ctx_left_a` has a side, `cleft` has none
+# whole words only: `ctx_left_a` has a side, `cleft` has none
 SIDE_WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(OTHER_SIDE)})(?![A-Za-z])")
-# probabilities are raised to this before their logarithm is taken, so that it is finite
-MIN_PROBABILITY = 1e-7
+MIN_PROBABILITY = 1e-7  # lower bound of a mean probability, so that its logarithm is finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mirroring:
-    """Which mirror images of a window are averaged.
+    """The mirror images of a window over which the network's output is averaged.
 
     Attributes:
-        axes: spatial axes of the window; each combination of them is flipped.
-        sides: which of these runs between left and right; None where none does.
-        order: output channels with left and right exchanged: channel `order[i]` of a window that
-            is flipped along `sides` is channel i of the window itself.
+        axes: spatial axes of the window along which it is flipped, in all combinations.
+        sides: the one of these axes that runs from left to right; None if none does.
+        order: for each output channel, the channel of the same structure on the other side. If a
+            window is flipped along `sides`, channel `order[i]` of its output is channel i of the
+            window itself.
     """
 
     axes: tuple[int, ...]
@@ -57,10 +57,10 @@ class Mirroring:
 
 
 def mirroring_of(spec: Spec) -> Mirroring | None:
-    """Return the mirror images that a spec asks for, or None.
+    """Return the mirror images that `spec.tta_mirror` asks for, or None for no mirror images.
 
     Raises:
-        ConfigError: a label with a side whose counterpart is missing.
+        ConfigError: a left or right label has no counterpart on the other side.
     """
     if not spec.tta_mirror:
         return None
@@ -73,12 +73,12 @@ def mirroring_of(spec: Spec) -> Mirroring | None:
 
 
 def counterparts(names: Sequence[str]) -> tuple[int, ...]:
-    """Return for each name the number of its counterpart on the other side of the body.
+    """Return, for each name, the index of its counterpart on the other side of the body.
 
-    `left x` and `right x` are counterparts; a name without a side is its own.
+    `left x` and `right x` are counterparts. A name without a side is its own counterpart.
 
     Raises:
-        ConfigError: a name whose counterpart is missing.
+        ConfigError: a name with a side has no counterpart in `names`.
     """
     mirrored = [SIDE_WORD.sub(lambda match: OTHER_SIDE[match[0]], name) for name in names]
     lonely = [name for name, other in zip(names, mirrored, strict=True) if other not in names]
@@ -91,11 +91,11 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
 
 
 def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> NetworkFunction:
-    """Return a network whose output is the mean over its input and the mirror images of it.
+    """Return a network whose output is the mean over a window and its mirror images.
 
     Args:
-        network: (B, C, *spatial) → (B, classes, *spatial), one tensor or several.
-        mirroring: None leaves the network as it is.
+        network: network, (B, C, *spatial) → (B, classes, *spatial), one tensor or several.
+        mirroring: mirror images; None returns the network itself.
     """
     if mirroring is None:
         return network
@@ -109,7 +109,7 @@ def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> N
         total = None
         for axes in combinations:
             output = network(patch.flip([axis + 2 for axis in axes]))
-            # divided before they are summed, so that half precision does not overflow
+            # divided before they are summed, so that float16 does not overflow
             part = map_tensors(
                 lambda scores, axes=axes: _unmirror(scores, axes, mirroring) / len(combinations),
                 output,
@@ -121,7 +121,13 @@ def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> N
 
 
 def _unmirror(scores: torch.Tensor, axes: Sequence[int], mirroring: Mirroring) -> torch.Tensor:
-    """Return the scores of a window, flipped along `axes`, as scores of the window itself."""
+    """Return the scores of a flipped window as scores of the window itself.
+
+    Args:
+        scores: (B, classes, *spatial) scores of the window flipped along `axes`.
+        axes: spatial axes of the flip.
+        mirroring: gives the left-right axis and the order of channels.
+    """
     scores = scores.flip([axis + 2 for axis in axes])
     return scores[:, list(mirroring.order)] if mirroring.sides in axes else scores
 
@@ -129,16 +135,17 @@ def _unmirror(scores: torch.Tensor, axes: Sequence[int], mirroring: Mirroring) -
 class RotationInferer(Inferer):
     """An inferer that averages probabilities over rotated versions of a volume.
 
-    The versions are rotated in one plane, 360°/rotations apart. The volume is mirror-extended
-    before, so that no corner is lost, and rotated in mm where its spacing is known.
+    The versions are rotated in one plane, by multiples of 360° / rotations. The volume is first
+    extended by mirroring, so that rotating loses no corner. If its spacing is known (a MetaTensor),
+    angles are those in mm, otherwise those in voxels.
 
     Args:
-        inferer: computes each version.
+        inferer: inferer that segments each version.
         rotations: number of versions, including the unrotated one.
-        axis: 0 to 2, the array axis to rotate about.
+        axis: array axis to rotate about, 0 to 2.
 
     Shapes:
-        (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose probabilities are the averages.
+        (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose softmax is the mean probability.
     """
 
     def __init__(self, inferer: Inferer, rotations: int, axis: int) -> None:
@@ -171,18 +178,18 @@ class RotationInferer(Inferer):
 
 
 def rotate_plane(x: torch.Tensor, angle: float, spacing: Sequence[float]) -> torch.Tensor:
-    """Return images rotated about their centre by linear interpolation, mirrored at the border.
+    """Return images rotated about their centre, with linear interpolation and mirrored borders.
 
     Args:
-        x: (…, H, W) float32.
-        angle: radians.
-        spacing: along H and W, mm.
+        x: (…, H, W) float32 images.
+        angle: angle of the rotation, radians.
+        spacing: voxel size along H and W, mm.
     """
     if angle == 0:
         return x
     height, width = x.shape[-2:]
-    # affine_grid takes coordinates from -1 to 1, whatever an axis' length: half of it in mm is
-    # what turns a rotation in mm into one of these coordinates
+    # affine_grid has coordinates from -1 to 1 along both axes: a rotation in mm is scaled by half
+    # the length of each axis, mm
     half_height = max(1, height - 1) * spacing[0] / 2
     half_width = max(1, width - 1) * spacing[1] / 2
     c, s = cos(angle), sin(angle)
@@ -198,13 +205,14 @@ def rotate_plane(x: torch.Tensor, angle: float, spacing: Sequence[float]) -> tor
 
 
 def average_rotations(spec: Spec, inferer: Inferer) -> Inferer:
-    """Return an inferer that averages over the rotations that a spec asks for.
+    """Return an inferer that averages over the rotations that `spec.tta_rotations` asks for.
 
-    Slices are rotated in their plane, volumes about the vertical axis.
+    For a 2D network slices are rotated in their plane, for a 3D network the volume about the
+    inferior-superior axis.
 
     Args:
-        spec: gives `tta_rotations`; 1 leaves the inferer as it is.
-        inferer: computes each rotated version.
+        spec: gives `tta_rotations`; with 1, the inferer itself is returned.
+        inferer: inferer that segments each rotated version.
     """
     if spec.tta_rotations == 1:
         return inferer
@@ -223,11 +231,11 @@ def _spacing(inputs: torch.Tensor) -> list[float]:
 
 
 def _rotation_margins(size: Sequence[int], spacing: Sequence[float]) -> list[int]:
-    """Return the voxels to add at each end so that an image contains its own rotations.
+    """Return how many voxels to add at each end of H and W, so that rotating loses no corner.
 
     Args:
-        size: (H, W), voxels.
-        spacing: along H and W, mm.
+        size: (H, W) size of the image, voxels.
+        spacing: voxel size along H and W, mm.
     """
     diagonal = hypot(*((n - 1) * mm for n, mm in zip(size, spacing, strict=True)))
     margins = []

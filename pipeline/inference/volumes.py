@@ -16,17 +16,17 @@ def volumes_mm3(
     names: Mapping[str, int],
     soft_mm3: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """Return the volume of each structure by name, mm³, without the background.
+    """Return name → volume of each structure, mm³, without the background.
 
-    A structure's volume is the number of its voxels times the volume of a voxel, or its soft
-    volume where these are given.
+    A volume is the number of voxels times the volume of a voxel, or, with `soft_mm3`, the soft
+    volume: the sum of the probabilities times the volume of a voxel. A structure without any voxel
+    in the label map has the volume 0 in both cases.
 
     Args:
-        labels: (X, Y, Z) output values.
-        affine: voxel → world, mm.
-        names: name → output value, as in the spec.
-        soft_mm3: the sum of each structure's probabilities, mm³, in the order of `names`. A
-            structure without any voxel in the label map is 0 either way.
+        labels: (X, Y, Z) label map.
+        affine: affine of the label map, voxel → world, mm.
+        names: name → value in the label map, as in the spec.
+        soft_mm3: soft volumes in the order of `names`, mm³; None counts voxels.
     """
     counts = _voxel_counts(labels)
     volumes = {}
@@ -41,11 +41,11 @@ def volumes_mm3(
 
 
 def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Return the volumes of structures, followed by the volumes of several structures together.
+    """Return the volumes of all structures, followed by sums over several structures.
 
     Args:
         volumes: name → volume of each structure, mm³.
-        sums: name → the structures that are summed, or `all`.
+        sums: name of the sum → names of its structures, or `all`.
     """
     extended = dict(volumes)
     for name, parts in sums.items():
@@ -54,7 +54,7 @@ def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -
 
 
 def _voxel_counts(labels: LabelMap) -> dict[int, int]:
-    """Return how many voxels have each value that occurs."""
+    """Return value → number of voxels, for the values that occur."""
     if labels.dtype == np.uint8:  # counted without sorting, which is much faster
         counts = np.bincount(labels.ravel())
         return {value: int(count) for value, count in enumerate(counts) if count}

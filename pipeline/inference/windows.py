@@ -15,25 +15,26 @@ from pipeline.types import NetworkFunction
 
 
 class WindowScores:
-    """Computes the network's scores in windows of one image, for `aggregate`.
+    """Computes the network's scores in windows of one image; called by `aggregate`.
 
-    The first window of the image is computed at once, because its scores give the number of
-    classes. They are used when that window is asked for.
+    The window at the image's first voxel is computed by the constructor, because its scores give
+    the number of classes. They are kept until this window is requested.
 
     Args:
-        image: (C, *spatial) float32, nowhere smaller than a window.
-        network: (B, C, *roi_size) → scores.
-        roi_size: of a window along the image's axes, voxels.
-        slice_dim: the spatial axis along which a window is one slice; the network gets it without
-            that axis. None for a network with as many spatial axes as the image.
-        batch: windows that go through the network together. Halved when the GPU's memory does not
-            suffice.
-        device: of the network.
-        cells: the cells of the foreground (`foreground_cells`); windows without any are skipped.
+        image: (C, *spatial) float32 image, at least as large as a window along every axis.
+        network: network, (B, C, *roi_size) → scores.
+        roi_size: size of a window along the image's axes, voxels.
+        slice_dim: spatial axis along which windows are one slice thick, for a 2D network on a
+            volume; the network gets windows without this axis. None if the network has as many
+            spatial axes as the image.
+        batch: number of windows that go through the network together; halved each time that the
+            GPU runs out of memory.
+        device: device that the network is on.
+        cells: foreground cells, from `foreground_cells`; windows that overlap none are skipped.
             None computes every window.
 
     Attributes:
-        first: the scores of the first window until they are used, then None.
+        first: scores of the window at the first voxel until they are used, then None.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class WindowScores:
         """Return the scores (classes, *roi_size) of each window, None for a skipped one.
 
         Args:
-            starts: the first voxels of the windows. That of the whole grid can only be the first
-                of them, because windows are visited in the grid's order.
+            starts: first voxel of each window. The window at the image's first voxel, if it is
+                among them, has to be the first.
         """
         computed = [start for start in starts if any(start) and not self._is_background(start)]
         scores: dict[tuple[int, ...], Any] = dict(
@@ -72,6 +73,7 @@ class WindowScores:
         return self.cells is not None and not touches_foreground(self.cells, start, self.roi_size)
 
     def _compute(self, starts: Sequence[tuple[int, ...]]) -> list[Any]:
+        """Return the scores of each window; halve `batch` where the GPU runs out of memory."""
         results: list[Any] = []
         while len(results) < len(starts):
             batch = starts[len(results) : len(results) + self.batch]
@@ -89,14 +91,15 @@ class WindowScores:
 
 
 def pad_to_window(image: torch.Tensor, roi_size: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """Return an image padded by zeros to the size of a window, and the padding along each axis.
+    """Return an image padded with zeros, at both ends of each axis, to at least a window's size.
 
     Args:
-        image: (C, *spatial).
-        roi_size: of a window, voxels.
+        image: (C, *spatial) image.
+        roi_size: size of a window, voxels.
 
     Returns:
-        The image, and how many voxels were added along each spatial axis, both ends together.
+        The padded image, and the number of voxels added along each spatial axis, both ends
+        together.
     """
     margins = [max(0, r - n) for r, n in zip(roi_size, image.shape[1:], strict=True)]
     if any(margins):
@@ -108,11 +111,12 @@ def pad_to_window(image: torch.Tensor, roi_size: Sequence[int]) -> tuple[torch.T
 
 
 def crop_padding(scores: torch.Tensor, margins: Sequence[int]) -> torch.Tensor:
-    """Return scores (classes, *spatial) without the padding that `pad_to_window` added.
+    """Return scores without the padding that `pad_to_window` added.
 
     Args:
-        scores: of the padded image, or a block of it that spans each padded axis.
-        margins: voxels that were added along each axis, both ends together.
+        scores: (classes, *spatial) scores of the padded image, or a block of them that is as long
+            as the image along each padded axis.
+        margins: number of voxels added along each spatial axis, both ends together.
     """
     box = []
     for margin, size in zip(margins, scores.shape[1:], strict=True):
