@@ -26,10 +26,14 @@ MIN_BLUR = 0.3  # voxels; a narrower Gaussian changes hardly anything
 
 
 def augmentation(augment: Augment, spec: Spec) -> list[MapTransform]:
-    """Return the random transforms of patches, 2D or 3D like the spec's network.
+    """Return the random transforms of training patches, for 2D or 3D patches as the spec has.
 
-    Image, label and weight move together; only the image changes its intensities, which are
-    normalised.
+    Spatial transforms apply to `image`, `label` and `weight` together, intensity transforms to
+    `image` only.
+
+    Args:
+        augment: probabilities and ranges.
+        spec: gives the number of spatial axes and the orientation.
     """
     return _spatial(augment, spec) + _intensity(augment)
 
@@ -45,7 +49,7 @@ def _spatial(augment: Augment, spec: Spec) -> list[MapTransform]:
             scale_range=[augment.scaling] * dims,
             translate_range=[augment.shift] * dims,
             mode=INTERPOLATION,
-            # Networks with padded convolutions know zeros at borders, the others only mirrored ones
+            # without padding, the network never gets zeros at a border, but mirrored voxels
             padding_mode="zeros" if spec.network.padding else "reflection",
             allow_missing_keys=True,
         )
@@ -73,7 +77,7 @@ def _spatial(augment: Augment, spec: Spec) -> list[MapTransform]:
 
 
 def _mirrored_axes(augment: Augment, spec: Spec) -> list[int]:
-    """Return the patch axes that run along the augmentation's mirrored directions."""
+    """Return the axes of a patch that run along the directions in `augment.mirror`."""
     volume_axes = [AXES[code] for code in spec.orientation]
     patch_axes = [axis for i, axis in enumerate(volume_axes) if i != spec.slice_dim]
     directions = [AXES[direction] for direction in augment.mirror]

@@ -34,27 +34,34 @@ LABEL_SPLINE_ORDER = 0  # nearest neighbour
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """The voxels from `start` (inclusive) to `stop` (exclusive) along each axis, (3,) each."""
+    """A box of voxels.
+
+    Attributes:
+        start: (3,) first voxel along each axis.
+        stop: (3,) first voxel after the box along each axis.
+    """
 
     start: Array
     stop: Array
 
     def of(self, array: Array) -> Array:
-        """Return this part of an array (C, X, Y, Z)."""
+        """Return the part of an array (C, X, Y, Z) that is inside the box."""
         x, y, z = (slice(*ends) for ends in zip(self.start, self.stop, strict=True))
         cropped: Array = array[:, x, y, z]
         return cropped
 
 
 class CropResizeSlicesd(MapTransform):
-    """Set dark voxels of the image to 0, crop image and label to the rest, resize their slices.
+    """Crop image and label to the bright part of the image, and resize their slices.
 
-    Each channel is divided by its largest value first, so that one threshold fits all of them.
+    Each channel of the image is divided by its largest value, and values below a threshold are set
+    to 0. Image and label are cropped to the remaining voxels, slices are padded to squares, and
+    these are resized.
 
     Args:
-        keys: (C, X, Y, Z) MetaTensors, the image first; a missing label is allowed.
-        settings: threshold, slice size and slice axis.
-        orientation: axis codes of the grid on which the transform is applied.
+        keys: keys of MetaTensors (C, X, Y, Z), the image first; missing labels are allowed.
+        settings: gives the threshold, the size of the slices and their axis.
+        orientation: axis codes of the input, such as `RAS`.
     """
 
     def __init__(self, keys: KeysCollection, settings: CropResize, orientation: str) -> None:
@@ -83,16 +90,16 @@ class CropResizeSlicesd(MapTransform):
         """Return values cropped, padded and resized, with the affine of the new grid.
 
         Args:
-            tensor: whose affine and other metadata the values have.
-            values: (C, X, Y, Z).
-            box: the part to keep.
-            order: of the splines.
+            tensor: MetaTensor with the affine and the other metadata of the values.
+            values: (C, X, Y, Z) values.
+            box: part that is kept.
+            order: order of the splines, 0 for nearest neighbours.
         """
         square, before = pad_to_squares(box.of(values), self.axis)
         resized = resize_slices(square, self.axis, self.settings.slice_size, order=order)
         scale = np.array(square.shape[1:]) / np.array(resized.shape[1:])
-        # New voxel → old voxel. Edges of the picture stay edges, so voxel centres move by half of
-        # the difference of the voxel sizes
+        # New voxel → old voxel. The outer edges of the slices keep their place, so the centre of
+        # the first voxel moves by half of the difference of the voxel sizes
         to_old: Affine = np.diag([*scale, 1.0])
         to_old[:3, 3] = box.start - before + (scale - 1) / 2
         affine = np.asarray(tensor.affine, dtype=np.float64) @ to_old
@@ -101,11 +108,11 @@ class CropResizeSlicesd(MapTransform):
 
 
 def zero_below(image: Array, floor: float) -> Array:
-    """Return each channel divided by its largest value, with 0 for values below the floor.
+    """Return each channel divided by its largest value, with 0 for values below a threshold.
 
     Args:
-        image: (C, X, Y, Z).
-        floor: fraction of a channel's largest value.
+        image: (C, X, Y, Z) image.
+        floor: threshold, as a fraction of the channel's largest value.
 
     Raises:
         VolumeError: a channel has no value above 0.
@@ -121,16 +128,20 @@ def zero_below(image: Array, floor: float) -> Array:
 
 
 def nonzero_box(image: Array) -> Box:
-    """Return the smallest box that contains all voxels of (C, X, Y, Z) that are not 0."""
+    """Return the bounding box of the voxels of (C, X, Y, Z) that are not 0 in any channel."""
     (_, *ends) = ndimage.find_objects((image != 0).any(axis=0, keepdims=True).astype(np.uint8))[0]
     return Box(np.array([part.start for part in ends]), np.array([part.stop for part in ends]))
 
 
 def pad_to_squares(image: Array, axis: int) -> tuple[Array, Array]:
-    """Return (C, X, Y, Z) with slices along an axis padded by 0 to squares.
+    """Return an image whose slices are padded with 0, at both ends, to squares.
+
+    Args:
+        image: (C, X, Y, Z) image.
+        axis: spatial axis, 0 to 2, along which the slices are stacked.
 
     Returns:
-        The padded image, and the number of voxels added before each axis, (3,).
+        The padded image, and the number of voxels added before the first one of each axis, (3,).
     """
     size = np.array(image.shape[1:])
     missing = np.delete(size, axis).max() - size
@@ -141,10 +152,16 @@ def pad_to_squares(image: Array, axis: int) -> tuple[Array, Array]:
 
 
 def resize_slices(image: Array, axis: int, size: int, *, order: int) -> Array:
-    """Return (C, X, Y, Z) with slices along an axis resized to size × size by splines.
+    """Return an image whose slices are resized to size × size voxels by splines.
 
-    The outer edges of the slices stay where they are. Values stay in the range of their channel,
-    which splines overshoot at edges.
+    The outer edges of the slices keep their place. Values are clipped to the range of their
+    channel, because splines overshoot.
+
+    Args:
+        image: (C, X, Y, Z) image.
+        axis: spatial axis, 0 to 2, along which the slices are stacked.
+        size: new size of a slice, voxels.
+        order: order of the splines, 0 for nearest neighbours.
     """
     zoom = [1.0 if i == axis else size / n for i, n in enumerate(image.shape[1:])]
     resized = []

@@ -20,17 +20,18 @@ from torch.nn import functional
 
 
 class RandCoarseElasticd(RandomizableTransform, MapTransform):
-    """Deform patches by normally distributed displacements, interpolated by cubic splines.
+    """Randomly deform patches by displacements of control points.
 
-    The same displacements apply to all keys. Beyond its border a patch is mirrored. MONAI's
-    `Rand2DElasticd` draws uniform displacements, and has no 3D version with control points.
+    The displacements are normally distributed, and interpolated between control points by cubic
+    splines. All keys are deformed alike; beyond its border a patch is mirrored. (MONAI's
+    `Rand2DElasticd` has uniformly distributed displacements and no 3D version with control points.)
 
     Args:
-        keys: (C, *spatial) tensors, 2D or 3D; missing ones are allowed.
+        keys: keys of tensors (C, *spatial), 2D or 3D; missing ones are allowed.
         prob: probability of a deformation.
         grid: number of control points along each axis; the outer ones lie on the border.
         sigma: standard deviation of a control point's displacement along each axis, voxels.
-        mode: interpolation per key, `bilinear` or `nearest`.
+        mode: interpolation of each key, `bilinear` or `nearest`.
     """
 
     def __init__(
@@ -62,19 +63,19 @@ class RandCoarseElasticd(RandomizableTransform, MapTransform):
 
 
 def dense_displacements(coarse: NDArray[np.float64], shape: Sequence[int]) -> torch.Tensor:
-    """Return the displacement of every voxel, by cubic splines through the control points.
+    """Return the displacement of each voxel: cubic splines through those of the control points.
 
     Args:
         coarse: (axes, grid, …) displacement of each control point along each axis, voxels.
-        shape: the patch, voxels.
+        shape: size of the patch, voxels.
 
     Returns:
-        (axes, *shape) float32, voxels.
+        (axes, *shape) float32 displacements along each axis, voxels.
     """
     field = np.asarray(coarse, dtype=np.float64)
     for axis, size in enumerate(shape, start=1):
-        # A spline is linear in its control points: its values are a matrix times the points, one
-        # column per point
+        # a spline is linear in its control points: its values are a matrix times the values at the
+        # points. Column i is the spline through 1 at point i and 0 at the others
         points = field.shape[axis]
         places = np.linspace(0, points - 1, size) if size > 1 else np.array([(points - 1) / 2])
         columns = [
@@ -86,17 +87,17 @@ def dense_displacements(coarse: NDArray[np.float64], shape: Sequence[int]) -> to
 
 
 def deform(x: torch.Tensor, displacements: torch.Tensor, mode: str) -> torch.Tensor:
-    """Return x sampled at each voxel's place plus its displacement.
+    """Return a deformed patch: its values at each voxel's position plus the displacement there.
 
     Args:
-        x: (C, *spatial), mirrored beyond its border.
-        displacements: (axes, *spatial), voxels.
-        mode: `bilinear` or `nearest`.
+        x: (C, *spatial) patch; it is mirrored beyond its border.
+        displacements: (axes, *spatial) displacement of each voxel along each axis, voxels.
+        mode: interpolation, `bilinear` or `nearest`.
     """
     sizes = torch.tensor(x.shape[1:], dtype=torch.float32, device=x.device)
     axes = (torch.arange(n, dtype=torch.float32, device=x.device) for n in x.shape[1:])
     places = torch.stack(torch.meshgrid(*axes, indexing="ij")) + displacements.to(x.device)
-    # grid_sample wants positions from -1 to 1, the last axis first
+    # grid_sample takes positions from -1 to 1, the last axis first
     grid = (2 * places.movedim(0, -1) / (sizes - 1).clamp(min=1) - 1).flip(-1)
     return functional.grid_sample(
         x[None].float(), grid[None], mode=mode, padding_mode="reflection", align_corners=True

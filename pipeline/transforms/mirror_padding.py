@@ -1,4 +1,4 @@
-"""Volumes continued beyond their edges by mirroring."""
+"""Mirror padding: volumes extended beyond their edges by reflection."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 
 
 def mirror_indices(start: int, length: int, size: int) -> torch.Tensor:
-    """Return the indices of a line of voxels that is mirrored at both ends, as often as needed.
+    """Return the indices of the voxels along an axis that is extended by reflection at both ends.
 
-    The voxels at the ends are not doubled. torch's own `reflect` padding allows one reflection
-    only, which is too few for volumes smaller than the padding.
+    The voxels at the ends are not repeated. The axis is reflected as often as necessary; torch's
+    own `reflect` padding allows only one reflection, so that it needs volumes larger than the
+    padding.
 
     Args:
-        start: index of the first voxel to return, negative before the line.
+        start: position of the first voxel to return; negative positions are before the axis.
         length: number of voxels to return.
-        size: number of voxels of the line.
+        size: length of the axis, voxels.
 
     Returns:
-        (length,) int64, indices from 0 to size - 1.
+        (length,) int64 indices, from 0 to size - 1.
 
     >>> mirror_indices(-2, 7, 4).tolist()
     [2, 1, 0, 1, 2, 3, 2]
@@ -32,15 +33,15 @@ def mirror_indices(start: int, length: int, size: int) -> torch.Tensor:
 
 
 def mirror_padded_box(x: torch.Tensor, start: Sequence[int], length: Sequence[int]) -> torch.Tensor:
-    """Return a box of a volume that may extend beyond it, where the volume is mirrored.
+    """Return a box of a volume; parts of the box outside the volume are filled by reflection.
 
     Args:
-        x: (…, *spatial).
-        start: first voxel along each spatial axis, negative before the volume.
-        length: voxels along each spatial axis.
+        x: (…, *spatial) volume.
+        start: first voxel of the box along each spatial axis, negative before the volume.
+        length: size of the box along each spatial axis, voxels.
 
     Returns:
-        (…, *length); a view of x if the box lies inside.
+        (…, *length) values; a view of x if the box is inside the volume.
     """
     first_axis = x.ndim - len(start)
     for axis, (begin, size) in enumerate(zip(start, length, strict=True), start=first_axis):

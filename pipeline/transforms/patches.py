@@ -37,22 +37,22 @@ def training_transform(
 ) -> TrainingTransform:
     """Return the transform from a labelled case to augmented training patches.
 
-    A run with `synthesis` draws its images from label maps instead (`synthesis_transform`).
-
-    Shapes:
-        a case → `patches_per_case` dicts of `image` (C, *size) float32, `label` (1, *size) channel
-        numbers, and `weight` (1, *size) for the loss `border_ce`; size is the run's `patch_size`,
-        or else the spec's `roi_size`.
+    For a run with `synthesis` it is `synthesis_transform`, from a label map to a synthetic image.
 
     Args:
-        preprocessing: the preprocessing that inference uses too.
-        spec: the network's.
-        run: how patches are drawn and augmented.
-        device: the device that trains; None is the CPU. A GPU keeps the cases in its memory as
-            far as they fit, and augments the patches itself.
+        preprocessing: preprocessing, the same as for inference.
+        spec: spec of the network.
+        run: gives `patch_size`, `patches_per_case`, `augment` and `loss`.
+        device: device that trains; None is the CPU. On a GPU, cases are kept in its memory as long
+            as they fit, and patches are augmented there.
+
+    Shapes:
+        a case → `patches_per_case` dicts with `image` (C, *size) float32, `label` (1, *size)
+        channel numbers and, for the loss `border_ce`, `weight` (1, *size). The size is the run's
+        `patch_size` or, if that is None, the spec's `roi_size`.
 
     Raises:
-        ConfigError: the network cannot process patches of the run's `patch_size`.
+        ConfigError: `patch_size` is not a valid input size of the network.
     """
     if run.patch_size is not None:
         if len(run.patch_size) != spec.spatial_dims:
@@ -60,7 +60,7 @@ def training_transform(
                 f"run.patch_size: expected {spec.spatial_dims} numbers, as roi_size has, got "
                 f"{run.patch_size}"
             )
-        spec = replace(spec, roi_size=run.patch_size)  # checks the size
+        spec = replace(spec, roi_size=run.patch_size)  # raises ConfigError for an invalid size
     if run.synthesis:
         return synthesis_transform(spec, run.synthesis, device)
     gpu = device if device is not None and device.type == "cuda" else None
@@ -75,7 +75,7 @@ def _case_transforms(spec: Spec, run: Run, gpu: torch.device | None) -> list[Tra
     transforms: list[Transform] = [ClassIndexd(LABEL, spec.labels)]
     if run.loss == "border_ce":
         transforms.append(BorderWeightd(LABEL, run.border_weight, run.border_sigma_mm))
-    # Patches need no affine, and random transforms are faster on plain tensors
+    # patches need no affine, and random transforms are faster on plain tensors
     transforms.append(EnsureTyped(SPATIAL_KEYS, track_meta=False, allow_missing_keys=True))
     if gpu:
         transforms.append(ToGpud(SPATIAL_KEYS, gpu))
@@ -87,7 +87,7 @@ def _case_transforms(spec: Spec, run: Run, gpu: torch.device | None) -> list[Tra
 
 
 def _patch_transforms(spec: Spec, run: Run, gpu: torch.device | None) -> list[Transform]:
-    """Return the random transforms: crops, and the augmentation of each of them."""
+    """Return the random transforms: crops of a case, and the augmentation of each crop."""
     size = crop_size(spec)
     transforms: list[Transform] = []
     if not spec.network.padding:
@@ -111,21 +111,27 @@ def _patch_transforms(spec: Spec, run: Run, gpu: torch.device | None) -> list[Tr
         )
     transforms += augmentation(run.augment, spec)
     if gpu:
-        # Patches of the cases that did not fit on the GPU
+        # cases that did not fit into the GPU's memory: their patches are moved now
         transforms.append(ToDeviced(SPATIAL_KEYS, gpu, allow_missing_keys=True))
     return transforms
 
 
 def crop_size(spec: Spec) -> list[int]:
-    """Return the size of a patch in a volume, (X, Y, Z) voxels.
+    """Return the size (X, Y, Z) of the network's input in a volume, voxels.
 
-    It is the spec's roi_size, and for a 2D network one voxel across the slices.
+    It is the spec's roi_size; for a 2D network, with 1 along the axis that slices are stacked on.
     """
     return _per_volume_axis(spec, spec.roi_size, across_slices=1)
 
 
 def _per_volume_axis(spec: Spec, values: Sequence[int], *, across_slices: int) -> list[int]:
-    """Return one value per axis of a volume from one value per axis of a window."""
+    """Return values per axis of the volume, from values per axis of the network.
+
+    Args:
+        spec: spec of the network.
+        values: one value per spatial axis of the network.
+        across_slices: value along the axis that the slices of a 2D network are stacked on.
+    """
     volume_values = list(values)
     if spec.slice_dim is not None:
         volume_values.insert(spec.slice_dim, across_slices)
@@ -136,11 +142,11 @@ class ClassIndexd(MapTransform):
     """Replace the values of a label map by the network's channel numbers.
 
     Args:
-        keys: label maps; missing ones are allowed.
-        labels: name → value in label maps, in the order of the channels.
+        keys: keys of label maps; missing ones are allowed.
+        labels: name → value in the label map, in the order of the network's channels.
 
     Raises:
-        VolumeError: a label map has a value that no label has.
+        VolumeError: a label map has a value that is not in `labels`.
     """
 
     def __init__(self, keys: KeysCollection, labels: Mapping[str, int]) -> None:
@@ -164,12 +170,12 @@ class ClassIndexd(MapTransform):
 
 
 class ToGpud(ToDeviced):
-    """Move a case to the GPU while more than half of the GPU's memory is free.
+    """Move a case to the GPU if more than half of the GPU's memory is free.
 
-    Later cases stay on the host, so that the network keeps the other half.
+    Otherwise the case stays in the host's memory: the other half is for the network.
 
     Args:
-        keys: tensors; missing ones are allowed.
+        keys: keys of tensors; missing ones are allowed.
         device: the GPU.
     """
 
@@ -191,18 +197,19 @@ def fits_in_gpu_memory(device: torch.device) -> bool:
 
 
 class MirrorPadd(MapTransform, RandomizableTrait):
-    """Pad volumes by mirroring, so that a patch's output may lie anywhere in them.
+    """Pad volumes by mirroring, for networks whose output is smaller than their input.
 
-    For networks whose output is smaller than their input. The padded volume is at least as large
-    as one patch.
+    Patches can then be cropped so that the network's output lies anywhere in the original volume.
+    The padded volume is at least as large as a patch.
 
-    It changes nothing at random. It has MONAI's `RandomizableTrait` so that its result, which is
-    many times larger than a small volume, is not cached.
+    The transform is deterministic. It has MONAI's `RandomizableTrait` only to keep `CacheDataset`
+    from caching its result, which can be many times larger than the volume.
 
     Args:
-        keys: (C, X, Y, Z) tensors; missing ones are allowed.
-        size: voxels of a patch along each axis.
-        margin: voxels that the network's output is smaller than its input, both ends together.
+        keys: keys of tensors (C, X, Y, Z); missing ones are allowed.
+        size: size of a patch, voxels.
+        margin: number of voxels that the network's output is smaller than its input along each
+            axis, both ends together.
     """
 
     def __init__(self, keys: KeysCollection, size: Sequence[int], margin: Sequence[int]) -> None:

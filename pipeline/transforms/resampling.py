@@ -1,11 +1,12 @@
 """Linear resampling between grids with parallel axes, one axis at a time.
 
 MONAI's resampling computes all positions in float64, which takes 64 bytes per voxel. Between grids
-whose axes run parallel, the same values follow from two neighbours along one axis after the other,
+with parallel axes, the same values result from linear interpolation along one axis after the other,
 in float32.
 
-Where an axis gets coarser, interpolation between two neighbours skips voxels. A triangle as wide as
-the new voxels then weights all voxels that it covers (antialiasing).
+Along an axis that becomes coarser, interpolation between two neighbours would skip voxels. There,
+voxels are averaged with the weights of a triangle (a tent filter) that is as wide as two of the new
+voxels, which avoids aliasing.
 """
 
 from __future__ import annotations
@@ -24,21 +25,23 @@ from numpy.typing import NDArray
 from pipeline.config import Spec
 from pipeline.types import Affine
 
-# Voxels by which axes may diverge over a whole volume and still count as parallel
-MAX_DRIFT = 0.01
-EXACT = 1e-6  # voxels; rounding errors of affines stay below
-SAME_GRID = 1e-5  # entries of the affine between two grids that count as one, as in MONAI
+MAX_DRIFT = 0.01  # voxels; axes that diverge less than this over a volume count as parallel
+EXACT = 1e-6  # voxels; rounding errors of affines are smaller
+# two grids are the same if the affine between them differs less than this from the identity, as in
+# MONAI
+SAME_GRID = 1e-5
 BORDER, BILINEAR = "border", "bilinear"
 
 
 def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
-    """Return MONAI's transform to the spec's spacing, which resamples images with `Resample`.
+    """Return MONAI's `Spacingd` for the spec's spacing, which resamples with `Resample`.
 
     Args:
-        spec: the network's.
-        keys: the image, then the label; missing ones are allowed.
+        spec: spec of the network.
+        keys: keys of image and label, in this order; missing ones are allowed. The label is
+            resampled by nearest neighbours.
     """
-    # MONAI keeps the spacing of axes with a negative value
+    # a negative number tells MONAI to keep the spacing of the axis
     pixdim = [-1.0 if mm is None else mm for mm in spec.spacing]
     transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
     transform.spacing_transform.sp_resample = Resample(
@@ -48,10 +51,11 @@ def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
 
 
 class Resample(SpatialResample):
-    """MONAI's `SpatialResample`, with its inverse, but faster for images on parallel axes.
+    """MONAI's `SpatialResample`, but faster between grids with parallel axes.
 
-    Linear interpolation between grids with parallel axes takes less time and memory, and averages
-    along axes that get coarser. Everything else is left to MONAI.
+    Linear resampling between such grids takes less time and memory than in MONAI, and it averages
+    voxels along axes that become coarser. In all other cases MONAI's code runs. The result can be
+    inverted as MONAI's.
     """
 
     def __call__(
@@ -71,7 +75,7 @@ class Resample(SpatialResample):
             matrix: Affine = np.linalg.inv(source_affine) @ target_affine
             size = [int(n) for n in spatial_size]
             axes = parallel_axes(matrix, size)
-            # MONAI returns an image that is on the grid already as it is
+            # an image that is on this grid already is returned unchanged, by MONAI's code below
             same_grid = np.allclose(matrix, np.eye(4), atol=SAME_GRID) and size == list(
                 img.shape[1:]
             )
@@ -84,7 +88,14 @@ class Resample(SpatialResample):
     def _resample_parallel(
         self, img: MetaTensor, matrix: Affine, axes: Sequence[int], size: Sequence[int]
     ) -> MetaTensor:
-        """Return the image on the new grid, with the trace that MONAI's inverse reads."""
+        """Return the image on the new grid, with the trace that MONAI's inverse needs.
+
+        Args:
+            img: (C, X, Y, Z) image.
+            matrix: voxel of the new grid → voxel of the image.
+            axes: axis of the image along which each new axis runs.
+            size: size of the new grid, voxels.
+        """
         trace = TraceableTransform.track_transform_meta(
             img,
             sp_size=size,
@@ -111,7 +122,7 @@ class Resample(SpatialResample):
 
 
 def _is_plain_linear(img: MetaTensor, mode: Any, options: dict[str, Any]) -> bool:
-    """Return whether a call of `Resample` has only arguments that our resampling supports."""
+    """Return whether our resampling supports the arguments of a call of `Resample`."""
     return (
         img.ndim == 4
         and not img.pending_operations
@@ -126,8 +137,8 @@ def parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
     """Return the source axis along which each target axis runs, or None if they are not parallel.
 
     Args:
-        matrix: target voxel → source voxel.
-        shape: of the target, voxels.
+        matrix: affine from target voxel to source voxel.
+        shape: size of the target grid, voxels.
     """
     linear = np.abs(matrix[:3, :3])
     axes = [int(i) for i in linear.argmax(axis=0)]
@@ -139,14 +150,16 @@ def parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
 
 @dataclass(frozen=True, slots=True)
 class AxisSampling:
-    """Where the voxels of one target axis lie along a source axis.
+    """How to resample along one axis: the position of each target voxel along a source axis.
+
+    The position is `low + weight`, in source voxels.
 
     Attributes:
-        source: the source axis.
-        low: (target voxels,) the source voxel at or before each position.
-        weight: (target voxels,) the fraction of the way from `low` to the next source voxel.
-        reach: half the width of the triangle that weights the source voxels around a position,
-            source voxels. 1 is linear interpolation, a larger one an average.
+        source: number of the source axis.
+        low: (target voxels,) source voxel at or before each position.
+        weight: (target voxels,) distance of each position from `low`, 0 to 1.
+        reach: half the width of the triangle that weights the source voxels around a position, in
+            source voxels: 1 is linear interpolation, a larger number averages more voxels.
     """
 
     source: int
@@ -155,19 +168,20 @@ class AxisSampling:
     reach: float = 1.0
 
     def inside(self, start: int, size: int, whole: int) -> tuple[slice, AxisSampling]:
-        """Return the target voxels that can be interpolated within a block of the source.
+        """Return the target voxels whose neighbours are both in a block of the source.
 
-        Neighbouring blocks share one source voxel, so that each target voxel belongs to one block.
+        Neighbouring blocks share one source voxel, so that each target voxel belongs to exactly one
+        block.
 
         Args:
             start: first source voxel of the block.
-            size: source voxels of the block.
-            whole: source voxels of the whole axis.
+            size: length of the block, source voxels.
+            whole: length of the whole source axis, voxels.
 
         Returns:
-            The target voxels, and their sampling with positions counted from `start`.
+            The range of target voxels, and their sampling with positions relative to `start`.
         """
-        # Only the last block has no following voxel to interpolate with, and needs none
+        # positions at the last voxel of the axis need no second neighbour
         is_last = start + size == whole
         last = start + size - (1 if is_last else 2)
         inside = np.flatnonzero((self.low >= start) & (self.low <= last))
@@ -183,16 +197,17 @@ def axis_samplings(
     *,
     snap: float,
 ) -> list[AxisSampling]:
-    """Return the linear interpolation along each target axis.
+    """Return, for each target axis, its sampling by linear interpolation.
 
-    Positions beyond the volume's edge are moved onto the edge.
+    Positions beyond the source's edge are moved to the edge.
 
     Args:
-        matrix: target voxel → source voxel.
-        axes: the source axis of each target axis, from `parallel_axes`.
-        target_shape: of the target, voxels.
-        shape: of the source, voxels.
-        snap: voxels; positions that are closer to a source voxel's centre are moved onto it.
+        matrix: affine from target voxel to source voxel.
+        axes: source axis along which each target axis runs, from `parallel_axes`.
+        target_shape: size of the target grid, voxels.
+        shape: size of the source grid, voxels.
+        snap: positions that are less than this away from a source voxel's centre are moved to it,
+            source voxels.
     """
     samplings = []
     for dim, source in enumerate(axes):
@@ -206,21 +221,21 @@ def axis_samplings(
 
 
 def with_averaging(sampling: AxisSampling, ratio: float) -> AxisSampling:
-    """Return a sampling that averages, if the target axis is coarser than the source axis.
+    """Return the sampling with averaging, if the target axis is coarser than the source axis.
 
     Args:
-        sampling: linear interpolation.
-        ratio: spacing of the target voxels, source voxels.
+        sampling: sampling by linear interpolation.
+        ratio: size of a target voxel along the axis, in source voxels.
     """
     return replace(sampling, reach=ratio) if ratio > 1 + EXACT else sampling
 
 
 def sample_axes(field: torch.Tensor, samplings: Sequence[AxisSampling]) -> torch.Tensor:
-    """Return a field on the target grid.
+    """Return a field resampled to the target grid, one axis after the other.
 
     Args:
-        field: (X, Y, Z) of the source.
-        samplings: one per target axis.
+        field: (X, Y, Z) values on the source grid.
+        samplings: sampling of each target axis.
     """
     field = field.permute([sampling.source for sampling in samplings])
     for dim, sampling in enumerate(samplings):
@@ -232,7 +247,7 @@ def sample_axes(field: torch.Tensor, samplings: Sequence[AxisSampling]) -> torch
 def _interpolate(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:
     """Return the field interpolated linearly along one axis."""
     low = torch.as_tensor(sampling.low, device=field.device)
-    # Axes that stay as they are, which are common, need no copy
+    # an axis that does not change, which is common, needs no copy
     is_identity = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
     lower = field if is_identity else field.index_select(dim, low)
     if not sampling.weight.any():
@@ -243,7 +258,10 @@ def _interpolate(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch
 
 
 def _average(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:
-    """Return the field averaged under triangles along one axis, cut off at the volume's edge."""
+    """Return the field averaged with triangular weights along one axis.
+
+    The weights of the voxels inside the volume are normalised to a sum of 1.
+    """
     distance = (sampling.low + sampling.weight)[:, None] - np.arange(field.shape[dim])
     weights = np.maximum(0, 1 - np.abs(distance) / sampling.reach)
     weights /= weights.sum(axis=1, keepdims=True)

@@ -51,18 +51,19 @@ BLACK_AIR_CHANCE = 0.25  # of a background that is exactly 0
 def synthesis_transform(
     spec: Spec, options: Synthesis, device: torch.device | None = None
 ) -> TrainingTransform:
-    """Return the transform from the file of a label map to a training image and its labels.
+    """Return the transform from the file of a label map to a synthetic image with its labels.
 
-    Loading the label map is deterministic and can be cached; the rest is drawn each time.
+    Loading the label map is deterministic and can be cached; the image is synthesised anew each
+    time.
 
     Args:
-        spec: the network's: its labels, grid and normalisation.
-        options: the ranges to draw from.
-        device: where label maps are kept and images are drawn; None is the CPU.
+        spec: gives labels, orientation, spacing, size and normalisation of the images.
+        options: probabilities and ranges of the synthesis.
+        device: device that keeps the label maps and synthesises the images; None is the CPU.
 
     Raises:
-        ConfigError: the spec needs something that synthetic images do not have, or the table of
-            the label maps' values cannot be read.
+        ConfigError: the network is not a 3D network with one channel and a spacing in mm, or the
+            tissue table cannot be read.
     """
     if spec.spatial_dims != 3 or None in spec.spacing or len(spec.channels) != 1:
         raise ConfigError(
@@ -85,19 +86,19 @@ def synthesis_transform(
 
 
 class RandSynthesized(RandomizableTransform, MapTransform):
-    """Draw an image from a label map, and the labels that belong to it.
-
-    Shapes:
-        `label` (1, X, Y, Z) with rows of the table, `centre` and `spacing`, all from
-        `TissueIndexd` → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size)
-        float32 channel numbers.
+    """Synthesise a random image, and the labels that belong to it, from a label map.
 
     Args:
-        table: the meaning of the rows.
-        roi_size: voxels of the image.
+        table: tissue table of the label maps.
+        roi_size: size of the image, voxels.
         spacing: voxel size of the image, mm.
-        options: the ranges to draw from.
-        orientation: axis codes of label maps and images.
+        options: probabilities and ranges of the synthesis.
+        orientation: axis codes of label maps and images, such as `RAS`.
+
+    Shapes:
+        a case from `TissueIndexd`, with `label` (1, X, Y, Z) rows of the table, `centre` and
+        `spacing` → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size) float32
+        channel numbers.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         case = dict(data)
         label_map = case[LABEL][0]
         centre, spacing = case.pop(CENTRE).numpy(), case.pop(SPACING).numpy()
-        # Noise is drawn on the device, from a seed of this transform's own random state
+        # noise is drawn on the device, by a generator that this transform's random state seeds
         noise = torch.Generator(device=label_map.device).manual_seed(int(self.R.randint(2**31)))
         rows = self._deformed_rows(label_map, centre, spacing)
         self._cut_field_of_view(rows)
@@ -132,25 +133,25 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return case | {IMAGE: image[None], LABEL: channels[None].float()}
 
     def _happens(self, chance: float) -> bool:
-        """Draw whether something with this probability happens."""
+        """Return True with the given probability."""
         return bool(self.R.rand() < chance)
 
     def _deformed_rows(
         self, label_map: torch.Tensor, centre: NDArray[np.float64], spacing: NDArray[np.float64]
     ) -> torch.Tensor:
-        """Return the label map under a random affine and elastic deformation, perhaps mirrored.
+        """Return the label map after a random affine and elastic deformation, perhaps mirrored.
 
         Args:
             label_map: (X, Y, Z) rows of the table.
-            centre: of the structures, voxels.
-            spacing: of the label map, mm.
+            centre: (3,) mean position of the structures, voxels of the label map.
+            spacing: (3,) voxel size of the label map, mm.
 
         Returns:
-            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table: at the centre of each voxel of
-            the image, and at its sample points.
+            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table, for each voxel of the image: at
+            its centre, then at its sample points.
         """
         options = self.options
-        # The order of the draws decides what a seed gives
+        # do not reorder: the result of a seed depends on the order of the random draws
         angles = self.R.uniform(-1, 1, 3) * radians(options.rotation)
         rotation = create_rotate(3, angles)[:3, :3]
         shear = create_shear(3, self.R.uniform(-options.shear, options.shear, 6))[:3, :3]
@@ -159,7 +160,7 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         reflection = np.eye(3)
         if mirrored:
             reflection[self.left_right_axis, self.left_right_axis] = -1
-        # mm from the image's centre → voxels of the label map
+        # linear map from mm, relative to the image's centre, to voxels of the label map
         matrix = np.diag(1 / spacing) @ rotation @ shear @ scale @ reflection
         shift = self.R.uniform(-1, 1, 3) * options.shift
         if self._happens(options.neck_chance):
@@ -182,16 +183,17 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         displacement: torch.Tensor,
         spacing: NDArray[np.float64],
     ) -> torch.Tensor:
-        """Return where each voxel of the image lies in the label map.
+        """Return the position of each voxel of the image in the label map.
 
         Args:
-            matrix: (3, 3), mm from the image's centre → voxels of the label map.
-            centre: of the image, voxels of the label map.
-            displacement: (3, *roi_size), mm.
-            spacing: of the label map, mm.
+            matrix: (3, 3) linear map from mm, relative to the image's centre, to voxels of the
+                label map.
+            centre: (3,) position of the image's centre, voxels of the label map.
+            displacement: (3, *roi_size) elastic displacement of each voxel, mm.
+            spacing: (3,) voxel size of the label map, mm.
 
         Returns:
-            (3, *roi_size), voxels of the label map.
+            (3, *roi_size) positions, voxels of the label map.
         """
         axes = [
             (torch.arange(n, dtype=torch.float32) - (n - 1) / 2) * mm
@@ -206,11 +208,14 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return position
 
     def _smooth_field(self, count: int, every_mm: float) -> torch.Tensor:
-        """Return (count, *roi_size): normal random numbers, interpolated between control points.
+        """Return smooth random fields, (count, *roi_size).
+
+        The values at control points have a standard normal distribution; between them they are
+        interpolated linearly.
 
         Args:
             count: number of fields.
-            every_mm: distance of the control points.
+            every_mm: distance between control points, mm.
         """
         points = [
             max(2, round(n * mm / every_mm) + 1)
@@ -220,7 +225,7 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return _resized(coarse, self.roi_size)
 
     def _cut_field_of_view(self, rows: torch.Tensor) -> None:
-        """Sometimes set the outer voxels at some faces to background, in place."""
+        """Randomly set the outer voxels at some faces of the image to background, in place."""
         if not self._happens(self.options.cut_chance):
             return
         for axis, size in enumerate(self.roi_size, start=1):
@@ -229,18 +234,20 @@ class RandSynthesized(RandomizableTransform, MapTransform):
             rows.narrow(axis, size - last, last).zero_()
 
     def _cut_width(self, size: int) -> int:
-        """Draw how many of an axis's voxels are lost at one face."""
-        # The fraction is drawn only if the face is cut
+        """Return the random number of voxels that are cut off at one face of an axis."""
         if not self._happens(CUT_FACE_CHANCE):
             return 0
         return round(float(size * self.R.uniform(0, self.options.cut)))
 
     def _painted(self, rows: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-        """Return intensities, (*roi_size): a Gaussian per class, averaged over sample points.
+        """Return the intensities of the image, (*roi_size), before blur, noise and bias field.
+
+        Each tissue class has normally distributed intensities. The mean and the standard deviation
+        of a voxel are those of the classes at its sample points, averaged.
 
         Args:
-            rows: (points, *roi_size) rows of the table.
-            noise: draws the texture.
+            rows: (sample points, *roi_size) rows of the table.
+            noise: generator of the normally distributed numbers.
         """
         mean, deviation = self._draw_contrast()
         of_class = torch.as_tensor(
@@ -254,11 +261,11 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return total[0].addcmul_(total[1], texture)
 
     def _draw_contrast(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the mean and the standard deviation of each class.
+        """Return random intensities: mean and standard deviation of each tissue class, (classes,).
 
-        They are those of T1 images, or a random function of these, or independent of them. The
-        function keeps tissues that are alike in T1 alike, as sequences such as T2, FLAIR and
-        proton density do.
+        The means are those of T1-weighted images, or a random function of them, or independent of
+        them. With the function, tissues with similar intensities in T1 have similar intensities,
+        as in sequences such as T2, FLAIR and proton density.
         """
         options, t1 = self.options, self.table.t1
         mean = t1[:, 0] + self.R.normal(size=len(t1)) * t1[:, 1]
@@ -278,15 +285,20 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return mean, deviation * self.R.uniform(options.texture, 1.0)
 
     def _acquired(self, image: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-        """Return the image as a scanner acquires it.
+        """Return the image with the effects of a random acquisition.
 
-        It is blurred, perhaps sampled on coarser voxels or thick slices, and gets noise, a bias
-        field and a gamma.
+        These are blur, coarser voxels or thick slices (not always), noise, a bias field and a gamma
+        transform. The result has intensities from 0 to `MAX_INTENSITY`.
+
+        Args:
+            image: (*roi_size) intensities.
+            noise: generator of the noise.
         """
         options = self.options
         ratio = np.maximum(1.0, self._draw_resolution() / self.spacing)
         sigma = ratio / FWHM * self.R.uniform(0.8, 1.2)
-        # The mean over sample points is a blur already, with the variance of their positions
+        # the mean over the sample points has blurred the image already: its variance is that of
+        # their positions, and is subtracted
         image = gaussian_smooth(image, np.sqrt(sigma**2 - (SAMPLE_POINTS**2).mean()))
         noise_level = self.R.uniform(0, options.noise) * MAX_INTENSITY
         size = list(self.roi_size)
@@ -304,7 +316,7 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         return (image / highest).pow_(gamma) * MAX_INTENSITY
 
     def _draw_resolution(self) -> NDArray[np.float64]:
-        """Return the voxel size at which the image is acquired, (3,) mm."""
+        """Return the random voxel size of the acquisition, (3,) mm."""
         options = self.options
         resolution_mm = self.spacing.copy()
         if self._happens(options.resolution_chance):
@@ -316,10 +328,15 @@ class RandSynthesized(RandomizableTransform, MapTransform):
     def _skull_stripped(
         self, rows: torch.Tensor, channels: torch.Tensor, image: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return channel numbers and image of the structures alone, as skull stripping does.
+        """Return channel numbers and image with everything but the structures set to 0.
 
-        Half of the images also lose the fluid around the brain. At borders the image fades with
-        the fraction of sample points that are kept.
+        Half of the images also lose the fluid around the brain. Voxels at a border are multiplied
+        by the fraction of their sample points that is kept.
+
+        Args:
+            rows: (1 + sample points, *roi_size) rows of the table, from `_deformed_rows`.
+            channels: (*roi_size) channel numbers.
+            image: (*roi_size) intensities.
         """
         is_fluid = np.isin(self.table.values, self.options.outer_fluid)
         is_kept = self.table.channels > 0
@@ -332,15 +349,15 @@ class RandSynthesized(RandomizableTransform, MapTransform):
 def nearest_values(
     label_map: torch.Tensor, position: torch.Tensor, step: NDArray[np.float64]
 ) -> torch.Tensor:
-    """Return the values of a label map at the voxels nearest to positions, 0 beyond the map.
+    """Return the values of a label map at positions, by nearest neighbours.
 
     Args:
-        label_map: (X, Y, Z).
-        position: (3, *spatial), voxels.
-        step: (3,) voxels, added to all positions.
+        label_map: (X, Y, Z) label map.
+        position: (3, *spatial) positions, voxels.
+        step: (3,) offset that is added to all positions, voxels.
 
     Returns:
-        (*spatial) int64.
+        (*spatial) int64 values; 0 for positions outside the label map.
     """
     flat_index = torch.zeros(position.shape[1:], dtype=torch.int64, device=label_map.device)
     inside = torch.ones_like(flat_index, dtype=torch.bool)
@@ -352,14 +369,14 @@ def nearest_values(
 
 
 def gaussian_smooth(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
-    """Return (X, Y, Z) convolved with a Gaussian; edge values continue beyond the edge.
+    """Return a volume convolved with a Gaussian; the values at its edge are repeated beyond it.
 
     Args:
-        x: (X, Y, Z).
+        x: (X, Y, Z) volume.
         sigma: standard deviation along each axis, voxels.
     """
     kernels = [
-        # The discrete Gaussian, whose variance is right for narrow kernels too
+        # "scalespace": the discrete Gaussian, which has the right variance for small sigmas too
         gaussian_1d(
             torch.tensor(float(s)), truncated=KERNEL_REACH, approx="scalespace", normalize=True
         ).to(x)
@@ -370,6 +387,6 @@ def gaussian_smooth(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64
 
 
 def _resized(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return (C, X, Y, Z) interpolated to a size, outer voxel centres on outer voxel centres."""
+    """Return a volume (C, X, Y, Z) interpolated to a size, with aligned corner voxels."""
     resized = functional.interpolate(x[None], size=list(size), mode="trilinear", align_corners=True)
     return resized[0]

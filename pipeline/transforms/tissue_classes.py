@@ -1,4 +1,4 @@
-"""The table of a set of training label maps: the structure and the tissue of each value."""
+"""The tissue table of training label maps: the structure and the tissue of each of their values."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ CENTRE, SPACING = "centre", "spacing"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TissueTable:
-    """One row per value of the label maps, in the table's order; the first row is the background.
+    """What each value of the label maps means: one row per value, the background first.
 
     Attributes:
-        values: (N,) the value in the label maps.
-        channels: (N,) the network's channel, 0 for background.
-        classes: (N,) the tissue class, from 0. Rows of one class have one intensity distribution;
-            left and right structures share theirs.
-        mirror: (N,) the row of the same structure on the other side, or the row itself.
-        t1: (classes, 4) intensities in T1 images, 0 to 255: the mean of a class, the standard
-            deviation of this mean between images, the standard deviation within the class, and
-            the standard deviation of that between images.
+        values: (N,) value of each row in the label maps.
+        channels: (N,) number of the network's channel for each row, 0 for background.
+        classes: (N,) number of the tissue class of each row, from 0. All voxels of a class have the
+            same intensity distribution. Left and right structures have the same class.
+        mirror: (N,) row of the same structure on the other side; the row itself if there is none.
+        t1: (classes, 4) intensities of each class in T1-weighted images, 0 to 255: mean, standard
+            deviation of this mean between images, standard deviation within the class, and standard
+            deviation of the latter between images.
     """
 
     values: NDArray[np.int64]
@@ -46,19 +46,20 @@ class TissueTable:
 
 
 def read_tissue_table(path: PathOrStr, labels: Mapping[str, int]) -> TissueTable:
-    """Return the table in a CSV file.
+    """Return the tissue table in a CSV file.
 
-    The structure of a row is its `target_value`, or where that is 0 its `freesurfer_value`.
+    The label of a row is the one whose value equals the row's `target_value` or, if that is 0, its
+    `freesurfer_value` (or its `value`, if the table has no such column).
 
     Args:
-        path: a CSV file with the columns value, name, target_value, intensity_class and t1_mean,
-            t1_mean_sd, t1_sd, t1_sd_sd (0 to 255). Names that differ only in beginning with
-            `left ` and `right ` are a pair.
-        labels: name → output value, in the order of the network's channels; other structures are
+        path: CSV file with the columns value, name, target_value, intensity_class and t1_mean,
+            t1_mean_sd, t1_sd, t1_sd_sd (0 to 255). Two names that are equal after `left ` and
+            `right ` are the two sides of a structure.
+        labels: name → value, in the order of the network's channels; all other structures are
             background.
 
     Raises:
-        ConfigError: the file is missing, lacks a column, or has text where a number belongs.
+        ConfigError: the file does not exist, lacks a column, or has text in place of a number.
     """
     rows = _read_rows(Path(path))
     outputs = list(labels.values())
@@ -70,7 +71,7 @@ def read_tissue_table(path: PathOrStr, labels: Mapping[str, int]) -> TissueTable
     except ValueError as error:
         raise ConfigError(f"{path}: {error}; expected numbers in every column but name") from error
     mirror = _mirror_rows([row["name"] for row in rows])
-    # Both sides take the smaller of their two class numbers, so that they look alike
+    # both sides get the smaller of their two class numbers, so that they have the same intensities
     shared = [min(class_numbers[row], class_numbers[other]) for row, other in enumerate(mirror)]
     found, first_rows, classes = np.unique(shared, return_index=True, return_inverse=True)
     if len(set(values.tolist())) < len(values) or not len(found):
@@ -101,7 +102,12 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def _channel(row: Mapping[str, str], outputs: Sequence[int]) -> int:
-    """Return the network's channel of a row, 0 for structures that it does not segment."""
+    """Return the network's channel for a row, 0 for structures that it does not segment.
+
+    Args:
+        row: row of the table.
+        outputs: label value of each channel.
+    """
     target = int(row["target_value"]) or int(row.get("freesurfer_value") or row["value"])
     return outputs.index(target) if target in outputs else 0
 
@@ -111,7 +117,7 @@ def _t1_intensities(row: Mapping[str, str]) -> list[float]:
 
 
 def _mirror_rows(names: Sequence[str]) -> list[int]:
-    """Return for each row that of the same structure on the other side, or the row itself."""
+    """Return, for each row, the row of the same structure on the other side, or the row itself."""
     row_of = {name: row for row, name in enumerate(names)}
     mirror = []
     for row, name in enumerate(names):
@@ -125,18 +131,19 @@ def _mirror_rows(names: Sequence[str]) -> list[int]:
 
 
 class TissueIndexd(MapTransform):
-    """Replace the values of a label map by rows of its table.
+    """Replace the values of a label map by their row numbers in the tissue table.
 
-    The map becomes (1, X, Y, Z) uint8 on `device`. The case also gets `spacing`, (3,) mm, and
-    `centre`, (3,) voxels: the mean position of the voxels that are not background.
+    The label map becomes a (1, X, Y, Z) uint8 tensor on `device`. The case also gets `spacing`,
+    (3,) mm, and `centre`, (3,) voxels: the mean position of all structures of the network.
 
     Args:
-        keys: the label map.
-        table: the table of its values.
-        device: where the map is kept; None is the CPU.
+        keys: key of the label map.
+        table: tissue table with all values of the label map.
+        device: device of the result; None is the CPU.
 
     Raises:
-        VolumeError: the map has a value that is not in the table, or no structure.
+        VolumeError: the label map has a value that is not in the table, or no structure of the
+            network.
     """
 
     def __init__(
