@@ -1,4 +1,4 @@
-"""The description of a bundle for people, from its card.yaml."""
+"""The card: the description of a bundle for its users (card.yaml)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
-    """The part of a bundle's metadata.json that is written by hand; no program depends on it.
+    """The hand-written part of a bundle's metadata.json, which describes the bundle to its users.
 
     Attributes:
         name: title of the bundle.
         description: what the model segments, in one or two sentences.
-        task: such as "Segmentation of brain structures".
-        authors: of the bundle.
-        copyright: holder and year.
+        task: what the model is for, such as "Segmentation of brain structures".
+        authors: authors of the bundle.
+        copyright: copyright holder and year.
         intended_use: what the model is meant for, and what it is not meant for.
-        data_source: the data that the weights were trained on.
-        data_type: the file format of these data.
+        data_source: data that the weights were trained on.
+        data_type: file format of these data.
         references: publications, one per item.
-        eval_metrics: name → mean over cases, measured by the commands in the bundle's README; empty
-            for a bundle that was not evaluated.
-        changelog: version → what changed; the last version is the bundle's.
+        eval_metrics: metric → mean over cases, as measured by the commands in the bundle's README;
+            empty if the bundle has not been evaluated.
+        changelog: version → what changed in it; the last one is the bundle's present version.
     """
 
     name: str

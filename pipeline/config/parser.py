@@ -1,7 +1,7 @@
-"""Reading YAML files into frozen dataclasses, with errors that hold the path to the wrong key.
+"""Reading YAML files into frozen dataclasses, with errors that name the path of the wrong key.
 
-Specs and runs are read here, so that a misspelt key or `1e-3` (which PyYAML reads as a string) is
-an error at once, such as `expected float, got '1e-3' at spec.spacing[2]`.
+A misspelt key, or `1e-3` (which PyYAML reads as a string), is an error when the file is read, such
+as `expected float, got '1e-3' at spec.spacing[2]`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ NO_RENAMES: Mapping[str, str] = types.MappingProxyType({})
 def load_config(
     kind: type[T], path: PathOrStr, where: str, renamed: Mapping[str, str] = NO_RENAMES
 ) -> T:
-    """Read a YAML file into a dataclass.
+    """Return the content of a YAML file as a dataclass.
 
     Args:
-        kind: a dataclass; its fields may be dataclasses, tuples, dicts, Literals and unions.
+        kind: type of the result, a dataclass; its fields may be dataclasses, tuples, dicts,
+            Literals and unions.
         path: the YAML file.
-        where: name of the top level in error messages, such as "spec".
-        renamed: old key → present key, for files that an earlier version wrote.
+        where: name of the top level, such as "spec", with which key paths in error messages begin.
+        renamed: old name → present name of keys, for files of earlier versions.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds a wrong value; the message holds
-            the path to the key.
+        ConfigError: the file cannot be read, is not YAML, or has a wrong key or value; the message
+            has the path of the key.
     """
     content = read_yaml(path, where)
     try:
@@ -44,28 +45,29 @@ def load_config(
         raise ConfigError(f"{path}: {error}") from error
 
 
-def read_yaml(path: PathOrStr, where: str) -> Any:
+def read_yaml(path: PathOrStr, content_name: str) -> Any:
     """Return the content of a YAML file.
 
     Args:
-        path: the file.
-        where: what the file describes, for the message, such as "spec".
+        path: the YAML file.
+        content_name: what the file contains, such as "spec"; used in error messages.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or holds a key twice.
+        ConfigError: the file cannot be read, is not YAML, or has a key twice.
     """
     try:
         return yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); expected the YAML file of the {where}"
+            f"{path}: cannot be read ({error.strerror}); "
+            f"expected the YAML file of the {content_name}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses repeated keys, as the YAML standard asks; PyYAML silently takes the last one."""
+    """A loader that raises an error for repeated keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -78,15 +80,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def rename_keys(content: Any, renamed: Mapping[str, str], where: str) -> Any:
-    """Return the content of a file with old keys of the top level under their present names.
+    """Return the content of a YAML file with old keys of the top level renamed.
 
     Args:
-        content: of a YAML file; anything but a mapping is returned as it is.
-        renamed: old key → present key.
-        where: name of the top level in error messages.
+        content: content of the file; anything but a mapping is returned unchanged.
+        renamed: old name → present name of keys.
+        where: name of the top level, with which key paths in error messages begin.
 
     Raises:
-        ConfigError: a key is given under both names.
+        ConfigError: a key is present under both names.
     """
     if not isinstance(content, dict):
         return content
@@ -103,17 +105,18 @@ def rename_keys(content: Any, renamed: Mapping[str, str], where: str) -> Any:
 
 
 def parse_config(kind: type[T], value: Any, where: str) -> T:
-    """Convert what YAML gave into the type `kind`.
+    """Return a value from a YAML file, converted to the type `kind`.
 
-    Lists become tuples, and whole numbers become floats, where the type asks for it.
+    Lists become tuples and whole numbers become floats where the type requires it; any other value
+    of a wrong type is an error.
 
     Args:
-        kind: a dataclass, or any type that a field of one may have.
-        value: the content.
-        where: path to the value in error messages.
+        kind: type of the result: a dataclass, or any type that its fields may have.
+        value: value as PyYAML returns it.
+        where: path of the value in the file, such as "spec.network", for error messages.
 
     Raises:
-        ConfigError: the value does not have the type, as in
+        ConfigError: the value does not have the type, for example
             `expected float, got '1e-3' at spec.spacing[2]`.
     """
     result: T = _parse(kind, value, where)
@@ -169,7 +172,7 @@ def _parse_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return _parse(kind, value, where)
         except ConfigError as error:
             errors.append(error)
-    # the first type of a union is the usual one, so that its error helps most
+    # the first type of a union is the usual one: its error is the most helpful
     raise errors[0]
 
 

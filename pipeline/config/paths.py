@@ -1,4 +1,4 @@
-"""The paths of all files in a bundle, stated once."""
+"""The paths of all files in a bundle; no other module names these files."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ class BundlePaths:
 
     @property
     def spec(self) -> Path:
-        """The inputs and outputs that the weights were trained for."""
+        """The spec: inputs and outputs that the weights were trained for."""
         return self.configs / "spec.yaml"
 
     @property
     def single_fold_spec(self) -> Path:
-        """The spec of one fold, kept once the bundle is an ensemble of folds."""
+        """The spec of a single fold, if the bundle is an ensemble of the folds."""
         return self.configs / "single_fold.yaml"
 
     @property
     def run(self) -> Path:
-        """The settings of the training run."""
+        """The run: settings of the training run."""
         return self.configs / "run.yaml"
 
     @property
     def card(self) -> Path:
-        """The description of the bundle for people."""
+        """The card: description of the bundle for its users."""
         return self.configs / "card.yaml"
 
     @property
     def splits(self) -> Path:
-        """The folds of the cross-validation that `volseg plan` made."""
+        """The folds of the cross-validation, which `volseg plan` writes."""
         return self.configs / "splits.json"
 
     @property
@@ -65,7 +65,7 @@ class BundlePaths:
 
     @property
     def train(self) -> Path:
-        """The wiring for training, an overlay on the one for inference."""
+        """The wiring for training, which is merged into the wiring for inference."""
         return self.configs / "train.yaml"
 
     @property
@@ -75,12 +75,12 @@ class BundlePaths:
 
     @property
     def weights(self) -> Path:
-        """The weights, a plain state dict."""
+        """The weights, a plain state dict of the network."""
         return self.models / "model.pt"
 
     @property
     def best_weights(self) -> Path:
-        """The best weights so far of a run with `keep: best`, during the run."""
+        """The best weights so far, during a run with `keep: best`."""
         return self.models / "best.pt"
 
     @property
@@ -95,7 +95,7 @@ class BundlePaths:
 
     @property
     def training(self) -> Path:
-        """The folder of the training run's history."""
+        """The folder of the history (table and figure) of the training run."""
         return self.folder / "train"
 
     @property
@@ -104,7 +104,7 @@ class BundlePaths:
         return self.folder / "crossval"
 
     def fold(self, number: int) -> BundlePaths:
-        """Return the paths of one fold of a cross-validation, a bundle of its own."""
+        """Return the paths in the bundle of one fold of the cross-validation."""
         return BundlePaths(self.folder / "folds" / str(number))
 
     @property

@@ -1,4 +1,4 @@
-"""The run: data, length and options of one training run; what its weights mean is in the spec."""
+"""The run: dataset, length and options of one training run (run.yaml)."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """Random augmentation of the training patches; each `*_chance` is a probability, 0 to 1.
+    """Settings of the random augmentation of training patches.
 
     Attributes:
-        affine_chance: of a rotation, scaling and shift together.
+        affine_chance: probability of an affine transform: rotation, scaling and shift together.
         rotation: largest angle about each axis, degrees.
         scaling: largest relative change of size.
         shift: largest shift, voxels.
-        mirror: anatomical directions along which patches are mirrored.
-        mirror_chance: of mirroring along each of these directions.
-        noise_chance: of added Gaussian noise.
+        mirror: anatomical directions along which patches are mirrored: `R`, `A` or `S`.
+        mirror_chance: probability of mirroring along each of these directions.
+        noise_chance: probability of added Gaussian noise.
         noise: largest standard deviation of the noise, in units of the normalised image.
-        blur_chance: of a Gaussian blur.
-        blur: largest sigma of the blur, voxels.
-        intensity_chance: of each change of contrast, brightness and gamma.
+        blur_chance: probability of a Gaussian blur.
+        blur: largest standard deviation of the blur, voxels.
+        intensity_chance: probability of a change of brightness, of contrast and of gamma, each
+            drawn separately.
         contrast: largest relative change of the contrast.
         brightness: largest relative change of the brightness.
-        gamma: exponents are drawn from 1 - gamma to 1 + gamma.
-        elastic_chance: of an elastic deformation.
-        elastic_grid: control points of the deformation along each axis.
+        gamma: largest deviation of the gamma exponent from 1.
+        elastic_chance: probability of an elastic deformation.
+        elastic_grid: number of control points of the deformation along each axis.
         elastic_sigma: standard deviation of the displacement of each control point, voxels.
     """
 
@@ -72,38 +73,40 @@ class Augment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Synthesis:
-    """Training images that are drawn at random from label maps, instead of images that are read.
+    """Settings of training images that are synthesised from label maps, instead of being read.
 
-    `pipeline.transforms.synthesis_transform` draws them. Each `*_chance` is a probability, 0 to 1;
-    ranges are uniform unless another distribution is named.
+    `pipeline.transforms.synthesis_transform` synthesises them. Values are drawn uniformly, from 0
+    or symmetrically about 0, up to the largest value given here, unless stated otherwise.
 
     Attributes:
-        table: the CSV file that defines the tissue of each value of the label maps; `$NAME` is
-            replaced by the environment variable.
+        table: CSV file that defines the tissue of each value of the label maps; `$NAME` is replaced
+            by the value of the environment variable.
         rotation: largest angle about each axis, degrees.
         scaling: largest relative change of size along each axis.
-        shear: largest shear.
+        shear: largest shear, the entries of the shear matrix.
         shift: largest distance along each axis between the centres of image and structures, mm.
-        neck_chance: of an image that lies lower, as scans that include the neck do.
+        neck_chance: probability of an image that lies lower, as scans that include the neck do.
         neck: largest distance by which such an image lies lower, mm.
         elastic: largest standard deviation of the elastic displacement, mm.
-        elastic_every: distance of the displacement's control points, mm.
-        t1_chance: of the contrast of T1-weighted images.
-        sequence_chance: of a random function of T1 contrast, as other sequences have; with the
-            remaining probability each tissue has a random intensity.
+        elastic_every: distance between control points of the displacement, mm.
+        t1_chance: probability of the contrast of T1-weighted images.
+        sequence_chance: probability of the contrast of another sequence: tissue intensities that
+            are a random function of those in T1. With the remaining probability each tissue has a
+            random intensity.
         texture: smallest factor on the standard deviation within a tissue; the largest is 1.
-        resolution_chance: of a coarser resolution along each axis.
-        resolution_mm: lowest and highest voxel size of that resolution, mm.
-        slices_chance: of thick slices along one axis.
-        slices_mm: lowest and highest thickness of these slices, mm.
-        noise: largest standard deviation of the noise, a fraction of the intensity range.
+        resolution_chance: probability of a coarser resolution.
+        resolution_mm: smallest and largest voxel size of that resolution, mm; each axis has its
+            own.
+        slices_chance: probability of thick slices along one axis.
+        slices_mm: smallest and largest thickness of these slices, mm.
+        noise: largest standard deviation of the noise, as a fraction of the intensity range.
         bias: largest standard deviation of the logarithm of the bias field.
-        bias_every: distance of the bias field's control points, mm.
-        gamma: standard deviation of the logarithm of the exponent, normally distributed.
-        cut_chance: of a field of view that cuts off a part of the head.
+        bias_every: distance between control points of the bias field, mm.
+        gamma: standard deviation of the logarithm of the gamma exponent, normally distributed.
+        cut_chance: probability of a field of view that cuts off a part of the head.
         cut: largest fraction of the image that is lost at one face.
-        strip_chance: of a skull-stripped image.
-        outer_fluid: values of the label maps that are fluid around the brain; half of the
+        strip_chance: probability of a skull-stripped image.
+        outer_fluid: values in the label maps of the fluid around the brain; half of the
             skull-stripped images lack it.
     """
 
@@ -150,59 +153,62 @@ class Synthesis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """How one training run goes.
+    """Settings of one training run.
 
     Attributes:
-        bundle: folder of the bundle that gets the weights.
+        bundle: folder of the bundle that is trained.
         dataset: folder of the labelled volumes, or a folder of images and a folder of labels;
-            `$NAME` is replaced by the environment variable.
+            `$NAME` is replaced by the value of the environment variable.
         splits: JSON file of the folds, relative to the dataset or to the working folder; null
             trains on every case.
-        fold: number of the fold that is left out of training, from 0.
+        fold: number of the fold whose held-out cases are left out of training, from 0.
         epochs: passes over the training cases.
-        minutes: wall time after which training ends; null sets no limit. The learning rate then
-            follows the clock or the epochs, whichever is further. Runs that the clock ends are not
-            repeatable to the last bit.
-        batch_size: patches per step.
-        patch_size: size of a training patch, voxels; null is the spec's roi_size. Windows at
+        minutes: wall time after which training ends, minutes; null sets no limit. With a limit, the
+            learning rate falls to 0 by the time limit or the last epoch, whichever comes first. A
+            run that the time limit ends cannot be repeated exactly.
+        batch_size: patches per training step.
+        patch_size: size of a training patch, voxels; null takes the spec's roi_size. Windows at
             inference may be larger than the patches in training.
-        patches_per_case: patches from a case each time that it is loaded; a step mixes
-            batch_size / patches_per_case cases.
-        learning_rate: of the optimizer, the highest of the schedule.
-        weight_decay: of the optimizer.
+        patches_per_case: number of patches that are cropped from a case each time it is loaded. A
+            step has patches of batch_size / patches_per_case cases.
+        learning_rate: highest learning rate of the schedule.
+        weight_decay: weight decay of the optimizer.
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
-        momentum: of `sgd`, 0 to 1.
-        precision: of the convolutions in training, `float32` or `bfloat16` (autocast; the weights
-            stay float32). bfloat16 is up to twice as fast on GPUs and on processors with
-            AVX512-BF16 or AMX, and slower on other processors.
-        compile: whether `torch.compile` compiles the network first. On a CPU this needs a C++
+        momentum: momentum of `sgd`, 0 to 1.
+        precision: number format of the convolutions in training, `float32` or `bfloat16`
+            (autocast; the weights stay float32). bfloat16 is up to twice as fast on GPUs and on
+            processors with AVX512-BF16 or AMX, and slower on other processors.
+        compile: whether the network is compiled by `torch.compile`. On a CPU this requires a C++
             compiler and makes training hardly faster.
         loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`
             (cross-entropy weighted by class balance and near borders between objects).
-        balance: weight of rare classes in the cross-entropy of `dice_ce`, from 0 (all voxels count
-            alike) to 1 (all classes count alike). Small structures are learnt much sooner with
-            0.75, their borders better with 0.
-        border_weight: largest additional weight of `border_ce` between two objects.
-        border_sigma_mm: distance from both objects over which that weight falls, mm.
-        initialisation: of the weights, PyTorch's `default`, or `he` (normal, with a variance of
-            2 / number of inputs).
+        balance: weight of rare classes in the cross-entropy of `dice_ce`, from 0 (each voxel has
+            the same weight) to 1 (each class has the same weight). With 0.75, small structures are
+            learnt much earlier; with 0, their borders become better.
+        border_weight: largest additional weight of a voxel between two objects, for `border_ce`.
+        border_sigma_mm: scale on which this weight falls with the distance from the two objects,
+            mm.
+        initialisation: initialisation of the weights: PyTorch's `default`, or `he` (normal, with
+            the variance 2 / number of inputs).
         warmup: fraction of the steps over which the learning rate rises, before it falls along a
             cosine.
-        ema_decay: decay per step of the exponential moving average of the weights; 0 keeps the
-            weights of the last step.
-        start: weights file to start from instead of random weights.
-        grow: whether `start` holds a network with one level less: its levels become the lower ones
-            of this network, and weights without a counterpart are initialised at random.
-        validate_every: epochs between two validations on the cases of the fold; 0 for none.
-        keep: the `last` weights, or the `best` by mean Dice in validation, whose scores are then
-            optimistic.
-        patience: validations without a better score after which training ends; null for no limit.
-        tensorboard: whether TensorBoard event files are written too.
-        hold_out: names of cases that are left out of training.
-        repeats: how often each case is used per epoch.
-        seed: of the weights, the order of the cases and the augmentation.
-        augment: the random augmentation.
-        synthesis: draws the images from label maps, of which the dataset is then a folder; null
+        ema_decay: decay per step of the exponential moving average (EMA) of the weights; 0 keeps
+            the weights of the last step.
+        start: weights file to start from; null starts from random weights.
+        grow: whether `start` has the weights of a network with one level less. They become the
+            lower levels of this network; all other weights are random.
+        validate_every: number of epochs between two validations on the held-out cases; 0 turns
+            validation off.
+        keep: weights that the bundle gets: the `last`, or the `best` by mean Dice in validation. As
+            they are chosen by it, the validation score of the best ones is optimistic.
+        patience: number of validations without a better score after which training ends; null sets
+            no limit.
+        tensorboard: whether TensorBoard event files are written.
+        hold_out: names of further cases that are left out of training.
+        repeats: number of times that each case is used per epoch.
+        seed: seed of the initial weights, the order of the cases and the augmentation.
+        augment: settings of the random augmentation.
+        synthesis: settings of synthetic images; the dataset is then a folder of label maps. null
             reads images.
     """
 
@@ -261,15 +267,16 @@ class Run:
 
     @property
     def cases_per_step(self) -> int:
-        """Number of cases that one step mixes."""
+        """Number of cases that the patches of one step are cropped from."""
         return self.batch_size // self.patches_per_case
 
 
 def load_run(path: PathOrStr) -> Run:
-    """Read the run in a YAML file.
+    """Return the settings in a run's YAML file.
 
     Raises:
-        ConfigError: the file cannot be read, or a value is wrong; the message holds its key.
+        ConfigError: the file cannot be read, or has a wrong key or value; the message has the path
+            of the key.
     """
     return load_config(Run, path, "run")
 

@@ -11,15 +11,18 @@ from collections.abc import Sequence
 from itertools import count
 from math import prod
 
-BLOCK_LOSS = 4  # voxels: without padding, each of a block's two 3×3(×3) convolutions takes two
+BLOCK_LOSS = 4  # voxels: without padding, each of the two 3×3(×3) convolutions of a block loses 2
 
 
 def output_size(size: int, strides: Sequence[int], *, padding: bool) -> int | None:
-    """Return the output size of a U-Net, or None for an input size that it does not accept.
+    """Return the output size of a U-Net along one axis, or None for an invalid input size.
+
+    A size is valid if each pooling divides its input without a remainder, and if the output has at
+    least one voxel.
 
     Args:
-        size: input size, voxels.
-        strides: of each pooling along this axis, top first.
+        size: input size along the axis, voxels.
+        strides: strides of the poolings along the axis, from the top level.
         padding: whether the convolutions are padded.
 
     >>> output_size(572, (2, 2, 2, 2), padding=False)
@@ -40,7 +43,9 @@ def output_size(size: int, strides: Sequence[int], *, padding: bool) -> int | No
 
 
 def smallest_size(strides: Sequence[int], *, padding: bool) -> int:
-    """Return the smallest input size; all others are larger by multiples of the strides' product.
+    """Return the smallest valid input size of a U-Net along one axis, voxels.
+
+    All other valid sizes are larger by a multiple of the product of the strides.
 
     >>> smallest_size((2, 2, 2, 2), padding=False)
     188
@@ -49,9 +54,9 @@ def smallest_size(strides: Sequence[int], *, padding: bool) -> int:
 
 
 def margin(strides: Sequence[int], *, padding: bool) -> int:
-    """Return by how many voxels the output is smaller than the input, both ends together.
+    """Return the difference of input and output size along one axis, both ends together, voxels.
 
-    The number is even, and the same for all input sizes.
+    It is even, and the same for all valid input sizes.
 
     >>> margin((2, 2, 2, 2), padding=False)
     184
@@ -61,7 +66,7 @@ def margin(strides: Sequence[int], *, padding: bool) -> int:
 
 
 def nearest_valid_sizes(size: int, strides: Sequence[int], *, padding: bool) -> str:
-    """Return the valid input sizes next to an invalid one, as text for an error message.
+    """Return the valid input sizes below and above an invalid one, as text for an error message.
 
     >>> nearest_valid_sizes(13, (2, 2), padding=True)
     '12 or 16'
@@ -74,9 +79,10 @@ def nearest_valid_sizes(size: int, strides: Sequence[int], *, padding: bool) -> 
 
 
 def valid_size_near(strides: Sequence[int], near: int, *, padding: bool) -> int:
-    """Return a valid input size near a given one.
+    """Return the largest valid input size that is not above `near`, voxels.
 
-    It leaves two voxels or more at the bottleneck: instance norm needs more than one value.
+    It is never the smallest valid size: that may leave a single voxel at the bottleneck, over which
+    instance norm has no variance. If `near` is too small, the second smallest size is returned.
     """
     smallest, step = smallest_size(strides, padding=padding), prod(strides)
     return smallest + step * max(1, (near - smallest) // step)

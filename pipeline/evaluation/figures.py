@@ -22,22 +22,28 @@ BAR_HEIGHT_INCH = 0.14  # per case; its name is still readable
 
 
 def save_figure(figure: Figure, path: Path, *, dpi: int) -> None:
-    """Write a figure as a PNG."""
+    """Write a matplotlib figure as a PNG file, atomically.
+
+    Args:
+        figure: the figure.
+        path: the PNG file.
+        dpi: resolution, pixels per inch.
+    """
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format="png")
     write_atomically(path, content.getvalue())
 
 
 def draw_dice(rows: Sequence[ScoreRow], path: Path, *, title: str = "") -> None:
-    """Write a PNG with the Dice of each case and label, the worst case at the bottom.
+    """Draw the Dice of each case and label as a bar chart, and write it as a PNG file.
 
-    One panel per label and one bar per case, with lines at mean and median. Cases that are not
-    scored (Dice nan) have no bar.
+    There is one panel per label and one bar per case, the lowest Dice at the bottom, and lines at
+    mean and median. Cases that are not scored (Dice nan) have no bar.
 
     Args:
-        rows: from `score_case`.
-        path: the PNG.
-        title: heading of the picture.
+        rows: scores of all cases and labels.
+        path: the PNG file.
+        title: heading of the figure.
     """
     labels = list(dict.fromkeys(row.label for row in rows))
     cases = {row.case for row in rows}
@@ -66,13 +72,13 @@ def _draw_dice_of_label(panel: Axes, rows: Sequence[ScoreRow]) -> None:
 
 
 def draw_training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG with the course of a training run: loss, Dice, seconds and learning rate.
+    """Draw loss, Dice, seconds and learning rate over the epochs, and write them as a PNG file.
 
     Args:
-        rows: the columns of history.csv, one row per epoch: `epoch`, `loss`, `seconds`,
-            `learning_rate` and, for epochs with a validation, `dice` and one column per label
-            whose name starts with `dice`.
-        path: the PNG.
+        rows: rows of history.csv, one per epoch, with the columns `epoch`, `loss`, `seconds` and
+            `learning_rate` and, for epochs with a validation, `dice` and one column `dice <label>`
+            per label.
+        path: the PNG file.
     """
     figure = Figure(figsize=(9, 11), layout="constrained")
     loss_panel, seconds_panel, rate_panel = figure.subplots(3, 1, sharex=True)
@@ -95,12 +101,12 @@ def draw_training_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _draw_validation(panel: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the mean Dice of the validation cases in bold, and that of each label in a thin line."""
+    """Draw the mean Dice of the validation cases (bold) and that of each label (thin)."""
     names: list[str] = []
     for row in rows:
         names += [name for name in row if name.startswith("dice") and name not in names]
     for number, name in enumerate(names):
-        # a row of an epoch without validation lacks the column, or has an empty cell if read back
+        # an epoch without validation lacks the column, or has an empty cell if read from the file
         scored = [row for row in rows if row.get(name, "") != ""]
         mean = name == "dice"
         panel.plot(

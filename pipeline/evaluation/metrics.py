@@ -29,23 +29,25 @@ TOLERANCE_MM = 1.0  # default tolerance of surface Dice: about one voxel of a st
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelScore:
-    """Agreement of the prediction and the reference for one label in one case.
+    """Agreement of prediction and reference for one label in one case.
 
-    A label that only one of the two maps has is completely wrong: Dice 0, distances inf, surface
-    Dice 0. A label that neither has is not scored: all metrics are nan, the volumes 0.
+    If only one of the two label maps has the label, Dice, surface Dice, sensitivity and precision
+    are 0 and distances inf. If neither has it, the label is not scored: all metrics are nan, and
+    volumes and their difference are 0.
 
     Attributes:
         dice: Dice coefficient, 0 to 1.
-        hd95_mm: the larger of the two directed 95th percentiles of the surface distances, mm.
-        assd_mm: mean of the surface distances in both directions, mm.
-        nsd: surface Dice at a tolerance (normalised surface Dice), 0 to 1.
+        hd95_mm: 95th percentile Hausdorff distance, mm: the larger of the two directed percentiles.
+        assd_mm: average symmetric surface distance, mm: the mean of the distances in both
+            directions.
+        nsd: normalised surface Dice at a tolerance, 0 to 1.
         sensitivity: fraction of the reference that was predicted, 0 to 1.
         precision: fraction of the prediction that lies in the reference, 0 to 1.
         volume_ml: volume of the prediction, mL.
         reference_ml: volume of the reference, mL.
-        difference_ml: `volume_ml - reference_ml`.
-        difference_percent: `difference_ml` in percent of `reference_ml`; inf where the reference
-            is empty and the prediction is not.
+        difference_ml: `volume_ml - reference_ml`, mL.
+        difference_percent: `difference_ml` in percent of `reference_ml`; inf if only the reference
+            is empty.
     """
 
     dice: float
@@ -65,15 +67,21 @@ METRICS = tuple(LabelScore.__dataclass_fields__)  # names, in the order of the c
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SurfaceScore:
-    """The metrics of `LabelScore` that depend on the distances between the two surfaces."""
+    """The metrics of `LabelScore` that depend on the distances between the two surfaces.
+
+    Attributes:
+        hd95_mm: 95th percentile Hausdorff distance, mm.
+        assd_mm: average symmetric surface distance, mm.
+        nsd: normalised surface Dice at a tolerance, 0 to 1.
+    """
 
     hd95_mm: float
     assd_mm: float
     nsd: float
 
 
-# MONAI's values for an empty mask flatter (a missed label has an HD95 of nan, which a mean skips),
-# so empty masks never reach it.
+# For an empty mask MONAI returns nan as HD95, which a mean would skip: a missed label would not
+# count. Empty masks are therefore scored without MONAI.
 ONE_MASK_EMPTY = SurfaceScore(hd95_mm=inf, assd_mm=inf, nsd=0.0)
 BOTH_MASKS_EMPTY = SurfaceScore(hd95_mm=nan, assd_mm=nan, nsd=nan)
 
@@ -85,13 +93,13 @@ def score_masks(
     *,
     tolerance_mm: float = TOLERANCE_MM,
 ) -> LabelScore:
-    """Return the agreement of two masks.
+    """Return all metrics of a predicted and a reference mask.
 
     Args:
-        prediction: (X, Y, Z), true where the label was predicted.
-        reference: (X, Y, Z), true where the reference has the label.
-        spacing: mm along the three axes of the arrays.
-        tolerance_mm: largest distance at which `nsd` counts a piece of surface as correct, mm.
+        prediction: (X, Y, Z) mask, true where the label was predicted.
+        reference: (X, Y, Z) mask, true where the reference has the label.
+        spacing: voxel size along the three axes of the arrays, mm.
+        tolerance_mm: largest distance at which `nsd` counts a part of the surface as correct, mm.
 
     Raises:
         GeometryError: the two masks differ in shape.
@@ -138,21 +146,21 @@ def dice(prediction: Array, reference: Array) -> float:
 def surface_score(
     prediction: Array, reference: Array, spacing: Sequence[float], tolerance_mm: float
 ) -> SurfaceScore:
-    """Return the metrics of the surfaces of two masks, neither of them empty, by MONAI.
+    """Return the surface metrics of two masks, as MONAI computes them.
 
     Args:
-        prediction: (X, Y, Z) bool.
-        reference: (X, Y, Z) bool.
-        spacing: mm along the three axes.
+        prediction: (X, Y, Z) bool, not empty.
+        reference: (X, Y, Z) bool, not empty.
+        spacing: voxel size along the three axes, mm.
         tolerance_mm: tolerance of `nsd`, mm.
     """
     box = _bounding_box(prediction | reference)
-    # A margin of one voxel, so that the surfaces are closed inside the cropped array.
+    # Padded by one voxel, so that structures at the edge of the cropped array have a closed surface
     predicted, true = (
         torch.from_numpy(np.pad(mask[box], 1))[None, None].float()
         for mask in (prediction, reference)
     )
-    # MONAI takes Python floats only: numpy's are not a spacing to it.
+    # MONAI accepts a spacing of Python floats only, not of numpy's
     spacing_mm = [float(mm) for mm in spacing]
     hd95 = compute_hausdorff_distance(
         predicted, true, include_background=True, percentile=95, spacing=spacing_mm
@@ -166,7 +174,7 @@ def surface_score(
         [tolerance_mm],
         include_background=True,
         spacing=spacing_mm,
-        use_subvoxels=True,  # areas of surface as in Nikolov et al., not counts of voxels
+        use_subvoxels=True,  # areas of the surface, as in Nikolov et al., instead of voxel counts
     )
     return SurfaceScore(hd95_mm=float(hd95), assd_mm=float(assd), nsd=float(nsd))
 
@@ -178,7 +186,10 @@ def _bounding_box(mask: Array) -> tuple[slice, ...]:
 
 
 def _fraction(common_voxels: int, *, of: int, other: int) -> float:
-    """Return the common part as a fraction of one mask; if that mask is empty, 0 or nan."""
+    """Return the common voxels as a fraction of one mask.
+
+    If that mask is empty, the fraction is nan if the other mask is empty too, else 0.
+    """
     if of:
         return common_voxels / of
     return 0.0 if other else nan

@@ -21,8 +21,10 @@ from pipeline.io import Image, LabelColor, label_table
 from pipeline.types import Array, LabelMap
 
 PLANES = ("sagittal", "coronal", "axial")  # perpendicular to the axes R, A and S
-OPACITY = 0.5  # of the labels: the anatomy below them stays visible
-GREY_PERCENTILES = (1.0, 99.5)  # black and white; a few bright voxels would darken all others
+OPACITY = 0.5  # opacity of the labels: the anatomy below them stays visible
+# percentiles that are drawn black and white: with the maximum, a few bright voxels would darken all
+# others
+GREY_PERCENTILES = (1.0, 99.5)
 LEGEND_ENTRIES = 12
 SIDE = re.compile(r"^(left|right|ctx-lh|ctx-rh)[ _-]+|[ _-]+(left|right)$", re.IGNORECASE)
 PANEL_INCH = 4.0
@@ -30,13 +32,13 @@ PANEL_INCH = 4.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedCase:
-    """One case of `draw_worst_cases`; the three images are on one grid.
+    """One case of `draw_worst_cases`; its three images are on the same grid.
 
     Attributes:
-        title: heading of the row.
-        image: the grey values.
-        prediction: the predicted output values.
-        reference: the output values of the reference.
+        title: heading of the case's row.
+        image: scan.
+        prediction: predicted label map.
+        reference: reference label map.
     """
 
     title: str
@@ -50,9 +52,9 @@ class _Volume:
     """Grey values and labels, reoriented to RAS.
 
     Attributes:
-        grey: (X, Y, Z) float32.
-        labels: (X, Y, Z) output values.
-        spacing: (3,) mm along R, A and S.
+        grey: (X, Y, Z) float32 grey values.
+        labels: (X, Y, Z) label values.
+        spacing: (3,) voxel size along R, A and S, mm.
         black: grey value that is drawn black.
         white: grey value that is drawn white.
     """
@@ -73,24 +75,24 @@ def draw_overlay(
     title: str = "",
     slices: int = 1,
 ) -> None:
-    """Write a PNG of sagittal, coronal and axial slices through the labels of a volume.
+    """Draw labels over sagittal, coronal and axial slices of a volume, and write a PNG file.
 
     Sagittal slices have anterior on the right; coronal and axial slices have the subject's left on
-    the right of the picture (radiological convention). One mm is equally long along every axis.
+    the right (radiological convention). Voxels have their physical proportions.
 
     Args:
-        image: a three-dimensional nibabel image.
-        labels: (X, Y, Z) output values on the image's grid.
-        names: label → output value.
-        path: the PNG.
-        title: heading of the picture.
-        slices: number of slices per plane, evenly spaced over the extent of the labels; a single
-            one passes through their centre.
+        image: three-dimensional nibabel image.
+        labels: (X, Y, Z) label map on the image's grid.
+        names: name of the label → its value in `labels`; other values are not drawn.
+        path: the PNG file.
+        title: heading of the figure.
+        slices: number of slices per plane. Several are evenly spaced over the extent of the labels;
+            a single one passes through their centre.
     """
     volume = _ras_volume(image, labels)
     table = _structures(names)
     positions = _slice_positions(volume.labels, slices)
-    # One slice per plane makes a row of three panels; several make one row per plane.
+    # a single slice per plane: one row with all planes; several slices: one row per plane
     rows, columns = (1, len(PLANES)) if slices == 1 else (len(PLANES), slices)
     figure = _figure(rows, columns)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(len(PLANES), slices)
@@ -103,15 +105,15 @@ def draw_overlay(
 
 
 def draw_worst_cases(cases: Sequence[ComparedCase], names: Mapping[str, int], path: Path) -> None:
-    """Write a PNG with one row per case: prediction as coloured areas, reference as outlines.
+    """Draw predictions as coloured areas and references as outlines, and write a PNG file.
 
-    Area and outline of a label have the same colour. In each plane the slice is drawn in which
-    prediction and reference differ in most voxels.
+    There is one row per case, with one slice per plane: the one in which most voxels differ. Area
+    and outline of a label have the same colour.
 
     Args:
-        cases: the cases, one per row.
-        names: label → output value.
-        path: the PNG.
+        cases: the cases, in the order of the rows.
+        names: name of the label → its value in the label maps; other values are not drawn.
+        path: the PNG file.
     """
     table = _structures(names)
     figure = _figure(len(cases), len(PLANES))
@@ -168,7 +170,7 @@ def _ras_labels(labels: Array, affine: Array) -> Array:
 
 
 def _known_labels(labels: Array, table: Sequence[LabelColor]) -> Array:
-    """Return the labels with 0 for every value that the table does not have."""
+    """Return a label map in which all values that are not in the table are 0."""
     known = np.isin(labels, [label.value for label in table])
     return np.where(known, labels, 0)
 
@@ -177,12 +179,12 @@ def _slice_positions(labels: Array, slices: int) -> Array:
     """Return (slices, 3) voxel indices of the slices to draw along each axis."""
     voxels = np.argwhere(labels > 0)
     if not len(voxels):
-        # Nothing was found: slices through the whole volume.
+        # without labels, the slices are spread over the whole volume
         voxels = np.array([np.zeros(3), np.array(labels.shape) - 1])
     if slices == 1:
         positions = voxels.mean(axis=0, keepdims=True)
     else:
-        # Without the two ends, where a label is hardly more than a dot.
+        # without the two ends, at which a label is hardly more than a dot
         positions = np.linspace(voxels.min(axis=0), voxels.max(axis=0), slices + 2)[1:-1]
     indices: Array = np.rint(positions).astype(int)
     return indices
@@ -202,7 +204,7 @@ def _draw_slice(
         vmax=volume.white,
         aspect=aspect,
     )
-    # Nearest: between two labels there is no third.
+    # nearest neighbour, because a value between two labels would be another label
     panel.imshow(
         _rgba(volume.labels.take(position, axis=axis).T, table),
         origin="lower",
@@ -230,12 +232,12 @@ def _draw_slice(
 
 
 def _outlined(width: float) -> list[Any]:
-    """Return the effect of a black outline, for what is drawn on light and on dark ground."""
+    """Return matplotlib's effect of a black outline, for text on light and dark ground."""
     return [withStroke(linewidth=width, foreground="black")]
 
 
 def _rgba(labels: Array, table: Sequence[LabelColor]) -> Array:
-    """Return (H, W, 4) colours from 0 to 1 of (H, W) output values; transparent where none is."""
+    """Return (H, W, 4) colours, 0 to 1, of an (H, W) label map; background is transparent."""
     colors = np.zeros((*labels.shape, 4))
     for label in table:
         where = labels == label.value
@@ -245,13 +247,13 @@ def _rgba(labels: Array, table: Sequence[LabelColor]) -> Array:
 
 
 def _opaque(label: LabelColor) -> tuple[float, float, float]:
-    """Return red, green and blue from 0 to 1."""
+    """Return the colour of a label as red, green and blue, 0 to 1."""
     red, green, blue = label.color
     return red / 255, green / 255, blue / 255
 
 
 def _draw_outlines(panel: Axes, labels: Array, table: Sequence[LabelColor]) -> None:
-    """Draw the outline of each label of an (X, Y) slice."""
+    """Draw the outlines of the labels in a slice, given as an (H, W) label map."""
     for label in table:
         mask = labels == label.value
         if mask.any():
@@ -259,10 +261,10 @@ def _draw_outlines(panel: Axes, labels: Array, table: Sequence[LabelColor]) -> N
 
 
 def _legend_of_labels(labels: Array, table: Sequence[LabelColor]) -> list[Patch]:
-    """Return legend entries of the labels that occur, the largest first.
+    """Return one legend entry per label that occurs, the largest structure first.
 
-    The two sides of a structure are one entry if they have one colour. Of more than
-    `LEGEND_ENTRIES` entries the smallest are replaced by their number.
+    Left and right sides of a structure share an entry if they have the same colour. If there are
+    more than `LEGEND_ENTRIES` entries, the smallest ones are replaced by "and N smaller".
     """
     voxels = dict(zip(*np.unique(labels, return_counts=True), strict=True))
     groups: dict[tuple[tuple[int, int, int], str], list[LabelColor]] = {}

@@ -30,7 +30,7 @@ class ScoreRow:
     Attributes:
         case: name of the case.
         label: name of the label.
-        score: the metrics.
+        score: metrics of the label.
     """
 
     case: str
@@ -44,7 +44,13 @@ class ScoreRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mean:
-    """Mean of a metric over cases with its 95 % bootstrap interval; nan where no case is scored."""
+    """Mean of a metric over cases, with its 95 % bootstrap interval; nan if no case is scored.
+
+    Attributes:
+        mean: mean over the scored cases.
+        low: lower end of the interval.
+        high: upper end of the interval.
+    """
 
     mean: float
     low: float
@@ -57,8 +63,8 @@ class SummaryRow:
 
     Attributes:
         label: name of the label, or "mean" for the mean over all labels.
-        cases: number of cases in which the label has a finite Dice.
-        metrics: name of each metric of `LabelScore` → its mean over cases.
+        cases: number of cases in which the label is scored (its Dice is not nan).
+        metrics: metric of `LabelScore` → its mean over the cases.
     """
 
     label: str
@@ -66,7 +72,11 @@ class SummaryRow:
     metrics: Mapping[str, Mean]
 
     def columns(self) -> dict[str, Any]:
-        """Return the row as written to summary.json: of each metric the mean, `_low`, `_high`."""
+        """Return the row as written to summary.json.
+
+        Keys are `label`, `cases` and, for each metric, `<metric>` (the mean), `<metric>_low` and
+        `<metric>_high`.
+        """
         columns: dict[str, Any] = {"label": self.label, "cases": self.cases}
         for metric, value in self.metrics.items():
             columns[metric] = value.mean
@@ -77,16 +87,16 @@ class SummaryRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One metric of one label in two results, over the cases that both results score.
+    """Comparison of two results by one metric of one label, over the cases that both score.
 
     Attributes:
         label: name of the label.
-        cases: number of cases compared.
-        ours: mean over these cases in the first result.
-        theirs: mean over these cases in the second result.
-        difference: mean of the first result's values minus the second's.
-        p_value: of a paired, two-sided Wilcoxon signed-rank test; nan with fewer than 2 cases, 1
-            where the two results are equal in every case.
+        cases: number of compared cases.
+        ours: mean of the metric in the first result.
+        theirs: mean of the metric in the second result.
+        difference: mean of the paired differences, first result minus second.
+        p_value: p-value of the paired, two-sided Wilcoxon signed-rank test; nan for fewer than 2
+            cases, 1 if both results are equal in every case.
     """
 
     label: str
@@ -100,17 +110,17 @@ class Comparison:
 def score_case(
     case: Case, prediction: Path, names: Mapping[str, int], *, tolerance_mm: float = TOLERANCE_MM
 ) -> list[ScoreRow]:
-    """Return the score of each label of one case, on the grid of its reference label map.
+    """Return one row per label of one case, scored on the grid of its reference label map.
 
     Args:
-        case: has `case` (its name) and `label` (path of the reference label map).
-        prediction: path of the predicted label map; if there is no such file, the case is scored
-            as one in which nothing was predicted.
-        names: label → output value, as in the spec; the background is not scored.
-        tolerance_mm: tolerance of surface Dice, mm.
+        case: labelled case, with `case` (its name) and `label` (path of the reference label map).
+        prediction: path of the predicted label map. If the file does not exist, because the case
+            failed, it is scored as an empty prediction.
+        names: name of the label → its value in both label maps; the background, 0, is not scored.
+        tolerance_mm: tolerance of the surface Dice (`nsd`), mm.
 
     Raises:
-        GeometryError: the prediction does not lie on the reference's grid.
+        GeometryError: prediction and reference are on different grids.
     """
     reference = read(case["label"])
     true = np.rint(reference.array)
@@ -129,8 +139,12 @@ def score_case(
 
 
 def _values_on_grid(prediction: Image, reference: Image, case: str) -> Array:
-    """Return the output values of a prediction; refuse one on another grid than the reference."""
-    # Maps of different shapes are refused by `score_masks`.
+    """Return the label values of a prediction.
+
+    Raises:
+        GeometryError: it is not on the grid of the reference.
+    """
+    # `score_masks` raises the error for label maps of different shapes
     if prediction.array.shape == reference.array.shape:
         distance = corner_distance(prediction.affine, reference.affine, reference.array.shape)
         if distance > SAME_GRID_MM:
@@ -142,18 +156,18 @@ def _values_on_grid(prediction: Image, reference: Image, case: str) -> Array:
 
 
 def write_scores(path: Path, rows: Iterable[ScoreRow]) -> None:
-    """Write scores.csv: one row per case and label."""
+    """Write scores.csv: one row per case and label, with the columns of `ScoreRow.columns`."""
     write_csv(path, [row.columns() for row in rows])
 
 
 def read_scores(path: Path) -> list[ScoreRow]:
-    """Return the rows of a scores.csv that `volseg evaluate` or `volseg crossval` wrote.
+    """Return the rows of a scores.csv that `volseg evaluate` or `volseg crossval` has written.
 
-    Columns that are no metric are ignored; a metric without a column is nan, which means that it
-    is not scored.
+    Unknown columns are ignored. A metric whose column is missing is nan, that is, not scored.
 
     Raises:
-        ReadError: no such file, no column `case` or `label`, or a metric that is not a number.
+        ReadError: the file or one of the columns `case` and `label` does not exist, or the value of
+            a metric is not a number.
     """
     if not path.is_file():
         raise ReadError(f"{path}: no such file; expected the scores that `volseg evaluate` writes")
@@ -161,7 +175,7 @@ def read_scores(path: Path) -> list[ScoreRow]:
 
 
 def _score_row(path: Path, line: int, row: Mapping[str, str]) -> ScoreRow:
-    """Return the typed row of one line of a scores.csv."""
+    """Return the row in one line of a scores.csv."""
     missing = [name for name in ("case", "label") if name not in row]
     if missing:
         raise ReadError(
@@ -180,11 +194,11 @@ def _score_row(path: Path, line: int, row: Mapping[str, str]) -> ScoreRow:
 
 
 def worst_cases(rows: Iterable[ScoreRow], count: int) -> list[str]:
-    """Return the names of the cases with the lowest mean Dice over their labels, the worst first.
+    """Return the names of the cases with the lowest mean Dice over their labels, lowest first.
 
     Args:
-        rows: from `score_case`; cases without any scored label are left out.
-        count: largest number of names.
+        rows: scores of all cases; cases without any scored label are left out.
+        count: largest number of cases to return.
     """
     dice_of_case: dict[str, list[float]] = {}
     for row in rows:
@@ -194,15 +208,15 @@ def worst_cases(rows: Iterable[ScoreRow], count: int) -> list[str]:
 
 
 def summarise_scores(rows: Iterable[ScoreRow], seed: int = 0) -> list[SummaryRow]:
-    """Return one row per label and, with several labels, one for their mean.
+    """Return the mean of each metric over cases: one row per label, and one for all labels.
 
-    Each metric's mean over cases has a bootstrap 95 % interval: the cases are resampled with
-    replacement. A value of nan (a label that neither map has) is not scored. The row of the mean
-    averages over the labels of each case first, then over cases.
+    The last row is for the mean over labels: it averages over the labels of each case first, then
+    over cases. With a single label it is left out. Values that are nan are skipped. The 95 %
+    intervals are bootstrap percentiles: the cases are resampled with replacement.
 
     Args:
-        rows: from `score_case`, all labels of each case.
-        seed: of the resampling.
+        rows: scores of all cases, with the same labels for each case.
+        seed: seed of the resampling.
     """
     by_label: dict[str, list[LabelScore]] = {}
     for row in rows:
@@ -210,14 +224,14 @@ def summarise_scores(rows: Iterable[ScoreRow], seed: int = 0) -> list[SummaryRow
     tables = {label: _values_of_metrics(scores) for label, scores in by_label.items()}
     if len(tables) > 1:
         tables[MEAN_LABEL] = _mean_over_labels(list(tables.values()))
-    # Each row starts with the same seed, so that a label's interval does not depend on the others.
+    # Each row gets a generator of its own, so that a label's interval depends on no other label
     return [
         _summary_row(label, table, np.random.default_rng(seed)) for label, table in tables.items()
     ]
 
 
 def _values_of_metrics(scores: Sequence[LabelScore]) -> dict[str, Array]:
-    """Return metric → (cases,) its value in each case."""
+    """Return metric → its values in all cases, (cases,)."""
     values: dict[str, Array] = {}
     for metric in METRICS:
         values[metric] = np.array([getattr(score, metric) for score in scores], dtype=float)
@@ -225,8 +239,11 @@ def _values_of_metrics(scores: Sequence[LabelScore]) -> dict[str, Array]:
 
 
 def _mean_over_labels(tables: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Return metric → (cases,) the mean over the labels of each case."""
-    # `score_case` gives each case all labels, so the cases of all tables stand in one order.
+    """Return metric → mean over the labels in each case, (cases,).
+
+    Args:
+        tables: one per label: metric → values, with the cases in the same order.
+    """
     means: dict[str, Array] = {}
     for metric in METRICS:
         means[metric] = _nanmean(np.stack([table[metric] for table in tables]))
@@ -245,7 +262,8 @@ def _bootstrap_mean(values: Array, random: np.random.Generator) -> Mean:
         return Mean(mean=nan, low=nan, high=nan)
     chosen = random.integers(len(scored), size=(BOOTSTRAP_RESAMPLES, len(scored)))
     means = scored[chosen].mean(axis=1)
-    # A percentile between two values would be nan where one of them is inf (a missed label).
+    # inverted_cdf returns one of the means; interpolation between a finite one and inf (a missed
+    # label) would give nan
     low, high = (
         float(np.percentile(means, percentile, method="inverted_cdf"))
         for percentile in INTERVAL_PERCENTILES
@@ -254,8 +272,8 @@ def _bootstrap_mean(values: Array, random: np.random.Generator) -> Mean:
 
 
 def _nanmean(values: Array) -> Array:
-    """Return the mean over the first axis without nan; nan where all values are nan."""
-    # np.nanmean warns where all values are nan.
+    """Return the mean over the first axis, skipping nan; nan where all values are nan."""
+    # np.nanmean does the same, but warns where all values are nan
     scored = ~np.isnan(values)
     total = np.where(scored, values, 0).sum(axis=0)
     count = scored.sum(axis=0)
@@ -266,17 +284,18 @@ def _nanmean(values: Array) -> Array:
 def compare_scores(
     ours: Iterable[ScoreRow], theirs: Iterable[ScoreRow], metric: str = "dice"
 ) -> list[Comparison]:
-    """Return one row per label: the means of one metric in two results and a paired test.
+    """Return one comparison per label: the means of a metric in two results, and a paired test.
 
-    Only cases that both results have are compared; those with nan or inf in either are left out.
+    A case counts if both results have it with a finite value of the metric.
 
     Args:
-        ours: the first result's rows.
-        theirs: the second result's rows.
+        ours: score rows of the first result.
+        theirs: score rows of the second result.
         metric: name of a metric of `LabelScore`.
 
     Raises:
-        ConfigError: no such metric, or no case and label that both results score.
+        ConfigError: there is no such metric, or no case and label with a finite value in both
+            results.
     """
     if metric not in METRICS:
         raise ConfigError(f"metric {metric}: no such metric; expected one of {', '.join(METRICS)}")
@@ -294,7 +313,7 @@ def compare_scores(
 
 
 def _finite_values(rows: Iterable[ScoreRow], metric: str) -> dict[tuple[str, str], float]:
-    """Return (case, label) → the metric's value, where it is finite."""
+    """Return (case, label) → value of the metric, without values that are nan or inf."""
     values = {}
     for row in rows:
         value = getattr(row.score, metric)
@@ -304,7 +323,12 @@ def _finite_values(rows: Iterable[ScoreRow], metric: str) -> dict[tuple[str, str
 
 
 def _comparison(label: str, pairs: Array) -> Comparison:
-    """Return the comparison of one label, given the (cases, 2) values of the two results."""
+    """Return the comparison of one label.
+
+    Args:
+        label: name of the label.
+        pairs: (cases, 2) values of the first and the second result.
+    """
     ours, theirs = pairs[:, 0], pairs[:, 1]
     if len(pairs) < 2:
         p_value = nan

@@ -1,8 +1,8 @@
-"""The warnings about a case, in the `meta` of its MetaTensor.
+"""Warnings about a case, such as an implausible grid, in the `meta` of its MetaTensor.
 
-The warnings are stored as the lines of one string, because MONAI's collation cannot carry a tuple
-of strings: it transposes a batch of tuples, refuses a batch in which their lengths differ, and
-loses an empty one. No other module needs to know how they are stored.
+They are stored as the lines of one string, because MONAI's collation cannot handle a tuple of
+strings: it transposes a batch of tuples, raises an error where their lengths differ, and drops
+empty ones. Other modules use the two functions here and do not depend on the storage.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ WARNINGS = "warnings"  # key of `meta`
 
 
 def warnings_of(meta: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the warnings in a `meta`, in the order in which they were added."""
+    """Return the warnings in the `meta` of a MetaTensor, in the order in which they were added."""
     return tuple(str(meta.get(WARNINGS, "")).splitlines())
 
 
 def add_warnings(meta: MutableMapping[str, Any], *warnings: str) -> None:
-    """Add warnings to a `meta`, which holds the key afterwards even if there are none.
+    """Add warnings to the `meta` of a MetaTensor, in place.
+
+    The key is set even if there is no warning: MONAI's collation drops keys that not all cases of a
+    batch have.
 
     Args:
-        meta: changed in place.
-        warnings: one sentence each, on a single line.
+        meta: `meta` of the MetaTensor.
+        warnings: warnings, each a sentence without line breaks.
     """
     meta[WARNINGS] = "\n".join([*warnings_of(meta), *warnings])

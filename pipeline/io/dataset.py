@@ -1,4 +1,4 @@
-"""Labelled cases for training and evaluation: whole datasets, folds, and label maps alone."""
+"""The cases of a dataset for training and evaluation: all, those of a fold, or label maps only."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ MAX_NAMED = 5  # cases that an error message names
 
 
 def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """Return the pairs of image and label in a dataset, in any layout that `find_pairs` knows.
+    """Return the labelled cases of a dataset, in any folder layout that `find_pairs` knows.
+
+    Files that belong to no pair are ignored, unless a dataset.json lists them.
 
     Args:
         dataset: a folder, or a folder of images and a folder of labels; `$NAME` is replaced by the
             value of the environment variable.
 
     Returns:
-        cases with `case`, `image` (a path, or a list with one path per channel) and `label`.
+        One case per pair, with `case`, `image` (a path, or a list with one path per channel) and
+        `label` (a path).
 
     Raises:
-        ConfigError: the folder or its layout is unknown, it holds no pair, or files that a
-            dataset.json lists are missing.
+        ConfigError: a folder does not exist, its layout is unknown, it holds no pair, or files that
+            a dataset.json lists are missing.
     """
     layout = find_pairs(dataset_folders(dataset))
     missing = [problem.message for problem in layout.problems if problem.kind == "missing_file"]
@@ -49,16 +52,17 @@ def fold_cases(
     fold: int,
     part: Literal["train", "val"],
 ) -> list[Case]:
-    """Return the cases of one part of one fold, or all cases without splits.
+    """Return the training or the validation cases of a fold; all cases if there are no splits.
 
     Args:
-        dataset: see `labelled_cases`.
-        splits: the JSON file of the folds, see `read_splits`; None for all cases.
+        dataset: folder or folders, as for `labelled_cases`.
+        splits: JSON file of the folds, as for `read_splits`; None returns all cases.
         fold: number of the fold, from 0.
-        part: `train`, or `val` for the cases that are left out of training.
+        part: `train` for the training cases, `val` for the cases that are held out.
 
     Raises:
-        ConfigError: there is no such fold, or the dataset lacks cases that the splits name.
+        ConfigError: there is no such fold, the dataset lacks cases that the fold names, or one of
+            the two cannot be read.
     """
     cases = labelled_cases(dataset)
     if splits is None:
@@ -81,17 +85,18 @@ def fold_cases(
 def read_splits(
     dataset: PathOrStr | Sequence[PathOrStr], splits: str
 ) -> list[dict[str, list[str]]]:
-    """Return the folds of a JSON file, each with the names of the cases in `train` and `val`.
+    """Return the folds in a JSON file: per fold, `train` and `val` → names of the cases.
 
     Args:
-        dataset: see `labelled_cases`.
-        splits: path of the file, relative to the dataset's first folder or to the working folder.
+        dataset: folder or folders, as for `labelled_cases`.
+        splits: path of the file, relative to the dataset's first folder or to the working folder;
+            `$NAME` is replaced by the value of the environment variable.
 
     Raises:
-        ConfigError: the file does not exist, or does not hold folds.
+        ConfigError: the file does not exist, or holds something other than folds.
     """
     given = Path(expand_variables(splits))
-    # the file inside the dataset wins: a run then means the same in every working folder
+    # the file inside the dataset comes first: a run then means the same in every working folder
     path = dataset_folders(dataset)[0] / given
     if not path.is_file() and given.is_file():
         path = given
@@ -108,10 +113,17 @@ def _is_fold(content: object) -> bool:
 
 
 def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
-    """Return the cases of a run's epoch: those of its fold without `hold_out`, times `repeats`.
+    """Return the cases of one epoch of a run.
+
+    These are the training cases of the run's fold, or all label maps if it synthesises its images,
+    without those in `hold_out`. Each case is `repeats` times in the list.
+
+    Args:
+        dataset: folder or folders, as for `labelled_cases`.
+        run: gives `splits`, `fold`, `synthesis`, `hold_out` and `repeats`.
 
     Raises:
-        ConfigError: see `fold_cases` and `label_maps`, or `hold_out` names an unknown case.
+        ConfigError: the dataset or the splits cannot be used, or `hold_out` names an unknown case.
     """
     if run.synthesis:
         cases = label_maps(dataset)
@@ -126,13 +138,16 @@ def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[C
 
 
 def validation_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[Case]:
-    """Return the cases that a run is validated on, those that its fold leaves out of training.
+    """Return the cases that a run is validated on: those that its fold holds out.
 
-    Returns:
-        no cases for a run without validation, without splits, or of synthetic images.
+    A run without validation, without splits or with synthetic images has none.
+
+    Args:
+        dataset: folder or folders, as for `labelled_cases`.
+        run: gives `validate_every`, `splits`, `fold` and `synthesis`.
 
     Raises:
-        ConfigError: see `fold_cases`.
+        ConfigError: the dataset or the splits cannot be used.
     """
     if run.validate_every < 1 or run.splits is None or run.synthesis:
         return []
@@ -140,7 +155,10 @@ def validation_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list
 
 
 def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """Return every volume of a folder as a case with a `label` and no image.
+    """Return one case per volume of a folder, with the volume as `label` and without an image.
+
+    Args:
+        dataset: the folder; of several, the first one.
 
     Raises:
         ConfigError: the folder does not exist or holds no volume.

@@ -55,8 +55,8 @@ class LabelColor:
     """One label with its colour.
 
     Attributes:
-        name: as in the spec.
-        value: of its voxels in the label map.
+        name: name of the label, as in the spec.
+        value: value of the label in the label map.
         color: red, green and blue, 0 to 255.
     """
 
@@ -66,17 +66,14 @@ class LabelColor:
 
 
 def label_table(labels: Mapping[str, int]) -> list[LabelColor]:
-    """Return the colour of each label.
+    """Return the labels with their colours, in the order of `labels`.
 
-    A label whose name and value both are FreeSurfer's has FreeSurfer's colour (left and right sides
-    share one). Every other label has a colour that no label before it has. The background, value
-    0, is black. The same labels always give the same colours.
+    A label gets FreeSurfer's colour if both its name and its value are FreeSurfer's (left and right
+    sides share one). Every other label gets a colour that no other label has. The background, value
+    0, is black. The colours depend on nothing but the labels.
 
     Args:
         labels: name → value, as in a spec.
-
-    Returns:
-        one row per label, in the order of `labels`.
     """
     standard = {name: _standard_color(name, value) for name, value in labels.items()}
     other_colors = _distinct_colors([color for color in standard.values() if color is not None])
@@ -87,7 +84,7 @@ def label_table(labels: Mapping[str, int]) -> list[LabelColor]:
 
 
 def _standard_color(name: str, value: int) -> Rgb | None:
-    """Return the colour of the background or of FreeSurfer's structure, None for other labels."""
+    """Return the colour of the background or of a structure of FreeSurfer; None for others."""
     if value == 0:
         return BACKGROUND_COLOR
     known = _freesurfer_labels().get(value)
@@ -98,7 +95,7 @@ def _standard_color(name: str, value: int) -> Rgb | None:
 
 @cache
 def _freesurfer_labels() -> dict[int, LabelColor]:
-    """Return the structures of FreeSurfer's aseg.mgz by value."""
+    """Return value → structure, of the segmentation aseg.mgz of FreeSurfer."""
     with as_file(files("pipeline.io") / "freesurfer_labels.csv") as path:
         rows = read_csv(path)
     labels = {}
@@ -110,7 +107,7 @@ def _freesurfer_labels() -> dict[int, LabelColor]:
 
 
 def _normalised(name: str) -> str:
-    """Return a name in lower case, with full words, without anything between them.
+    """Return a name for comparison: lower case, full words, letters and digits only.
 
     >>> _normalised("Left-Inf-Lat-Vent") == _normalised("left inferior lateral ventricle")
     True
@@ -120,7 +117,7 @@ def _normalised(name: str) -> str:
 
 
 def _distinct_colors(taken: Collection[Rgb]) -> Iterator[Rgb]:
-    """Yield colours without end, none twice and none that is taken: the palette, then more hues."""
+    """Yield colours without end, none twice and none of `taken`."""
     used = {BACKGROUND_COLOR, *taken}
     for color in _candidate_colors():
         if color not in used:
@@ -129,6 +126,7 @@ def _distinct_colors(taken: Collection[Rgb]) -> Iterator[Rgb]:
 
 
 def _candidate_colors() -> Iterator[Rgb]:
+    """Yield the colours of the palette, then further hues without end."""
     yield from PALETTE
     for number in count():
         hue = (number * HUE_STEP) % 1.0

@@ -9,26 +9,26 @@ from torch import nn
 
 from pipeline.networks.unet import UNet, is_scripting
 
-MIN_PROBABILITY = 1e-12  # lower probabilities are raised to it, so that their logarithm is finite
+MIN_PROBABILITY = 1e-12  # lower bound of a mean probability, so that its logarithm is finite
 
 
 class Ensemble(nn.Module):
-    """U-Nets of one shape, whose probabilities are averaged.
+    """U-Nets of the same architecture, whose probabilities are averaged.
 
-    The members are trained together on the same batches from different initial weights, or come
-    from the folds of a cross-validation.
+    The members either are trained together, on the same batches from different initial weights, or
+    come from the folds of a cross-validation.
 
     `torch.jit.script` and `torch.jit.trace` compile an ensemble in evaluation mode. A scripted
     ensemble always returns the average and cannot be trained.
 
     Args:
-        members: the networks.
-        sigmoid: whether each logit is a structure of its own; otherwise a softmax is taken over
-            all of them.
+        members: the U-Nets.
+        sigmoid: whether each channel is a structure of its own (probability by sigmoid), instead of
+            one of several classes (softmax over the channels).
 
     Shapes:
-        (B, in_channels, *spatial) → the logits of the mean probability, as a member returns them.
-        In training: a list of what each member returns.
+        (B, in_channels, *spatial) → (B, out_channels, *output), logits whose sigmoid or softmax is
+        the members' mean probability. In training mode: a list with the output of each member.
     """
 
     def __init__(self, members: Sequence[UNet], *, sigmoid: bool) -> None:
@@ -43,21 +43,25 @@ class Ensemble(nn.Module):
         mean = torch.zeros((), device=x.device)
         for member in self.members:
             logits = member(x)
-            # In evaluation mode always true; TorchScript needs it to know the type
+            # a member in evaluation mode returns a tensor; the assertion tells TorchScript the type
             assert isinstance(logits, torch.Tensor)
             logits = logits.float()
-            share = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
-            mean = mean + share / len(self.members)
+            probability = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
+            mean = mean + probability / len(self.members)
         if self.sigmoid:
             return torch.logit(mean, eps=self.min_probability)
         return torch.log(mean.clamp(min=self.min_probability))
 
 
 def member_states(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """Return the state dict of each member, from that of an ensemble or of a single network."""
+    """Return the state dict of each member of an ensemble; of a single network, its own only.
+
+    Args:
+        state: state dict of an `Ensemble`, or of a single network.
+    """
     members: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
-        # An entry of an ensemble is called members.<number>.<name in the U-Net>
+        # entries of an ensemble are named members.<number>.<name in the U-Net>
         prefix, _, rest = name.partition(".")
         number, own_name = "0", name
         if prefix == "members":

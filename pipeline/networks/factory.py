@@ -11,7 +11,7 @@ from pipeline.networks.unet import UNet
 
 
 def build_network(spec: Spec) -> nn.Module:
-    """Return the network of a spec with random weights: a U-Net, or an ensemble of U-Nets."""
+    """Return the network that the spec describes, with random weights: a U-Net or an ensemble."""
     size = spec.network.ensemble
     if size == 1:
         return build_unet(spec)
@@ -20,7 +20,10 @@ def build_network(spec: Spec) -> nn.Module:
 
 
 def build_unet(spec: Spec) -> UNet:
-    """Return one U-Net of the spec's shape with random weights, without its ensemble."""
+    """Return a single U-Net with random weights, as the spec describes it.
+
+    `network.ensemble` is ignored.
+    """
     network = spec.network
     return UNet(
         spec.spatial_dims,
@@ -39,10 +42,10 @@ def build_unet(spec: Spec) -> UNet:
 
 
 def channels_last(network: nn.Module) -> nn.Module:
-    """Store the network's kernels in channels_last order, in place, and return it.
+    """Convert the network's kernels to channels_last order, in place, and return the network.
 
-    Convolutions are fastest in this order. Kernels of 2D and of 3D convolutions have different
-    numbers of axes, and torch a memory format for each.
+    Convolutions are fastest in this memory format: `torch.channels_last_3d` for a 3D network,
+    `torch.channels_last` for a 2D one.
     """
     has_conv3d = any(isinstance(module, nn.Conv3d) for module in network.modules())
     order = torch.channels_last_3d if has_conv3d else torch.channels_last

@@ -17,17 +17,22 @@ from pipeline.config import Run, Spec
 from pipeline.errors import ShapeError
 from pipeline.networks.unet import centre_crop
 
-SMOOTH = 1e-5  # added to numerator and denominator of Dice, as in MONAI's DiceLoss
+SMOOTH = 1e-5  # added to numerator and denominator of Dice, as in MONAI's DiceLoss by default
 
 
 def build_loss(spec: Spec, run: Run) -> nn.Module:
-    """Return the loss that a run names, for what the spec's network returns in training.
+    """Return the loss that `run.loss` names, for the output of the spec's network in training.
+
+    Args:
+        spec: gives the kind of output, deep supervision and the size of the ensemble.
+        run: gives `loss` and `balance`.
 
     Shapes:
-        logits (B, outputs, *spatial), or a list of them with deep supervision; for an ensemble, a
-        list with what each member returns. Target (B, 1, *spatial) channel numbers; `border_ce`
-        needs the voxels' weights as a second channel. A target that is larger than the logits (a
-        network without padding) is cropped to its centre.
+        output and target → a scalar. The output is logits (B, outputs, *spatial); with deep
+        supervision, a list of logits; for an ensemble, a list with the output of each member. The
+        target is channel numbers (B, 1, *spatial); for `border_ce` (B, 2, *spatial) with the
+        weight of each voxel as second channel. If the network has no padding, the target is larger
+        than the logits and is cropped to its centre.
     """
     sigmoid = spec.output == "sigmoid"
     losses: dict[str, nn.Module] = {
@@ -42,13 +47,13 @@ def build_loss(spec: Spec, run: Run) -> nn.Module:
 
 
 class EnsembleLoss(nn.Module):
-    """The sum of the members' losses, so that each member learns as if it were trained alone.
+    """The sum of the losses of an ensemble's members: each learns as if it were trained alone.
 
     Args:
-        member_loss: the loss of one member.
+        member_loss: loss of one member.
 
     Shapes:
-        a list with what each member returns, and a target → a scalar.
+        a list with the output of each member, and a target → a scalar.
     """
 
     def __init__(self, member_loss: nn.Module) -> None:
@@ -61,14 +66,15 @@ class EnsembleLoss(nn.Module):
 
 
 class DiceAndCrossEntropy(nn.Module):
-    """Dice loss, computed over the whole batch, alone or plus cross-entropy.
+    """Dice loss over the whole batch, with or without cross-entropy.
 
     Args:
-        sigmoid: whether each logit is a structure of its own, instead of a softmax over classes.
+        sigmoid: whether each channel is a structure of its own (probability by sigmoid), instead of
+            one of several classes (softmax over the channels).
         cross_entropy: whether the cross-entropy is added.
-        balance: exponent that gives rare classes more weight in the cross-entropy. A voxel's
-            weight is its class's share of the batch to the power of -balance: 0 weights all
-            voxels equally, 1 all classes. Only for softmax outputs.
+        balance: exponent that gives rare classes more weight in the cross-entropy of a softmax. A
+            voxel's weight is the fraction of the batch's voxels that have its class, to the power
+            of -balance: with 0 all voxels have the same weight, with 1 all classes.
 
     Shapes:
         logits (B, outputs, *spatial), channel numbers (B, 1, *spatial) → a scalar.
@@ -97,20 +103,21 @@ class DiceAndCrossEntropy(nn.Module):
 class SoftmaxDiceCrossEntropy(torch.autograd.Function):
     """MONAI's `DiceCELoss(softmax=True, to_onehot_y=True, batch=True)` with an explicit gradient.
 
-    It reads and writes tensors of classes × voxels values fewer times than automatic
-    differentiation does, which on a CPU costs much of the time of a step with many classes.
-    With a balance, the cross-entropy is a weighted mean over voxels, as in
+    It reads and writes tensors of classes × voxels fewer times than automatic differentiation does,
+    which takes much of the time of a training step on a CPU if there are many classes. With a
+    balance, the cross-entropy is a weighted mean over voxels, as in
     `torch.nn.functional.cross_entropy(weight=…)`.
 
     Shapes:
-        logits (B, C, *spatial), channel numbers (B, *spatial) int64, the balance → a scalar.
+        logits (B, C, *spatial), channel numbers (B, *spatial) int64, balance (a number, see
+        `DiceAndCrossEntropy`) → a scalar.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, balance: float = 0.0
     ) -> torch.Tensor:
-        """Return the loss, and keep what the gradient needs."""
+        """Return the loss, and save the tensors that `backward` needs in `ctx`."""
         classes = logits.shape[1]
         labels = target.reshape(-1, 1)  # (voxels, 1)
         log_probability = torch.log_softmax(
@@ -118,7 +125,7 @@ class SoftmaxDiceCrossEntropy(torch.autograd.Function):
         )  # (voxels, classes)
         counts = torch.bincount(labels[:, 0], minlength=classes)
         class_weight = (counts.clamp(min=1) / counts.sum()).float() ** -balance
-        # (voxels,), with the sum 1
+        # (voxels,), normalised to a sum of 1
         voxel_weight = (class_weight / (class_weight * counts).sum())[labels[:, 0]]
         cross_entropy = -(log_probability.gather(1, labels)[:, 0] * voxel_weight).sum()
         probability = log_probability.exp_()  # in place: the largest tensor is held only once
@@ -139,14 +146,14 @@ class SoftmaxDiceCrossEntropy(torch.autograd.Function):
             ctx.saved_tensors
         )
         classes = probability.shape[1]
-        # Derivatives of the Dice loss by a class's probability in a voxel: through the denominator
-        # in all voxels, through the intersection in the voxels of that class only
+        # Derivative of the Dice loss with respect to the probability p of a class in a voxel: p is
+        # part of the denominator in all voxels, of the intersection only in the voxels of its class
         by_denominator = (2 * intersection + SMOOTH) / denominator**2 / classes
         by_intersection = -2 / denominator / classes
-        # What target voxels add: from Dice, and from the cross-entropy, whose gradient is
-        # weight · (probability - one-hot)
+        # Part that only the target class of each voxel has. The derivative of the cross-entropy by
+        # the logits is weight · (probability - one-hot)
         at_target = target_probability * by_intersection[labels[:, 0]]
-        # Softmax: d/dlogit = probability · (derivative - mean derivative under the probabilities)
+        # Chain rule through the softmax: d/dlogit = p · (d/dp - sum over classes of p · d/dp)
         mean = (probability @ by_denominator + at_target - voxel_weight)[:, None]
         gradient = (by_denominator[None] - mean).mul_(probability)
         gradient.scatter_add_(1, labels, (at_target - voxel_weight)[:, None])
@@ -155,14 +162,15 @@ class SoftmaxDiceCrossEntropy(torch.autograd.Function):
 
 
 class WeightedCrossEntropy(nn.Module):
-    """The mean of the voxels' cross-entropy under given weights.
+    """Cross-entropy, averaged over voxels with a weight for each voxel.
 
     Args:
-        sigmoid: whether each logit is a structure of its own, instead of a softmax over classes.
+        sigmoid: whether each channel is a structure of its own (probability by sigmoid), instead of
+            one of several classes (softmax over the channels).
 
     Shapes:
-        logits (B, outputs, *spatial), target (B, 2, *spatial) with channel numbers and weights →
-        a scalar.
+        logits (B, outputs, *spatial), target (B, 2, *spatial) with channel number and weight of
+        each voxel → a scalar.
     """
 
     def __init__(self, *, sigmoid: bool) -> None:
@@ -174,14 +182,17 @@ class WeightedCrossEntropy(nn.Module):
         _check_target(logits, target, channels=2)
         labels, weight = target[:, :1], target[:, 1:]
         weighted = weight * _voxel_cross_entropy(logits, labels, sigmoid=self.sigmoid)
-        # A batch whose weights are all 0 has the loss 0, not nan
+        # a batch in which all weights are 0 has the loss 0, not nan
         return weighted.sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _voxel_cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, *, sigmoid: bool
 ) -> torch.Tensor:
-    """Return (B, 1, *spatial): each voxel's cross-entropy; for a sigmoid the structures' mean."""
+    """Return the cross-entropy of each voxel, (B, 1, *spatial).
+
+    With a sigmoid, it is the mean of the structures' binary cross-entropies.
+    """
     if sigmoid:
         one_hot = _one_hot(target, logits, sigmoid=True)
         each = functional.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
@@ -190,9 +201,9 @@ def _voxel_cross_entropy(
 
 
 def _one_hot(target: torch.Tensor, logits: torch.Tensor, *, sigmoid: bool) -> torch.Tensor:
-    """Return channel numbers (B, 1, *spatial) one-hot in the shape of the logits.
+    """Return channel numbers (B, 1, *spatial) as a one-hot tensor with the shape of the logits.
 
-    A sigmoid has no channel for the background, whose number is 0.
+    The logits of a sigmoid have no channel for the background (number 0).
     """
     first = 1 if sigmoid else 0
     numbers = torch.arange(first, first + logits.shape[1], device=target.device)

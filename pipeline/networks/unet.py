@@ -19,23 +19,23 @@ from pipeline.config import nearest_valid_sizes, output_size
 from pipeline.errors import ShapeError
 
 # `forward` methods here must compile with torch.jit.script, which `python -m monai.bundle
-# ckpt_export` uses. It reads comments that start with `# type:` as annotations, so that none may
-# stand in a `forward`; results are given their type by an annotated assignment instead.
+# ckpt_export` uses. TorchScript takes comments that start with `# type:` for its own annotations: no
+# `forward` may have one, and annotated assignments give results their type instead.
 is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
 
 class InstanceNorm(nn.GroupNorm):
     """Instance normalisation with a learned scale and shift per channel.
 
-    It is a group norm with one channel per group. In training on a CPU, each sample goes through
-    torch's batch norm instead: the values are the same, and for channels_last tensors its backward
-    pass is 10 times faster than that of the group norm in float32, 35 times in bfloat16.
+    It is a group norm with one channel per group. In training on a CPU, torch's batch norm is
+    applied to each sample instead. The values are the same; for channels_last tensors, its backward
+    pass is 10 times faster than that of group norm in float32, and 35 times in bfloat16.
 
     Args:
         channels: number of channels of the input.
 
     Shapes:
-        (B, channels, *spatial) → the same.
+        (B, channels, *spatial) → (B, channels, *spatial).
     """
 
     def __init__(self, channels: int) -> None:
@@ -54,10 +54,10 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class ConvBlock(nn.Module):
-    """Two 3×3(×3) convolutions, each followed by its norm and its activation.
+    """Two 3×3(×3) convolutions, each followed by a norm and an activation.
 
-    A residual block adds its input before the second activation; a 1×1(×1) convolution projects
-    the input where the number of channels changes.
+    A residual block adds its input before the second activation, through a 1×1(×1) convolution if
+    the number of channels changes.
 
     Args:
         spatial_dims: 2 or 3.
@@ -65,8 +65,8 @@ class ConvBlock(nn.Module):
         out_channels: channels after each of the two convolutions.
         norm: None, `batch` or `instance`.
         activation: a name of MONAI's `Act`.
-        residual: whether the input is added.
-        dropout: probability of dropping a channel of the output.
+        residual: whether the input is added to the output.
+        dropout: probability of dropping a whole channel of the output.
         padding: whether the convolutions are padded.
 
     Shapes:
@@ -88,7 +88,7 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         conv = Conv[Conv.CONV, spatial_dims]
-        # A norm subtracts the mean, and with it any bias of the convolution before it
+        # a norm subtracts the mean, so a bias of the convolution before it would have no effect
         common = {"kernel_size": 3, "padding": int(padding), "bias": norm is None}
         layers = [
             conv(in_channels, out_channels, **common),
@@ -119,16 +119,16 @@ class ConvBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Encoder, bottleneck and decoder with skip connections.
+    """A U-Net: encoder, bottleneck and decoder with skip connections, in 2D or 3D.
 
     Each encoder level is a double convolution followed by a max pooling. Each decoder level
     upsamples by a transposed convolution whose kernel is its stride, concatenates the result with
     the skip connection (the upsampled channels first) and applies a double convolution. A 1×1(×1)
     convolution gives the logits.
 
-    `torch.jit.script` and `torch.jit.trace` both compile the network. Neither keeps the check of
-    the input's shape; scripting keeps deep supervision, tracing only what the network returns in
-    its present mode.
+    `torch.jit.script` and `torch.jit.trace` compile the network, without the check of the input's
+    shape. A scripted network still returns deep supervision in training mode; a traced one always
+    returns what it returned when it was traced.
 
     Args:
         spatial_dims: 2 (Conv2d) or 3 (Conv3d).
@@ -136,29 +136,29 @@ class UNet(nn.Module):
         out_channels: channels of the logits: classes with the background for a softmax, structures
             without it for a sigmoid.
         features: channels per level, from the top; the last number is the bottleneck's.
-        strides: one entry per pooling, so one fewer than features: a number, or one number per
-            spatial axis such as (2, 2, 1); None means 2 everywhere.
+        strides: stride of each pooling from the top, one fewer than features: a number, or one
+            number per spatial axis such as (2, 2, 1). None means 2 everywhere.
         norm: None, `batch`, or `instance` (`InstanceNorm`).
         activation: a name of MONAI's `Act`.
         residual: whether each block adds its input to its output.
         dropout: probability of dropping a whole channel after each block.
-        contraction_dropout: probability of dropping a voxel at the end of the contracting path:
-            after the last block above the bottleneck and after the bottleneck.
+        contraction_dropout: probability of dropping single values at the end of the encoder: after
+            its last block and after the bottleneck.
         deep_supervision: number of lower decoder levels that return logits during training.
         padding: whether convolutions are padded. Without padding, skip connections are cropped to
             their centre and the output is smaller than the input by a fixed margin
             (`pipeline.config.margin`), so that no output voxel depends on padded values.
 
     Shapes:
-        (B, in_channels, *spatial) → (B, out_channels, *spatial), where each spatial size is a
-        multiple of the product of the strides along its axis. Without padding
-        (B, out_channels, *smaller), for sizes that fit every pooling (572 → 388).
-        In training with deep supervision: a list of logits, the full size first, then each lower
-        level at its own size.
+        (B, in_channels, *spatial) → logits (B, out_channels, *spatial), where each spatial size is
+        a multiple of the product of the strides along its axis. Without padding the output is
+        smaller (572 → 388), and the sizes must fit every pooling (`pipeline.config.output_size`).
+        In training mode with deep supervision: a list of logits, first at full size, then those of
+        the lower decoder levels at their own sizes.
 
     Raises:
-        ShapeError: the arguments do not fit together, or (in `forward`) the strides do not divide
-            an input's size; the message names the sizes that they divide.
+        ShapeError: the arguments do not fit together, or an input of `forward` has an invalid size;
+            the message names the nearest valid sizes.
     """
 
     def __init__(
@@ -209,8 +209,8 @@ class UNet(nn.Module):
         max_pool = Pool[Pool.MAX, spatial_dims]
         conv_transposed = Conv[Conv.CONVTRANS, spatial_dims]
         above, below = features[:-1], features[1:]
-        # Attributes are the names in published state dicts, and their order here is the order in
-        # which a seed draws the initial weights: keep both
+        # Do not rename or reorder these attributes: their names are the keys in published state
+        # dicts, and their order decides which initial weights follow from a seed
         self.encoder = nn.ModuleList(map(block, (in_channels, *above[:-1]), above))
         self.pool = nn.ModuleList(max_pool(stride, stride) for stride in self.strides)
         self.bottleneck = block(above[-1], below[-1])
@@ -249,7 +249,13 @@ class UNet(nn.Module):
         return outputs
 
     def _decode(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Return the output of one decoder level, from the level below and the skip."""
+        """Return the output of one decoder level.
+
+        Args:
+            level: number of the level, 0 at the top.
+            x: output of the level below.
+            skip: output of the encoder at the same level.
+        """
         # TorchScript can neither index a ModuleList by a variable nor iterate over it backwards
         for number, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
             if number == level:
@@ -261,7 +267,7 @@ class UNet(nn.Module):
 
     def _check_input(self, x: torch.Tensor) -> None:
         """Raise ShapeError unless x has a shape that the network accepts."""
-        # A trace would record the sizes as constants and warn about it
+        # tracing would record the sizes as constants, and warn about it
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         strides_by_axis = list(zip(*self.strides, strict=True))
@@ -287,7 +293,15 @@ class UNet(nn.Module):
 
 
 def centre_crop(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return the centre of x, (B, C, *spatial), in the spatial size of reference."""
+    """Return the centre of x, cropped to the spatial size of another tensor.
+
+    Args:
+        x: (B, C, *spatial), at least as large as `reference` along each spatial axis.
+        reference: (B, any number of channels, *cropped); only its size matters.
+
+    Returns:
+        (B, C, *cropped), a view of x.
+    """
     # Sizes are read before the loop and axes of equal size are narrowed too: otherwise the second
     # call of a scripted network fails in torch's optimiser ("Expected Tensor but got None")
     sizes = reference.shape
@@ -297,7 +311,7 @@ def centre_crop(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_layers(norm: str | None, spatial_dims: int, channels: int) -> list[nn.Module]:
-    """Return the layer of a norm, or no layer for None."""
+    """Return the layer of a norm in a list, or an empty list for None."""
     if norm is None:
         return []
     if norm == "batch":
@@ -309,6 +323,6 @@ def _norm_layers(norm: str | None, spatial_dims: int, channels: int) -> list[nn.
 
 def _activation_layer(name: str) -> nn.Module:
     kind = Act[name]
-    # In place where torch offers it: the largest tensors of a network are then held once, not twice
+    # in place where torch can do that: the largest tensors of the network are not copied
     layer: nn.Module = kind(inplace=True) if kind in (nn.ReLU, nn.LeakyReLU, nn.SiLU) else kind()
     return layer

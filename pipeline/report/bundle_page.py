@@ -1,4 +1,4 @@
-"""The Markdown page of a bundle (docs/README.md)."""
+"""The README of a cross-validated bundle, in Markdown (docs/README.md)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pipeline.evaluation import SummaryRow
 def bundle_page(
     card: Card, summary: Sequence[SummaryRow], by_fold: Mapping[int, Sequence[SummaryRow]]
 ) -> str:
-    """Return the page of a cross-validated bundle: description, Dice per fold, how to repeat it.
+    """Return the README of a cross-validated bundle as Markdown.
+
+    It has the bundle's description, a table of the Dice in each fold, and the command that repeats
+    the training.
 
     Args:
         card: description of the bundle.
-        summary: of all folds together, one row per label and one for their mean.
-        by_fold: number of each fold → the summary of its cases, with the same labels.
+        summary: summary over the cases of all folds: one row per label, and one for their mean.
+        by_fold: fold number → summary of its held-out cases, with the same labels.
     """
     return f"""\
 # {card.name}
@@ -56,5 +59,5 @@ def _dice_line(name: str, rows: Sequence[SummaryRow]) -> str:
     for row in rows:
         dice = row.metrics["dice"]
         cells.append(f"{dice.mean:.4f} [{dice.low:.4f}, {dice.high:.4f}]")
-    # The last row is the mean over the labels: its cases are those with any label scored.
+    # the last row is the mean over labels: it counts all cases in which any label is scored
     return f"| {name} | {rows[-1].cases} | {' | '.join(cells)} |"
