@@ -6,16 +6,17 @@ from pipeline.errors import ConfigError
 
 
 def require(holds: bool, key: str, expected: str, found: object) -> None:
-    """Raise an error for a configuration's value unless a condition holds.
+    """Raise an error about a value of a configuration unless a condition holds.
 
     Args:
         holds: whether the value is valid.
-        key: path to the value, such as `spec.overlap`.
-        expected: description of the valid values.
+        key: path of the value, such as `spec.overlap`.
+        expected: description of the valid values, such as `a fraction, 0 ≤ overlap < 1`.
         found: the value.
 
     Raises:
-        ConfigError: `spec.overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0`.
+        ConfigError: the condition does not hold; the message is, for example,
+            `spec.overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0`.
     """
     if not holds:
         raise ConfigError(f"{key}: expected {expected}, got {found}")

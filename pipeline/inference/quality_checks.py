@@ -1,4 +1,4 @@
-"""What makes a finished segmentation doubtful: structures cut by the scan's edge, odd volumes."""
+"""Checks of a finished segmentation: structures at the scan's edge, implausible volumes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ FACE_NAMES = {
 }
 OPPOSITE = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
 MM3_PER_ML = 1000.0
-# implausible volumes that get a warning each; more are one warning, which can still be read in a
-# table
+# up to this number of implausible volumes, each has a warning of its own; more are merged into one,
+# so that the warnings still fit into a cell of a table
 MAX_SEPARATE_WARNINGS = 4
 
 
 def quality_warnings(
     labels: LabelMap, affine: Affine, volumes_mm3: Mapping[str, float], spec: Spec
 ) -> list[str]:
-    """Return one line per reason to look at a case, of the reasons that its spec asks for.
+    """Return warnings for the checks that the spec enables.
+
+    They are for structures that touch the scan's edge, and for implausible volumes (merged into one
+    warning if there are more than `MAX_SEPARATE_WARNINGS`).
 
     Args:
-        labels: (X, Y, Z) output values on the file's grid.
-        affine: voxel → RAS+ world, mm.
-        volumes_mm3: name → volume of each structure and sum.
+        labels: (X, Y, Z) label map on the file's grid.
+        affine: affine of the label map, voxel → RAS+ world, mm.
+        volumes_mm3: name of each structure and of each sum in the spec → volume, mm³.
         spec: gives `warn_at_edge` and `plausible_ml`.
     """
     warnings = []
@@ -58,11 +61,11 @@ def quality_warnings(
 
 
 def touched_faces(labels: LabelMap, affine: Affine) -> list[str]:
-    """Return the sides of the body on which labels lie in the outermost voxels of a volume.
+    """Return the faces of a volume that labels touch, named by their side of the body, sorted.
 
     Args:
-        labels: (X, Y, Z), 0 for background.
-        affine: voxel → RAS+ world, mm.
+        labels: (X, Y, Z) label map, 0 for background.
+        affine: affine of the label map, voxel → RAS+ world, mm.
     """
     faces = []
     for axis, code in enumerate(nib.aff2axcodes(affine)):

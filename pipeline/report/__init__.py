@@ -1,8 +1,6 @@
-"""Pages that people read, as pure functions from results to text; their callers write the files.
+"""Pages for readers: functions that return text, which their callers write to files.
 
-The HTML report of a batch belongs here too.
-
-- `bundle_page`: the Markdown page of a cross-validated bundle.
+- `bundle_page`: the README of a cross-validated bundle, in Markdown.
 """
 
 from pipeline.report.bundle_page import bundle_page

@@ -1,4 +1,4 @@
-"""Weights of voxels in the loss: class balance, and more weight between close objects.
+"""Weights of voxels in the loss: balanced classes, and more weight between close objects.
 
 References:
     Ronneberger, Fischer, Brox: U-Net. MICCAI 2015, doi:10.1007/978-3-319-24574-4_28, equation 2.
@@ -23,14 +23,15 @@ WEIGHT = "weight"
 
 
 class BorderWeightd(MapTransform):
-    """Add `weight`, (1, X, Y, Z) float32 on the label's grid: class balance plus border term.
+    """Add `weight` to a case: the weight of each voxel in the loss, (1, X, Y, Z) float32.
 
-    Distances are in the mm of the label's affine.
+    It is the sum of `class_weights` and `border_weights`. Distances are in mm, by the label's
+    affine.
 
     Args:
-        keys: the label, (1, X, Y, Z) channel numbers.
-        weight: factor of the border term.
-        sigma_mm: scale on which the border term falls with the distance of two objects, mm.
+        keys: key of the label, a MetaTensor (1, X, Y, Z) of channel numbers.
+        weight: factor on the border term.
+        sigma_mm: scale on which the border term falls with the distance from two objects, mm.
     """
 
     def __init__(self, keys: KeysCollection, weight: float, sigma_mm: float) -> None:
@@ -52,12 +53,12 @@ class BorderWeightd(MapTransform):
 
 
 def class_weights(classes: Array) -> NDArray[np.float64]:
-    """Return one weight per voxel, so that each class has the same sum of weights.
+    """Return a weight for each voxel, such that the weights of each class have the same sum.
 
-    Only classes that are present count. The mean over all voxels is 1.
+    Only classes that occur in the array count. The mean weight is 1.
 
     Args:
-        classes: class numbers, of any shape.
+        classes: class numbers, an array of any shape.
     """
     values, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
     weights = classes.size / (len(values) * counts)
@@ -75,10 +76,10 @@ def border_weights(
     d1 is 0 inside an object. With fewer than two objects the term is 0.
 
     Args:
-        classes: class numbers, 2D or 3D.
-        spacing: voxel size along each axis; distances and sigma have its unit (mm).
-        weight: factor.
-        sigma: scale of the decrease.
+        classes: class numbers, a 2D or 3D array.
+        spacing: voxel size along each axis, mm.
+        weight: factor on the term, its largest value.
+        sigma: scale on which the term falls, mm.
     """
     nearest, second = np.full((2, *classes.shape), np.inf)
     for value in np.unique(classes[classes != 0]):
