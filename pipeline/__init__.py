@@ -21,7 +21,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.api import Segmentation, evaluate, load, segment, train
+    from pipeline.api import (
+        Segmentation,
+        SegmentedImage,
+        evaluate,
+        load,
+        segment,
+        segment_many,
+        train,
+    )
     from pipeline.defaults import DEFAULT_BUNDLE
     from pipeline.errors import PipelineError
 
@@ -29,9 +37,11 @@ __all__ = [
     "DEFAULT_BUNDLE",
     "PipelineError",
     "Segmentation",
+    "SegmentedImage",
     "evaluate",
     "load",
     "segment",
+    "segment_many",
     "train",
 ]
 

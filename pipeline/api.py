@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.batch import predict_many
 from pipeline.bundle import open_bundle
 from pipeline.defaults import DEFAULT_BUNDLE
+from pipeline.errors import PipelineError
 from pipeline.evaluation import TOLERANCE_MM, Evaluation
 from pipeline.evaluation import evaluate as evaluate_cases
-from pipeline.inference import Model, predict_case
+from pipeline.inference import Model, Prediction, predict_case
 from pipeline.io import as_nibabel, as_sitk, fold_cases
 from pipeline.training import train
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
 
-__all__ = ["Segmentation", "evaluate", "load", "segment", "train"]
+__all__ = [
+    "Segmentation",
+    "SegmentedImage",
+    "evaluate",
+    "load",
+    "segment",
+    "segment_many",
+    "train",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,21 @@ class Segmentation:
     uncertainty: Array | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SegmentedImage:
+    """What became of one image of `segment_many`.
+
+    Attributes:
+        image: as it was given.
+        segmentation: its result; None if it failed.
+        error: why it failed; None if it did not.
+    """
+
+    image: Any
+    segmentation: Segmentation | None = None
+    error: PipelineError | None = None
+
+
 def load(
     bundle: PathOrStr = DEFAULT_BUNDLE,
     *,
@@ -51,6 +76,7 @@ def load(
     precision: str = "auto",
     uncertainty: bool = False,
     labels_spacing: float | None = None,
+    trust: bool = False,
 ) -> Model:
     """Return a bundle opened for `segment`; open it once and use it for many images.
 
@@ -62,9 +88,10 @@ def load(
         precision: auto, float32, bfloat16 or int8.
         uncertainty: whether the uncertainty of each voxel is computed.
         labels_spacing: voxel size of the label maps, mm; that of each image by default.
+        trust: whether a bundle may run wiring that volseg did not write: such wiring is code.
 
     Raises:
-        PipelineError: there is no such bundle or device.
+        PipelineError: there is no such bundle or device, or its wiring needs `trust`.
     """
     return open_bundle(
         bundle,
@@ -74,6 +101,7 @@ def load(
         precision=precision,
         uncertainty=uncertainty,
         labels_spacing=labels_spacing,
+        trust=trust,
     )
 
 
@@ -88,7 +116,38 @@ def segment(model: Model, image: Any) -> Segmentation:
     Raises:
         PipelineError: the image cannot be read or segmented; the message says why and what to do.
     """
-    prediction = predict_case(model, image)
+    return _segmentation(predict_case(model, image), image)
+
+
+def segment_many(model: Model, images: Iterable[Any], *, jobs: int = 1) -> Iterator[SegmentedImage]:
+    """Segment many images and yield each result as it comes, failures included.
+
+    An image that cannot be segmented, or that kills the process that works on it, does not end the
+    others. With several jobs the order is that in which they are finished. Where worker processes
+    are spawned (any system but Linux, or a program with threads), the calling script needs the
+    usual `if __name__ == "__main__":`.
+
+    Args:
+        model: from `load`.
+        images: each is what `segment` takes; they are taken from the iterable as they are needed.
+        jobs: number of worker processes; 1 computes in this process.
+    """
+    given: dict[int, Any] = {}
+
+    def numbered() -> Iterator[Any]:
+        for number, image in enumerate(images):
+            given[number] = image
+            yield image
+
+    for number, result in predict_many(model, numbered(), jobs=jobs):
+        image = given.pop(number)
+        if isinstance(result, Prediction):
+            yield SegmentedImage(image=image, segmentation=_segmentation(result, image))
+        else:
+            yield SegmentedImage(image=image, error=result)
+
+
+def _segmentation(prediction: Prediction, image: Any) -> Segmentation:
     several = isinstance(image, Sequence) and not isinstance(image, str)
     first = image[0] if several else image
     if type(first).__module__.startswith("SimpleITK"):

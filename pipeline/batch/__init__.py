@@ -14,12 +14,14 @@ Modules:
     resume        whether a case is done: these bytes in, these bytes out
     claims, locks     who works on which case
     suspects      cases during which a process died
+    many          many images in several processes, with their results in memory
     pool, stages  worker processes; reading, computing and writing at the same time
     shards, resources   parts of a batch for several jobs; the cores and memory allotted
     outputs, log_file, peak_memory   names in an output folder, volseg.log, memory per case
 """
 
 from pipeline.batch.coordinator import Progress
+from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path, uncertainty_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
 from pipeline.batch.records import CaseRecord
@@ -50,6 +52,7 @@ __all__ = [
     "output_path",
     "parse_shard",
     "pool_executor",
+    "predict_many",
     "run_batch",
     "run_bundle",
     "segment_cases",

@@ -152,14 +152,20 @@ class Pool(Generic[I]):
             PipelineError: what a worker cannot go on after.
         """
         try:
-            while True:
+            while self.step(source, on_event):
                 on_tick()
-                self._fill(source)
-                if not any(worker.in_flight for worker in self._workers) and source.exhausted:
-                    return
-                self._wait(on_event)
         finally:
             self.close(on_event)
+
+    def step(
+        self, source: Source[I], on_event: Callable[[Finished[Any] | Died[I] | TimedOut[I]], None]
+    ) -> bool:
+        """Give out items and wait a moment for what happens; return False when all are done."""
+        self._fill(source)
+        if not any(worker.in_flight for worker in self._workers) and source.exhausted:
+            return False
+        self._wait(on_event)
+        return True
 
     def kill(self) -> None:
         """Kill all workers at once."""

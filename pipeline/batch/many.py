@@ -1,0 +1,155 @@
+"""Many images in several processes, with their results in memory."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipeline.batch.pool import Died, Finished, Pool, TimedOut
+from pipeline.batch.runner import default_start_method
+from pipeline.batch.stages import run_stages
+from pipeline.errors import (
+    PipelineError,
+    RunStoppedError,
+    VolumeError,
+    describe_error,
+    find_pipeline_error,
+)
+from pipeline.inference import (
+    Model,
+    Prediction,
+    PreparedCase,
+    predict_case,
+    predict_prepared,
+    prepare,
+)
+from pipeline.io import printable
+
+Result = Prediction | PipelineError
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An image on its way to a worker."""
+
+    name: int
+    image: Any
+    alone: bool = False
+
+
+class _Images:
+    """The images that are still to be given out."""
+
+    def __init__(self, images: Iterable[Any]) -> None:
+        self._images = enumerate(images)
+        self._again: deque[_Item] = deque()
+        self.exhausted = False
+
+    def take(self, *, alone: bool) -> _Item | None:
+        if self._again and alone:
+            return self._again.popleft()
+        number, image = next(self._images, (None, None))
+        if number is None:
+            self.exhausted = not self._again
+            return None
+        return _Item(number, image)
+
+    def give_back(self, items: Iterable[_Item]) -> None:
+        self._again += items
+        self.exhausted = False
+
+
+@dataclass
+class _ImageWork:
+    """What a worker process does with images."""
+
+    model: Model
+
+    def start(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+
+    def run(self, items: Iterator[_Item], emit: Callable[[Hashable, Any], None]) -> None:
+        concurrent = self.model.max_memory is None
+
+        def read(item: _Item) -> tuple[_Item, PreparedCase | PipelineError | None]:
+            return item, _attempt(lambda: prepare(self.model, item.image)) if concurrent else None
+
+        def compute(pair: tuple[_Item, PreparedCase | PipelineError | None]) -> tuple[int, Result]:
+            item, prepared = pair
+            if isinstance(prepared, PipelineError):
+                return item.name, prepared
+            if prepared is None:
+                return item.name, _attempt(lambda: predict_case(self.model, item.image))
+            return item.name, _attempt(lambda: predict_prepared(self.model, prepared))
+
+        def write(pair: tuple[int, Result]) -> None:
+            emit(pair[0], pair)
+
+        run_stages(items, read, compute, write, concurrent=concurrent)
+
+
+def predict_many(model: Model, images: Iterable[Any], *, jobs: int) -> Iterator[tuple[int, Result]]:
+    """Yield the predictions of images as they come, in any order, with the number of the image.
+
+    Args:
+        model: an opened bundle.
+        images: each is what `predict_case` takes.
+        jobs: number of processes, which share the cores; 1 computes in this process.
+
+    Yields:
+        the number of the image from 0, and its prediction or the error that it failed with.
+    """
+    if jobs == 1:
+        for number, image in enumerate(images):
+            yield number, _attempt(partial(predict_case, model, image))
+        return
+    pool: Pool[_Item] = Pool(
+        _ImageWork(model),
+        jobs=jobs,
+        threads=max(1, torch.get_num_threads() // jobs),
+        start_method=default_start_method(model),
+    )
+    source, results = _Images(images), deque[tuple[int, Result]]()
+
+    def on_event(event: Finished[Any] | Died[_Item] | TimedOut[_Item]) -> None:
+        if isinstance(event, Finished):
+            results.append(event.result)
+        elif isinstance(event, Died) and len(event.items) > 1:
+            source.give_back(replace(item, alone=True) for item in event.items)
+        elif isinstance(event, Died):
+            error = RunStoppedError(f"the process that computed this image died: {event.why}")
+            results.extend((item.name, error) for item in event.items)
+
+    try:
+        running = True
+        while running:
+            running = pool.step(source, on_event)
+            while results:
+                yield results.popleft()
+    finally:
+        pool.close(lambda event: None)
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    """Return the result of a function, or the error that a user can read."""
+    try:
+        return function()
+    except Exception as error:
+        known = find_pipeline_error(error)
+        if known is not None and _can_be_pickled(known):
+            return known
+        return VolumeError(printable(describe_error(error)))
+
+
+def _can_be_pickled(error: PipelineError) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickling may raise anything
+        return False
+    return True
