@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from pipeline.errors import VolumeError
-from pipeline.io.writer import NIFTI1_BYTES, SCANNER_CODE
+from pipeline.io.nifti import in_mm, mm_per_unit, moved_header
 from pipeline.types import Affine
 
 MAX_VOXELS = 2**30  # of a label map: 1 GiB as uint8
@@ -29,7 +28,7 @@ class Grid:
     Attributes:
         affine: voxel index → RAS+ world, mm.
         shape: (X, Y, Z) voxels.
-        header: the bytes of a NIfTI header on this grid, empty for other formats.
+        header: the bytes of a NIfTI header on this grid, in the file's own unit; see `Image`.
     """
 
     affine: Affine
@@ -70,8 +69,9 @@ class Grid:
         affine[:3, 3] += self.affine[:3, :3] @ old_centre - affine[:3, :3] @ new_centre
         if not self.header:
             return Grid(affine=affine, shape=shape)
-        header = _header_with_affine(self.header, affine)
-        return Grid(affine=header.get_best_affine(), shape=shape, header=header.binaryblock)
+        header = moved_header(self.header, affine, shape)
+        own = in_mm(header.get_best_affine(), mm_per_unit(header))
+        return Grid(affine=own, shape=shape, header=header.binaryblock)
 
     def to_meta(self) -> dict[str, Any]:
         """Return the entries of a MetaTensor's `meta` that hold this grid, fit for collation."""
@@ -92,14 +92,3 @@ class Grid:
 
     def _is_valid(self) -> bool:
         return bool(np.isfinite(self.affine).all() and np.linalg.det(self.affine[:3, :3]))
-
-
-def _header_with_affine(header: bytes, affine: Affine) -> nib.Nifti1Header:
-    """Return a NIfTI header with another affine and the same sform and qform codes."""
-    header_class = nib.Nifti1Header if len(header) == NIFTI1_BYTES else nib.Nifti2Header
-    moved = header_class(header, check=False)
-    sform, qform = int(moved["sform_code"]), int(moved["qform_code"])
-    moved.set_qform(affine, code=qform, strip_shears=True)
-    # a header without any code would leave the new affine unused
-    moved.set_sform(affine, code=sform if sform or qform else SCANNER_CODE)
-    return moved

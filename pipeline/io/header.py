@@ -1,76 +1,110 @@
-"""Shape, affine and type of a volume, read without its voxels."""
+"""The headers of all sources: one road for reading a header alone and for reading voxels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
-import numpy as np
 from nibabel.spatialimages import SpatialImage
 
-from pipeline.errors import ReadError
-from pipeline.io.formats import SITK_READERS, image_suffix
-from pipeline.io.itk import sitk_affine
-from pipeline.types import Affine, ImageSource
-
-SITK_BYTES = 8  # of the largest pixel type; an upper bound, for an estimate of memory
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
-    """What is known of a volume before its voxels are read.
-
-    Attributes:
-        shape: (X, Y, Z) voxels, without further axes.
-        affine: voxel index → RAS+ world, mm.
-        bytes_per_voxel: of the type that the file stores, an upper bound for NRRD and MetaImage.
-    """
-
-    shape: tuple[int, ...]
-    affine: Affine
-    bytes_per_voxel: int
+from pipeline.errors import PipelineError, ReadError
+from pipeline.io.formats import SITK_READERS, SUFFIXES, image_suffix, printable
+from pipeline.io.image import Header, ImageFile
+from pipeline.io.itk import describe_sitk_file, describe_sitk_image
+from pipeline.io.nibabel_files import describe_nibabel_file, describe_nibabel_image
+from pipeline.io.streams import unreadable
+from pipeline.types import ImageSource
 
 
 def read_header(source: ImageSource) -> Header:
-    """Read the header of a path, a nibabel image or a SimpleITK image.
+    """Return the header of a path, a nibabel image or a SimpleITK image.
+
+    It is checked as `read` checks it: the size that it declares must fit into the file. Of a
+    compressed file only the first bytes are read, so that damage behind them is not found.
 
     Raises:
-        ReadError: the header is missing or damaged.
+        ReadError: the file is missing, too short for its header, damaged or of an unknown format.
+        VolumeError: it holds colours or complex numbers, or is not three-dimensional.
     """
-    try:
-        return _read_header(source)
-    except Exception as error:  # nibabel and SimpleITK raise errors of many types
-        raise ReadError(f"{source}: its header cannot be read: {error}") from error
+    with readable(source):
+        return describe(source).header
 
 
-def _read_header(source: ImageSource) -> Header:
+def source_files(path: Path) -> tuple[Path, ...]:
+    """Return all files that an image on disk consists of: header and voxels, the given one first.
+
+    These are the .hdr and .img of a pair, with SPM's .mat where it is used, and the files that the
+    header of a NRRD or MetaImage file names.
+
+    Raises:
+        ReadError: a file is missing, or the header that names it is damaged.
+    """
+    with readable(path):
+        return describe(path).files
+
+
+def describe(source: ImageSource) -> ImageFile:
+    """Return the header of a source, checked, with a function that reads its voxels.
+
+    Raises:
+        PipelineError: it cannot be used.
+        Exception: of many types, by the libraries that read damaged files; see `readable`.
+    """
     if isinstance(source, str | Path):
-        if image_suffix(Path(source)) in SITK_READERS:
-            return _read_sitk_header(Path(source))
-        source = nib.load(source)
+        return _describe_file(Path(source))
     if isinstance(source, SpatialImage):
-        return Header(
-            shape=tuple(source.shape[:3]),
-            affine=np.asarray(source.affine),
-            bytes_per_voxel=np.dtype(source.get_data_dtype()).itemsize,
-        )
-    return _sitk_header(source, source.GetNumberOfComponentsPerPixel())
-
-
-def _read_sitk_header(path: Path) -> Header:
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return _sitk_header(reader, reader.GetNumberOfComponents())
-
-
-def _sitk_header(image: Any, components: int) -> Header:
-    return Header(
-        shape=tuple(image.GetSize()[:3]),
-        affine=sitk_affine(image),
-        bytes_per_voxel=SITK_BYTES * components,
+        return describe_nibabel_image(source, source_name(source))
+    # by name, because importing SimpleITK only to compare the type would be slow
+    if type(source).__module__.startswith("SimpleITK"):
+        return describe_sitk_image(source, source_name(source))
+    raise ReadError(
+        f"expected a path, a nibabel image or a SimpleITK image, got {type(source).__name__}"
     )
+
+
+def source_name(source: ImageSource) -> str:
+    """Return how messages name a source."""
+    if isinstance(source, str | Path):
+        return printable(source)
+    if isinstance(source, SpatialImage):
+        return "the nibabel image"
+    return "the SimpleITK image"
+
+
+@contextmanager
+def readable(source: ImageSource) -> Iterator[None]:
+    """Raise a ReadError that names the source in place of the libraries' own errors."""
+    try:
+        yield
+    except (PipelineError, MemoryError):
+        raise
+    except Exception as error:  # they raise errors of many types for damaged files
+        raise unreadable(source_name(source), _reason(error)) from error
+
+
+def _describe_file(path: Path) -> ImageFile:
+    suffix = image_suffix(path)
+    if not path.is_file():
+        raise ReadError(f"{printable(path)}: no such file")
+    if suffix is None:
+        raise ReadError(
+            f"{printable(path)}: unknown format; expected a name ending in {', '.join(SUFFIXES)}"
+        )
+    if suffix in SITK_READERS:
+        return describe_sitk_file(path, SITK_READERS[suffix])
+    return describe_nibabel_file(path)
+
+
+def _reason(error: Exception) -> str:
+    """Return a short explanation of an error of nibabel or the decompression."""
+    lines = str(error).strip().splitlines()
+    text = printable(lines[0]) if lines else type(error).__name__
+    if isinstance(error, KeyError):
+        return f"its header holds {text}, which the format does not know"
+    if isinstance(error, EOFError):
+        return f"it is truncated ({text})"
+    # the libraries have no error type for these, so that only their messages are left
+    if any(words in text for words in ("CRC", "Incorrect length", "Incorrect checksum")):
+        return f"its checksum is wrong, so its content is damaged ({text})"
+    return text

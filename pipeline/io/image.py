@@ -1,16 +1,70 @@
-"""One channel of a case in memory, and the checks that all readers share."""
+"""One channel of a case, its header, and the checks that all readers share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import GeometryError, VolumeError
+from pipeline.io.formats import printable
 from pipeline.types import Affine, Array, ImageSource
 
 SAME_GRID_MM = 0.01  # float32 headers round: corners of images on one grid may differ by this much
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What is known of a volume before its voxels are read.
+
+    Attributes:
+        shape: (X, Y, Z) voxels, without further axes.
+        affine: voxel index → RAS+ world, mm.
+        bytes_per_voxel: of the type that the file stores.
+        volumes: number of volumes along all further axes.
+        warnings: what is doubtful about the header, one sentence each.
+        file_bytes: size of all files of the volume on disk, compressed or not; 0 for an image in
+            memory.
+        nifti: see `Image.header`.
+    """
+
+    shape: tuple[int, ...]
+    affine: Affine
+    bytes_per_voxel: int
+    volumes: int = 1
+    warnings: tuple[str, ...] = ()
+    file_bytes: int = 0
+    nifti: bytes = b""
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size along the three axes, mm."""
+        return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+
+    @property
+    def declared_bytes(self) -> int:
+        """Bytes of the voxels of all volumes, as the header declares them, decompressed."""
+        return prod(self.shape) * self.volumes * self.bytes_per_voxel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFile:
+    """A file whose header has been read and checked.
+
+    Attributes:
+        header: what it says.
+        files: all files that it consists of, the given one first.
+        bytes_held: bytes of voxels that `voxels` holds at a time.
+        voxels: returns (X, Y, Z) of one volume, by its number.
+    """
+
+    header: Header
+    files: tuple[Path, ...]
+    bytes_held: int
+    voxels: Callable[[int], Array]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,8 +74,9 @@ class Image:
     Attributes:
         array: (X, Y, Z), scaled by the header's slope and intercept.
         affine: voxel index → RAS+ world, mm.
-        header: the bytes of the NIfTI header (348 or 540), empty for other formats. A label map on
-            the same grid is written with this header.
+        header: the bytes of a NIfTI header (348 or 540) for label maps on the same grid, in the
+            file's own unit: a NIfTI file's own, or one whose codes claim no scanner coordinates for
+            other formats without an orientation. Empty for all others.
         warnings: what is doubtful about the file, one sentence each.
     """
 
@@ -59,6 +114,7 @@ def check_same_grid(
     Raises:
         GeometryError: they differ; the message names both.
     """
+    first_name, other_name = _shown(first_name), _shown(other_name)
     if first.array.shape != other.array.shape:
         raise GeometryError(
             f"{other_name} has shape {other.array.shape}, {first_name} {first.array.shape}: "
@@ -72,34 +128,64 @@ def check_same_grid(
         )
 
 
+def _shown(source: ImageSource) -> str:
+    return printable(source) if isinstance(source, str | Path) else str(source)
+
+
 def select_volume(array: Array, name: str, volume: int | None) -> Array:
-    """Return one three-dimensional volume of a file's array.
+    """Return one three-dimensional volume of an array.
 
     Args:
         array: (X, Y, Z) or (X, Y, Z, ...) with the volumes along all further axes.
         name: of the file, for the message.
-        volume: number of the volume, from 0; None accepts arrays with a single volume only.
+        volume: see `volume_number`.
+
+    Raises:
+        VolumeError: see `volume_number`.
+    """
+    spatial = array.shape[:3]
+    number = volume_number(array.shape, name, volume)
+    count = prod(array.shape[3:])
+    if count == 1:
+        return array.reshape(spatial)
+    # volumes are numbered as they are stored: the first of the further axes runs fastest
+    return array.reshape(*spatial, count, order="F")[..., number]
+
+
+def volume_number(shape: tuple[int, ...], name: str, volume: int | None) -> int:
+    """Return the number of the volume to read.
+
+    Args:
+        shape: (X, Y, Z) or (X, Y, Z, ...) with the volumes along all further axes.
+        name: of the file, for the message.
+        volume: number of the volume, from 0; None accepts files with a single volume only.
 
     Raises:
         VolumeError: too few dimensions, several volumes and no number, or no volume of that number.
     """
-    spatial, extra = array.shape[:3], array.shape[3:]
-    if len(spatial) < 3:
-        raise VolumeError(
-            f"{name}: has shape {array.shape}, expected three dimensions; "
-            "a single slice needs a third axis of 1"
-        )
-    count = prod(extra)
-    if count == 1 and volume in (None, 0):
-        return array.reshape(spatial)
-    if volume is None:
+    check_dimensions(shape, name)
+    count = prod(shape[3:])
+    if volume is None and count != 1:
         raise VolumeError(
             f"{name}: holds {count} volumes, expected one; "
             f"pick one with --volume T (0 to {count - 1})"
         )
-    if not 0 <= volume < count:
+    number = volume or 0
+    if not 0 <= number < count:
         raise VolumeError(
-            f"{name}: --volume {volume} asked for, the file holds volumes 0 to {count - 1}"
+            f"{name}: --volume {number} asked for, the file holds volumes 0 to {count - 1}"
         )
-    # volumes are numbered as they are stored: the first of the further axes runs fastest
-    return array.reshape(*spatial, count, order="F")[..., volume]
+    return number
+
+
+def check_dimensions(shape: tuple[int, ...], name: str) -> None:
+    """Check that a shape has three spatial axes.
+
+    Raises:
+        VolumeError: it has fewer.
+    """
+    if len(shape) < 3:
+        raise VolumeError(
+            f"{name}: has shape {shape}, expected three dimensions; "
+            "a single slice needs a third axis of 1"
+        )

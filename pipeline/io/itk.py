@@ -6,14 +6,25 @@ SimpleITK is imported inside the functions: it is slow to load, and NIfTI files 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ReadError, VolumeError
-from pipeline.io.image import Image, select_volume
-from pipeline.types import Affine, LabelMap
+from pipeline.errors import VolumeError
+from pipeline.io.formats import printable
+from pipeline.io.image import Header, ImageFile, check_dimensions, select_volume
+from pipeline.io.nifti import header_of_a_guess
+from pipeline.io.streams import unreadable
+from pipeline.io.text_headers import VoxelData, metaimage_data, nrrd_data
+from pipeline.types import Affine, Array, LabelMap
 
 if TYPE_CHECKING:
     import SimpleITK as sitk
@@ -33,43 +44,91 @@ def sitk_affine(image: Any) -> Affine:
     return ras
 
 
-def read_sitk(path: Path, reader: str) -> sitk.Image:
-    """Read a file with the named reader of SimpleITK.
+def describe_sitk_file(path: Path, reader_name: str) -> ImageFile:
+    """Return the header of a NRRD or MetaImage file, checked against the size of its data files.
 
     Args:
         path: the file.
-        reader: the name of an ImageIO, because SimpleITK does not know suffixes in upper case.
+        reader_name: the name of an ImageIO, because SimpleITK does not know suffixes in upper case.
 
     Raises:
-        ReadError: the file is damaged or of another format.
+        ReadError: a file is missing, damaged, of another format, too short or too long.
+        VolumeError: it holds complex numbers, several values per voxel, or fewer than three
+            dimensions.
     """
     import SimpleITK as sitk
 
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    try:
-        return sitk.ReadImage(str(path), imageIO=reader)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ReadError(
-            f"{path}: cannot be read: {reason}; is the file whole? Copy or convert it again"
-        ) from error
+    data = nrrd_data(path) if reader_name == "NrrdImageIO" else metaimage_data(path)
+    data.check_room()
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(reader_name)
+    with _sitk_errors(path), _name_for_sitk(path, data.files) as name:
+        reader.SetFileName(name)
+        reader.ReadImageInformation()
+    header = _header(
+        reader,
+        printable(path),
+        reader.GetNumberOfComponents(),
+        sitk.GetPixelIDValueAsString(reader.GetPixelIDValue()),
+    )
+    if prod(header.shape) * header.volumes > data.values:
+        raise unreadable(path, f"SimpleITK takes {header.shape} voxels, its header {data.values}")
+    affine = header.affine.copy()
+    affine[:3] *= np.array(data.mm_per_unit)[:, np.newaxis]
+    files = tuple(dict.fromkeys((path, *data.files)))
+    header = replace(
+        header,
+        affine=affine,
+        bytes_per_voxel=data.bytes_per_value,
+        warnings=data.doubts,
+        file_bytes=sum(file.stat().st_size for file in files),
+        nifti=header_of_a_guess(affine, header.shape) if data.doubts else b"",
+    )
+    return ImageFile(
+        header=header,
+        files=files,
+        bytes_held=data.declared_bytes,
+        voxels=partial(_file_voxels, data, reader_name),
+    )
 
 
-def from_sitk(image: sitk.Image, name: str, volume: int | None) -> Image:
-    """Return a SimpleITK image as an array with its affine.
-
-    Args:
-        image: the image.
-        name: of the image, for the message.
-        volume: which volume of a 4D image, from 0.
+def describe_sitk_image(image: sitk.Image, name: str) -> ImageFile:
+    """Return the header of a SimpleITK image.
 
     Raises:
-        VolumeError: complex numbers, several values per voxel, or not one 3D volume.
+        VolumeError: complex numbers, several values per voxel, or fewer than three dimensions.
     """
-    import SimpleITK as sitk
-
     components = image.GetNumberOfComponentsPerPixel()
-    if "complex" in image.GetPixelIDTypeAsString():
+    header = _header(image, name, components, image.GetPixelIDTypeAsString())
+    header = replace(header, bytes_per_voxel=image.GetSizeOfPixelComponent())
+    return ImageFile(
+        header=header,
+        files=(),
+        bytes_held=header.declared_bytes,
+        voxels=lambda number: select_volume(_array(image), name, number),
+    )
+
+
+def _file_voxels(data: VoxelData, reader_name: str, number: int) -> Array:
+    import SimpleITK as sitk
+
+    data.check_content()
+    with _sitk_errors(data.path), _name_for_sitk(data.path, data.files) as name:
+        image = sitk.ReadImage(name, imageIO=reader_name)
+    return select_volume(_array(image), printable(data.path), number)
+
+
+def _array(image: sitk.Image) -> Array:
+    import SimpleITK as sitk
+
+    # a copy, because the view is only valid as long as the SimpleITK image lives
+    copy: Array = sitk.GetArrayViewFromImage(image).transpose().copy(order="F")
+    return copy
+
+
+def _header(image: Any, name: str, components: int, pixel_type: str) -> Header:
+    """Return the header of a SimpleITK image or ImageFileReader; its type is 1 byte here."""
+    if "complex" in pixel_type:
         raise VolumeError(
             f"{name}: holds complex numbers, expected magnitudes; save the magnitude image instead"
         )
@@ -78,9 +137,39 @@ def from_sitk(image: sitk.Image, name: str, volume: int | None) -> Image:
             f"{name}: holds {components} values per voxel (colours or vectors), "
             "expected one grey value"
         )
-    # a copy, because the view is only valid as long as the SimpleITK image lives
-    voxels = sitk.GetArrayViewFromImage(image).transpose().copy(order="F")
-    return Image(array=select_volume(voxels, name, volume), affine=sitk_affine(image))
+    shape = tuple(image.GetSize())
+    check_dimensions(shape, name)
+    return Header(
+        shape=shape[:3], volumes=prod(shape[3:]), affine=sitk_affine(image), bytes_per_voxel=1
+    )
+
+
+@contextmanager
+def _sitk_errors(path: Path) -> Iterator[None]:
+    """Raise a ReadError in place of SimpleITK's errors, with the last line of their text."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or ["SimpleITK gives no reason"]
+        raise unreadable(path, printable(lines[-1])) from error
+
+
+@contextmanager
+def _name_for_sitk(path: Path, files: tuple[Path, ...]) -> Iterator[str]:
+    """Give a name under which SimpleITK finds a file: it takes only names in UTF-8."""
+    if os.fsencode(path).decode(errors="ignore") == str(path):
+        yield str(path)
+        return
+    with TemporaryDirectory() as folder:
+        for file in files:
+            if file.parent == path.parent and file != path:
+                (Path(folder) / file.name).symlink_to(file.absolute())
+        link = Path(folder) / f"image{path.suffix}"
+        link.symlink_to(path.absolute())
+        yield str(link)
 
 
 def as_sitk(labels: LabelMap, affine: Affine, like: sitk.Image) -> sitk.Image:

@@ -4,8 +4,9 @@ preprocess           the deterministic preprocessing of a spec
 compose              `Compose` with named parts
 loading              files → tensors
 checks               refusal of volumes that cannot be segmented
+network_grid         size of a file on the network's grid
 resampling           resampling to the spec's spacing
-crop_resize          cropping to the bright part, slices of one size
+crop_resize          cropping to the bright part, resizing of slices
 intensity            normalisation of intensities
 patches              random training patches
 augmentation         random changes of patches
@@ -13,14 +14,20 @@ elastic_deformation  random elastic deformation
 border_weights       weights of voxels in the loss
 mirror_padding       volumes continued by mirroring
 synthesis            training images drawn from label maps
-tissue_classes       the table of label maps' values
+tissue_classes       the tissue table: the meaning of the values in label maps
 """
 
 from pipeline.transforms.border_weights import WEIGHT
-from pipeline.transforms.checks import check_affine, check_values
+from pipeline.transforms.checks import (
+    CheckVolumed,
+    check_affine,
+    check_proportion,
+    check_values,
+)
 from pipeline.transforms.compose import Preprocessing, TrainingTransform
 from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.mirror_padding import mirror_padded_box
+from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.transforms.patches import crop_size, training_transform
 from pipeline.transforms.preprocess import IMAGE, LABEL, SCAN, preprocessing
 from pipeline.transforms.resampling import axis_samplings, parallel_axes, sample_axes
@@ -31,14 +38,17 @@ __all__ = [
     "LABEL",
     "SCAN",
     "WEIGHT",
+    "CheckVolumed",
     "LoadVolumed",
     "Preprocessing",
     "TrainingTransform",
     "axis_samplings",
     "check_affine",
+    "check_proportion",
     "check_values",
     "crop_size",
     "mirror_padded_box",
+    "network_grid_shape",
     "parallel_axes",
     "preprocessing",
     "sample_axes",

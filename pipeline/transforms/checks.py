@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from pipeline.config import Spec
 from pipeline.errors import VolumeError
-from pipeline.io import add_warnings
+from pipeline.io import Grid, add_warnings
+from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.types import Affine, Array
 
 MAX_NONFINITE = 0.01  # fraction of voxels that may be NaN or infinite and are then replaced
@@ -21,8 +24,17 @@ SPACING_LIMITS_MM = (0.05, 20.0)
 MAX_SHEAR = 0.01  # cosine of the angle between two axes; float32 headers stay below 1e-4
 MIN_DETERMINANT = 1e-3  # of the axes as unit vectors; 1 where they are perpendicular
 MAX_LABEL_VALUES = 512  # a volume with more distinct values is no label map
-# Fraction of neighbouring voxels other than 0 with equal values: images stay below 0.3
+# Fraction of neighbouring voxels other than the background with equal values: images stay below 0.3
 MIN_EQUAL_NEIGHBOURS = 0.6
+# The range of all values over that between the percentiles: MR images stay below 5
+MAX_OUTLIER_RATIO = 15
+OUTLIER_PERCENTILES = (1, 99)  # of all voxels but those of the most frequent value
+SAMPLE_VOXELS = 2**18
+MIN_BACKGROUND = 0.01  # fraction of the voxels that have one value
+# A network's grid may be finer than the file's, but the voxels of a file of 5 mm slices become only
+# 10 times as many for a network of 0.8 mm
+MAX_GRID_RATIO, MAX_GRID_VOXELS = 100, 2**27
+MAX_FIELD_OF_VIEW_MM = 1000
 
 
 class CheckVolumed(MapTransform):
@@ -32,13 +44,16 @@ class CheckVolumed(MapTransform):
 
     Args:
         keys: (C, X, Y, Z) images from `LoadVolumed`, not labels.
+        warn_outliers: whether a few extreme values are worth a warning, because the normalisation
+            does not clip them.
 
     Raises:
         VolumeError: the volume cannot be segmented; the message starts with the channel's file.
     """
 
-    def __init__(self, keys: KeysCollection) -> None:
+    def __init__(self, keys: KeysCollection, *, warn_outliers: bool = True) -> None:
         super().__init__(keys)
+        self.warn_outliers = warn_outliers
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -48,9 +63,83 @@ class CheckVolumed(MapTransform):
                 try:
                     check_affine(np.asarray(image.affine, dtype=np.float64))
                     add_warnings(image.meta, *check_values(channel))
+                    if self.warn_outliers:
+                        add_warnings(image.meta, *outlier_warnings(channel.numpy()))
                 except VolumeError as error:
                     raise VolumeError(f"{source or key}: {error}") from error
         return case
+
+
+class CheckProportiond(MapTransform):
+    """Refuse volumes whose size on the network's grid is out of proportion to the file.
+
+    Args:
+        keys: (C, X, Y, Z) images that `CheckVolumed` has passed.
+        spec: the network's orientation and spacing.
+
+    Raises:
+        VolumeError: see `check_proportion`; the message starts with the file.
+    """
+
+    def __init__(self, keys: KeysCollection, spec: Spec) -> None:
+        super().__init__(keys)
+        self.spec = spec
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            image: MetaTensor = case[key]
+            file = Grid(
+                affine=np.asarray(image.affine, dtype=np.float64), shape=tuple(image.shape[1:])
+            )
+            grid_shape = network_grid_shape(self.spec, file)
+            try:
+                warnings = check_proportion(file.shape, file.affine, grid_shape)
+            except VolumeError as error:
+                raise VolumeError(f"{image.meta['sources'][0] or key}: {error}") from error
+            add_warnings(image.meta, *warnings)
+        return case
+
+
+def check_proportion(
+    shape: tuple[int, ...], affine: Affine, grid_shape: tuple[int, ...]
+) -> list[str]:
+    """Return warnings about a volume that is far larger than a body part.
+
+    Args:
+        shape: (X, Y, Z) voxels of the file.
+        affine: voxel index → RAS+ world, mm.
+        grid_shape: of the same volume on the network's grid, voxels.
+
+    Raises:
+        VolumeError: the network's grid would have over `MAX_GRID_RATIO` times the file's voxels and
+            over `MAX_GRID_VOXELS`: hours of computing for a file with a wrong spacing.
+    """
+    extent = np.array(shape) * np.linalg.norm(affine[:3, :3], axis=0)
+    field = " × ".join(f"{mm:.0f}" for mm in extent)
+    ratio = prod(grid_shape) / max(1, prod(shape))
+    if ratio > MAX_GRID_RATIO and prod(grid_shape) > MAX_GRID_VOXELS:
+        raise VolumeError(
+            f"its {_times(shape)} voxels ({field} mm) would be {_times(grid_shape)} on the "
+            f"network's grid, {ratio:.0f} times as many, expected at most {MAX_GRID_RATIO} times; "
+            "is the spacing in the header right?"
+        )
+    warnings = []
+    if extent.max() > MAX_FIELD_OF_VIEW_MM:
+        warnings.append(
+            f"the field of view is {field} mm, expected at most {MAX_FIELD_OF_VIEW_MM} mm: is the "
+            "spacing in the header right?"
+        )
+    if ratio > MAX_GRID_RATIO:
+        warnings.append(
+            f"the network's grid has {ratio:.0f} times the file's voxels: most of what it is given "
+            "is interpolated"
+        )
+    return warnings
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def check_affine(affine: Affine) -> None:
@@ -75,7 +164,7 @@ def check_affine(affine: Affine) -> None:
     if (spacing < lowest).any() or (spacing > highest).any():
         raise VolumeError(
             f"the spacing is {text} mm, expected {lowest} to {highest}; is the header in metres or "
-            "micrometres?"
+            "micrometres? Set its unit, or its sform and qform"
         )
     axes = affine[:3, :3] / spacing
     if abs(np.linalg.det(axes)) < MIN_DETERMINANT:
@@ -127,14 +216,55 @@ def looks_like_labels(array: Array) -> bool:
     sample = array[:: max(1, array.shape[0] // 64)]
     if not np.array_equal(sample, np.rint(sample)):
         return False
-    if len(np.unique(sample)) > MAX_LABEL_VALUES:
+    # a part of them first, because sorting all values of a large image is slow
+    if len(np.unique(sample[:, ::4, ::4])) > MAX_LABEL_VALUES:
         return False
+    values, counts = np.unique(sample, return_counts=True)
+    if len(values) > MAX_LABEL_VALUES:
+        return False
+    # Background is left out, because skull-stripped images have large constant areas too: of 0, of
+    # 255 in inverted ones, of -1024 in CT units
+    background = values[counts.argmax()]
     first, second = array[:, :-1], array[:, 1:]
-    # Background is left out, because skull-stripped images have large areas of 0 too
-    both_nonzero = (first != 0) & (second != 0)
-    if not both_nonzero.any():
+    both_foreground = (first != background) & (second != background)
+    if not both_foreground.any():
         return False
-    return float((first == second)[both_nonzero].mean()) > MIN_EQUAL_NEIGHBOURS
+    return float((first == second)[both_foreground].mean()) > MIN_EQUAL_NEIGHBOURS
+
+
+def outlier_warnings(array: Array) -> list[str]:
+    """Return a warning where a few voxels, or a constant background, hold most of the range.
+
+    Spikes and marks of padding are such values: a z-score leaves no contrast to all others.
+
+    Args:
+        array: (X, Y, Z), finite.
+    """
+    step = max(1, round((array.size / SAMPLE_VOXELS) ** (1 / 3)))
+    sample = array[::step, ::step, ::step]
+    values, counts = np.unique(sample, return_counts=True)
+    has_background = counts.max() > MIN_BACKGROUND * sample.size
+    background = float(values[counts.argmax()]) if has_background else np.nan
+    low, high = float(array.min()), float(array.max())
+    foreground = sample[sample != background]
+    if not foreground.size:
+        foreground = sample
+    inner_low, inner_high = np.percentile(foreground, OUTLIER_PERCENTILES).tolist()
+    allowed = MAX_OUTLIER_RATIO * (inner_high - inner_low)
+    if high - low <= allowed:
+        return []
+    others = array != background
+    low = float(array.min(where=others, initial=high))
+    high = float(array.max(where=others, initial=low))
+    if high - low <= allowed:
+        return [
+            f"the background is {background:g}, far from all other values ({low:g} to {high:g}): "
+            "the segmentation is less reliable; set it to 0"
+        ]
+    return [
+        f"a few voxels have extreme values: they run from {low:g} to {high:g}, nearly all others "
+        f"from {inner_low:g} to {inner_high:g}; the segmentation is less reliable"
+    ]
 
 
 def _replace_nonfinite(channel: torch.Tensor) -> list[str]:

@@ -34,6 +34,11 @@ def normalisation(intensity: Intensity, keys: KeysCollection) -> MapTransform:
     )
 
 
+def clips_outliers(intensity: Intensity) -> bool:
+    """Return whether a few voxels with extreme values leave the normalisation as it is."""
+    return intensity.method != "zscore" and intensity.lower > 0 and intensity.upper < 100
+
+
 class ClipNormalizeIntensityd(MapTransform):
     """Clip a volume at two percentiles of all its channels, then normalise each channel.
 

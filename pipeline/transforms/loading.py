@@ -16,6 +16,7 @@ from pipeline.io import (
     Image,
     add_warnings,
     check_same_grid,
+    printable,
     read,
     source_list,
 )
@@ -62,7 +63,8 @@ class LoadVolumed(MapTransform):
         first = images[0]
         for source, image in zip(channels[1:], images[1:], strict=True):
             check_same_grid(channels[0], first, source, image)
-        paths = [str(source) if isinstance(source, str | Path) else "" for source in channels]
+        # As shown to readers: handlers of MONAI print and hash these, and fail at undecodable names
+        paths = [printable(source) if isinstance(source, str | Path) else "" for source in channels]
         meta: dict[str, Any] = {
             "affine": first.affine,
             "original_affine": first.affine.copy(),

@@ -14,10 +14,10 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform, Orientationd
 
 from pipeline.config import Spec
-from pipeline.transforms.checks import CheckVolumed
+from pipeline.transforms.checks import CheckProportiond, CheckVolumed
 from pipeline.transforms.compose import Preprocessing
 from pipeline.transforms.crop_resize import CropResizeSlicesd
-from pipeline.transforms.intensity import normalisation
+from pipeline.transforms.intensity import clips_outliers, normalisation
 from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.resampling import spacing_transform
 
@@ -43,7 +43,10 @@ def preprocessing(
             volume only.
         labels_spacing: spacing of the label map's isotropic voxels, mm; None keeps the file's grid.
     """
-    steps: list[MapTransform] = [CheckVolumed(IMAGE)]
+    steps: list[MapTransform] = [
+        CheckVolumed(IMAGE, warn_outliers=not clips_outliers(spec.intensity)),
+        CheckProportiond(IMAGE, spec),
+    ]
     if spec.refine:
         steps.append(KeepScand(IMAGE))
     if spec.fallback_channel:

@@ -13,13 +13,13 @@ from phantom import SHAPE, nifti, oblique, parse_spec, reorient, save
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.memory_plan import (
     estimate_memory,
-    network_grid_shape,
     parse_size,
     ready_bytes,
 )
 from pipeline.inference.model import Model
 from pipeline.inference.predictor import predict_case
 from pipeline.io.header import read_header
+from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.transforms.preprocess import preprocessing
 
 
