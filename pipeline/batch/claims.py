@@ -24,6 +24,7 @@ from typing import Self
 
 from pipeline.batch.locks import locked
 from pipeline.batch.outputs import OutputFolder
+from pipeline.errors import ConfigError
 from pipeline.io import TEMPORARY_SUFFIX, host_code
 
 LEASE_SECONDS = 300.0  # network file systems may show a time of modification a minute late
@@ -97,7 +98,12 @@ class Claims:
         self._last_beat = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.file.write_text(json.dumps(asdict(self.holder)), encoding="utf-8")
+        try:
+            self._write_file()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.out.root}: results cannot be written there: {error.strerror}"
+            ) from error
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -133,6 +139,7 @@ class Claims:
 
         Raises:
             OSError: the file system does not allow it.
+            RunStoppedError: the output folder was removed or replaced.
         """
         path = self.out.claim(case)
         for _ in range(2):
@@ -147,14 +154,10 @@ class Claims:
         return False
 
     def release(self, case: str) -> None:
-        """End the claim of a case."""
+        """End the claim of a case, unless another run has found it dead and taken it over."""
         with suppress(OSError):
-            self.out.claim(case).unlink()
-
-    def holds(self, case: str) -> bool:
-        """Return whether this run still holds its claim, which another one may have found dead."""
-        found = _holder(self.out.claim(case))
-        return found is not None and found.run == self.holder.run
+            if holds_claim(self.out, self.holder.run, case):
+                self.out.claim(case).unlink()
 
     def sweep(self) -> None:
         """Remove what dead runs left: their files and their temporary files."""
@@ -178,10 +181,16 @@ class Claims:
             except FileExistsError:
                 return False
             except FileNotFoundError:
+                self.out.check(path)  # a folder that was removed is not made again
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if not self.file.exists():  # another machine took this run for dead
+                    self._write_file()
             except OSError:  # a file system without hard links
                 return self._create(path)
         return False
+
+    def _write_file(self) -> None:
+        self.file.write_text(json.dumps(asdict(self.holder)), encoding="utf-8")
 
     def _create(self, path: Path) -> bool:
         try:
@@ -237,6 +246,12 @@ def claims_of_run(out: OutputFolder) -> Iterator[Claims]:
         yield claims
 
 
+def holds_claim(out: OutputFolder, run: str, case: str) -> bool:
+    """Return whether a run still holds its claim of a case, which another may have found dead."""
+    found = _holder(out.claim(case))
+    return found is not None and found.run == run
+
+
 def _holder(path: Path) -> Holder | None:
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
@@ -246,7 +261,7 @@ def _holder(path: Path) -> Holder | None:
 
 def _is_left_behind(path: Path) -> bool:
     """Return whether the process on this machine that wrote a temporary file is gone."""
-    host, pid, *_ = path.name[1:].split("-")
+    host, pid, *_ = [*path.name[1:].split("-"), ""]
     return host == host_code() and pid.isdigit() and not _born(int(pid))
 
 

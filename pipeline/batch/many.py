@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
-from pipeline.batch.runner import default_start_method
+from pipeline.batch.runner import default_start_method, on_own_gpu
 from pipeline.batch.stages import run_stages
 from pipeline.errors import (
     PipelineError,
@@ -71,8 +71,9 @@ class _ImageWork:
 
     model: Model
 
-    def start(self, threads: int) -> None:
+    def start(self, number: int, threads: int) -> None:
         torch.set_num_threads(threads)
+        self.model = on_own_gpu(self.model, number, torch.cuda.device_count())
 
     def run(self, items: Iterator[_Item], emit: Callable[[Hashable, Any], None]) -> None:
         concurrent = self.model.max_memory is None

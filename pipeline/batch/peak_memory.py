@@ -19,6 +19,10 @@ class PeakMemory:
         self._peaks: dict[Hashable, int] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[PeakMemory], tuple[()]]:
+        """A process that is spawned counts its own memory; a lock cannot be sent to it."""
+        return type(self), ()
+
     def begin(self, case: Hashable) -> None:
         """Count for a case from now on."""
         with self._lock:

@@ -61,8 +61,13 @@ class Source(Protocol[I]):  # type: ignore[misc]
 class Work(Protocol):
     """What a worker does, in its own process."""
 
-    def start(self, threads: int) -> None:
-        """Prepare; called once."""
+    def start(self, number: int, threads: int) -> None:
+        """Prepare; called once.
+
+        Args:
+            number: of the worker, from 0; one that replaces a dead one gets its number.
+            threads: that the worker may use.
+        """
 
     def run(self, items: Iterator[Any], emit: Emit) -> None:
         """Do items until there are no more, and emit the name and the result of each."""
@@ -103,6 +108,7 @@ class TimedOut(Generic[I]):
 
 @dataclass
 class _Worker(Generic[I]):
+    number: int
     process: Any
     connection: Connection
     ready: bool = False
@@ -214,11 +220,13 @@ class Pool(Generic[I]):
             worker.connection.send(item)
 
     def _start(self) -> _Worker[I]:
+        taken = {worker.number for worker in self._workers}
+        number = next(n for n in range(self.jobs) if n not in taken)
         ours, theirs = self._context.Pipe()
         others = [worker.connection for worker in self._workers]
         process = self._context.Process(
             target=_worker_main,
-            args=(self.work, theirs, self.threads, os.getpid()),
+            args=(self.work, theirs, number, self.threads, os.getpid()),
             # a forked process inherits the other workers' pipes, and would keep them open
             kwargs={"inherited": [*others, ours] if self._forks else []},
             name="volseg-worker",
@@ -226,7 +234,7 @@ class Pool(Generic[I]):
         )
         process.start()
         theirs.close()
-        worker: _Worker[I] = _Worker(process=process, connection=ours)
+        worker: _Worker[I] = _Worker(number=number, process=process, connection=ours)
         self._workers.append(worker)
         return worker
 
@@ -327,7 +335,13 @@ def _death(exit_code: int | None) -> str:
 
 
 def _worker_main(
-    work: Work, connection: Connection, threads: int, parent: int, *, inherited: list[Connection]
+    work: Work,
+    connection: Connection,
+    number: int,
+    threads: int,
+    parent: int,
+    *,
+    inherited: list[Connection],
 ) -> None:
     """Run in a worker process: receive items, do them, send results."""
     for pipe in inherited:
@@ -347,7 +361,7 @@ def _worker_main(
             yield item
 
     try:
-        work.start(threads)
+        work.start(number, threads)
         send("ready")
         work.run(items(), lambda name, result: send("result", (name, result)))
     except PipelineError as error:

@@ -276,8 +276,9 @@ class _CaseWork:
 
     worker: CaseWorker
 
-    def start(self, threads: int) -> None:
+    def start(self, number: int, threads: int) -> None:
         torch.set_num_threads(threads)
+        self.worker.model = on_own_gpu(self.worker.model, number, torch.cuda.device_count())
         self.worker.prepare_network()
 
     def run(self, items: Iterator[Task], emit: Callable[[Hashable, Any], None]) -> None:
@@ -326,6 +327,20 @@ def pool_executor(
         pool.run(coordinator, on_event, guard.tick)
 
     return executor
+
+
+def on_own_gpu(model: Model, number: int, gpus: int) -> Model:
+    """Return a model on the GPU of a worker, where there are several GPUs.
+
+    Args:
+        model: an opened bundle.
+        number: of the worker, from 0.
+        gpus: number of GPUs.
+    """
+    if model.device.type != "cuda" or model.device.index is not None or gpus < 2:
+        return model
+    device = torch.device("cuda", number % gpus)
+    return replace(model, device=device, network=model.network.to(device))
 
 
 def default_start_method(model: Model) -> StartMethod:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -17,7 +18,21 @@ if TYPE_CHECKING:
     from pipeline.batch import CaseRecord
     from pipeline.training import EpochRow
 
-Advance = Callable[[str], None]
+PACE_SECONDS = 30.0  # between two lines about the pace, where there is no terminal
+SECONDS_SHOWN, MINUTES_SHOWN = 90, 90  # times below are shown in seconds, in minutes
+
+
+class Advance(Protocol):
+    """Shows one line and counts one step."""
+
+    def __call__(self, line: str, *, worked: bool = True, failed: bool = False) -> None:
+        """Show a line.
+
+        Args:
+            line: what was done.
+            worked: whether the step took time, or had been done before.
+            failed: whether it failed.
+        """
 
 
 def case_line(record: CaseRecord) -> str:
@@ -37,46 +52,104 @@ def epoch_line(row: EpochRow, epochs: int) -> str:
     return line
 
 
+class Pace:
+    """How fast a run is, and how long it will take.
+
+    Args:
+        total: number of steps.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.seen, self.worked, self.failed = total, 0, 0, 0
+        self._started = time.monotonic()
+
+    def count(self, *, worked: bool, failed: bool) -> None:
+        """Count a step.
+
+        Args:
+            worked: whether it took time; steps that were done before do not count for the pace.
+            failed: whether it failed.
+        """
+        if not self.worked and not worked:
+            self._started = time.monotonic()
+        self.seen += 1
+        self.worked += worked
+        self.failed += failed
+
+    def text(self) -> str:
+        """Return seconds per step, the time that is left, and the failures so far."""
+        parts = [f"{self.failed} failed"] if self.failed else []
+        if self.worked:
+            each = (time.monotonic() - self._started) / self.worked
+            left = each * max(0, self.total - self.seen)
+            parts = [f"{each:.1f} s each", f"{duration(left)} left", *parts]
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < SECONDS_SHOWN:
+        return f"{seconds:.0f} s"
+    if seconds < MINUTES_SHOWN * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Advance]:
     """Show a bar on stderr where it is a terminal, else plain lines; nothing with `--quiet`.
 
     Args:
-        title: in front of the bar.
-        total: how many steps there are.
+        title: text in front of the bar.
+        total: number of steps.
 
     Yields:
         a function that shows one line and counts one step.
     """
+    pace = Pace(total)
     if not LOGGER.isEnabledFor(logging.WARNING):  # --quiet
-        yield lambda line: None
-        return
-    if not sys.stderr.isatty():
-        count = iter(range(1, total + 1))
-        yield lambda line: click.echo(f"[{next(count, total)}/{total}] {line}", err=True)
-        return
+        yield lambda line, *, worked=True, failed=False: None
+    elif not sys.stderr.isatty():
+        yield _plain_lines(pace)
+    else:
+        with _bar(title, pace) as advance:
+            yield advance
+
+
+def _plain_lines(pace: Pace) -> Advance:
+    """Return a function that prints each line, and the pace every half minute."""
+    shown = time.monotonic()
+
+    def advance(line: str, *, worked: bool = True, failed: bool = False) -> None:
+        nonlocal shown
+        pace.count(worked=worked, failed=failed)
+        text = f"[{pace.seen}/{pace.total}] {line}"
+        if time.monotonic() - shown > PACE_SECONDS and pace.seen < pace.total:
+            shown = time.monotonic()
+            text += f"\n({pace.text()})"
+        click.echo(text, err=True)
+
+    return advance
+
+
+@contextmanager
+def _bar(title: str, pace: Pace) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns: Sequence[Any] = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[pace]}"),
     )
     # without a thread that refreshes the bar, because a process with threads cannot fork safely
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=pace.total, pace="")
 
-        def advance(line: str) -> None:
+        def advance(line: str, *, worked: bool = True, failed: bool = False) -> None:
+            pace.count(worked=worked, failed=failed)
             bar.console.print(line, markup=False, highlight=False)
-            bar.advance(task)
-            bar.refresh()
+            bar.update(task, advance=1, pace=pace.text(), refresh=True)
 
         yield advance

@@ -165,7 +165,8 @@ def segment(
         with progress_bar("segmenting", len(cases)) as advance:
 
             def progress(record: CaseRecord) -> None:
-                advance(case_line(record))
+                skipped = record.status == "skipped"
+                advance(case_line(record), worked=not skipped, failed=record.is_failure)
                 if as_json:
                     rows.append(record)
 
