@@ -31,6 +31,10 @@ R = TypeVar("R")
 Emit = Callable[[Hashable, Any], None]
 
 
+class WorkerEnd(BaseException):
+    """Raised in a worker process that is asked to end; no failure of the item that it works on."""
+
+
 class Item(Protocol):
     """What the pool needs to know of an item."""
 
@@ -75,8 +79,14 @@ class Work(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished(Generic[R]):
-    """A result came."""
+    """A result came.
 
+    Attributes:
+        name: of the item.
+        result: what the worker emitted.
+    """
+
+    name: Hashable
     result: R
 
 
@@ -275,7 +285,7 @@ class Pool(Generic[I]):
                     name, result = content
                     worker.in_flight.pop(name, None)
                     worker.since = time.monotonic()
-                    on_event(Finished(result))
+                    on_event(Finished(name, result))
         except (EOFError, OSError):
             return
 
@@ -367,6 +377,10 @@ def _worker_main(
     except PipelineError as error:
         with suppress(OSError):
             send("error", error)
+    except _Terminated:
+        sys.exit(128 + signal.SIGTERM)
+    except WorkerEnd as end:
+        sys.exit(end.args[0])
 
 
 def _next_item(connection: Connection) -> Any:
@@ -377,7 +391,7 @@ def _next_item(connection: Connection) -> Any:
 
 
 def _end(number: int, frame: object) -> None:
-    sys.exit(128 + number)
+    raise WorkerEnd(128 + number)
 
 
 def _die_with(parent: int) -> None:
