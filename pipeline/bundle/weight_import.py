@@ -16,7 +16,7 @@ from pipeline.config import BundlePaths
 from pipeline.errors import ConfigError
 from pipeline.io import sha256, write_atomically
 from pipeline.networks import (
-    NetworkShape,
+    InferredUNet,
     PublishedKind,
     from_published,
     published_network,
@@ -159,7 +159,7 @@ def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, text.encode())
 
 
-def _spec(published: PublishedNetwork, shape: NetworkShape) -> dict[str, Any]:
+def _spec(published: PublishedNetwork, shape: InferredUNet) -> dict[str, Any]:
     """Return the content of spec.yaml.
 
     Raises:

@@ -12,7 +12,7 @@ from pipeline.networks.ensemble import Ensemble, member_states
 from pipeline.networks.factory import build_network, build_unet, channels_last
 from pipeline.networks.losses import build_loss
 from pipeline.networks.published import (
-    NetworkShape,
+    InferredUNet,
     PublishedKind,
     from_published,
     published_network,
@@ -29,7 +29,7 @@ from pipeline.networks.weights import (
 
 __all__ = [
     "Ensemble",
-    "NetworkShape",
+    "InferredUNet",
     "PublishedKind",
     "UNet",
     "build_loss",

@@ -22,9 +22,9 @@ from pipeline.config import NetworkSpec
 from pipeline.errors import ConfigError
 
 PublishedKind: TypeAlias = Literal["tutorial", "buda"]
-"""Which published U-Net a state dict belongs to."""
+"""Name of a published U-Net."""
 State: TypeAlias = dict[str, torch.Tensor]
-"""Name of a weight → the weight."""
+"""A state dict: name → tensor."""
 
 FIRST_WEIGHTS: dict[PublishedKind, str] = {
     "tutorial": "encoder1.0.weight",
@@ -34,8 +34,17 @@ CONV = ("weight", "bias")
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-class NetworkShape(NamedTuple):
-    """What the shapes of a state dict reveal about its network."""
+class InferredUNet(NamedTuple):
+    """U-Net settings inferred from the keys and tensor shapes of a state dict.
+
+    The state dict has the names of `UNet`.
+
+    Attributes:
+        spatial_dims: 2 or 3.
+        in_channels: number of channels of the image.
+        out_channels: number of channels of the logits.
+        network: channels per level and norm; all other settings have their defaults.
+    """
 
     spatial_dims: int
     in_channels: int
@@ -44,10 +53,10 @@ class NetworkShape(NamedTuple):
 
 
 def recognise(state: Mapping[str, torch.Tensor]) -> PublishedKind:
-    """Return which published U-Net a state dict belongs to, by its names.
+    """Return the name of the published U-Net that a state dict belongs to, from its keys.
 
     Raises:
-        ConfigError: it belongs to none.
+        ConfigError: the state dict belongs to none of them.
     """
     for kind, first in FIRST_WEIGHTS.items():
         if first in state:
@@ -59,33 +68,42 @@ def recognise(state: Mapping[str, torch.Tensor]) -> PublishedKind:
 
 
 def from_published(state: Mapping[str, torch.Tensor]) -> State:
-    """Return a published state dict under the names of `UNet`.
+    """Return a state dict of a published U-Net with the names of our `UNet`.
 
     Raises:
-        ConfigError: the network is unknown, or its names are not exactly those expected.
+        ConfigError: the state dict belongs to no published U-Net that is known, or some of its
+            names are missing or unknown.
     """
     names = key_pairs(recognise(state), _count_levels(state, "upconv{}.weight", first=1))
     return _renamed(state, {theirs: ours for ours, theirs in names.items()})
 
 
 def to_published(state: Mapping[str, torch.Tensor], kind: PublishedKind) -> State:
-    """Return the state dict of a `UNet` under the names of a published U-Net, for its own code.
+    """Return a state dict of our `UNet` with the names of a published U-Net, for its own code.
+
+    Args:
+        state: state dict with the names of `UNet`.
+        kind: name of the published U-Net.
 
     Raises:
-        ConfigError: the published U-Net lacks parts of this network (another norm, residual
-            blocks, deep supervision).
+        ConfigError: the published U-Net has no counterpart to parts of this network (another norm,
+            residual blocks, deep supervision).
     """
     return _renamed(state, key_pairs(kind, _count_levels(state, "up.{}.weight", first=0)))
 
 
-def published_network(state: Mapping[str, torch.Tensor]) -> NetworkShape:
-    """Return the shape of the network to which a state dict under the names of `UNet` belongs."""
+def published_network(state: Mapping[str, torch.Tensor]) -> InferredUNet:
+    """Return the settings of the U-Net that a state dict belongs to, from its keys and shapes.
+
+    Args:
+        state: state dict with the names of `UNet`, from `from_published`.
+    """
     levels = _count_levels(state, "up.{}.weight", first=0)
     first = state["encoder.0.body.0.weight"]
     blocks = [f"encoder.{level}" for level in range(levels)] + ["bottleneck"]
     features = tuple(int(state[f"{block}.body.0.weight"].shape[0]) for block in blocks)
     norm: Literal["batch"] | None = "batch" if "encoder.0.body.1.running_mean" in state else None
-    return NetworkShape(
+    return InferredUNet(
         spatial_dims=first.ndim - 2,
         in_channels=int(first.shape[1]),
         out_channels=int(state["output.weight"].shape[0]),
@@ -94,12 +112,12 @@ def published_network(state: Mapping[str, torch.Tensor]) -> NetworkShape:
 
 
 def key_pairs(kind: PublishedKind, levels: int) -> dict[str, str]:
-    """Return our name → the published name for every entry of a U-Net.
+    """Return, for each entry of a U-Net's state dict, our name → the published name.
 
-    With four levels these are 46 entries of `tutorial` and 118 of `buda`.
+    With four poolings there are 46 entries for `tutorial` and 118 for `buda`.
 
     Args:
-        kind: which published U-Net.
+        kind: name of the published U-Net.
         levels: number of poolings.
     """
     block_pairs = _tutorial_block if kind == "tutorial" else _buda_block
@@ -123,8 +141,9 @@ def _buda_block(ours: str, theirs: str, short: str) -> dict[str, str]:
     """Return the pairs of one block: twice convolution, norm, activation.
 
     Args:
-        ours, theirs: the block's name.
-        short: how the published names of its layers begin, such as enc1.
+        ours: our name of the block.
+        theirs: published name of the block.
+        short: prefix of the published names of its layers, such as `enc1`.
     """
     return {
         f"{ours}.body.0.weight": f"{theirs}.{short}conv1.weight",
@@ -139,7 +158,7 @@ def _entries(ours: str, theirs: str, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _count_levels(state: Mapping[str, torch.Tensor], pattern: str, *, first: int) -> int:
-    """Return how many consecutive numbers, from first, give a name in the state dict."""
+    """Return the number of levels: of consecutive numbers, from `first`, that give a known name."""
     count = 0
     while pattern.format(first + count) in state:
         count += 1
@@ -147,6 +166,7 @@ def _count_levels(state: Mapping[str, torch.Tensor], pattern: str, *, first: int
 
 
 def _renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> State:
+    """Return a state dict with new names, given old → new; all names have to match."""
     missing = sorted(names.keys() - state.keys())
     unexpected = sorted(state.keys() - names.keys())
     found = []
