@@ -17,8 +17,8 @@ BLOCK_LOSS = 4  # voxels: without padding, each of the two 3×3(×3) convolution
 def output_size(size: int, strides: Sequence[int], *, padding: bool) -> int | None:
     """Return the output size of a U-Net along one axis, or None for an invalid input size.
 
-    A size is valid if each pooling divides its input without a remainder, and if the output has at
-    least one voxel.
+    A size is valid if the size at each pooling is a multiple of its stride, and if the output has
+    at least one voxel.
 
     Args:
         size: input size along the axis, voxels.

@@ -234,7 +234,7 @@ def aggregate(
         block = _finished_block(grid, group, sums)
         del sums  # or they would still be held while the next buffer is filled
         yield block
-        del block
+        del block  # likewise
 
 
 def _groups(grid: WindowGrid) -> Iterator[_Group]:
@@ -347,20 +347,21 @@ def _shared_shape(grid: WindowGrid, axis: int) -> list[int]:
 
 
 def _box_in_shared_sums(grid: WindowGrid, axis: int, box: Box) -> Box:
-    """Return where the shared sums (C, *spatial) of one axis hold a group's buffer.
+    """Return the box of one axis's shared sums (C, *spatial) that belongs to a group's buffer.
 
-    Along the inner axes this is the buffer's place in the volume, along the others it begins at 0.
+    Shared sums span the whole volume along the inner axes, so that the box is there the buffer's
+    own. Along the outer axes they span a single buffer, and the box begins at 0.
     """
     inner = grid.order[grid.order.index(axis) + 1 :]
-    place = []
-    for i, along in enumerate(box):
+    shared_box = []
+    for i, extent in enumerate(box):
         if i == axis:
-            place.append(slice(None))
+            shared_box.append(slice(None))
         elif i in inner:
-            place.append(along)
+            shared_box.append(extent)
         else:
-            place.append(slice(0, along.stop - along.start))
-    return (slice(None), *place)
+            shared_box.append(slice(0, extent.stop - extent.start))
+    return (slice(None), *shared_box)
 
 
 def _finished_block(grid: WindowGrid, group: _Group, sums: torch.Tensor) -> ScoreBlock:
@@ -374,10 +375,10 @@ def _finished_block(grid: WindowGrid, group: _Group, sums: torch.Tensor) -> Scor
         scores[0][unscored] = BACKGROUND_LOGIT
         weight[unscored] = 1
     scores /= weight
-    if not torch.isfinite(scores.sum()):  # NaN and infinity survive the sum, which is cheap
+    if not torch.isfinite(scores.sum()):  # as all scores, and faster: a sum keeps NaN and infinity
         raise VolumeError(
             f"the network gave NaN or infinity in the block that starts at voxel {start} of its "
-            "grid; try --precision float32, or check the bundle's weights with `volseg check`"
+            "grid; try --precision float32, or check the bundle with `volseg bundle check`"
         )
     return ScoreBlock(start=start, scores=scores, shape=grid.shape)
 

@@ -1,4 +1,4 @@
-"""How much memory a case needs, estimated before it starts, and the plan that keeps a limit."""
+"""Estimating the memory that a case needs, and limiting the windows' sums to what is allowed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
 import torch
 
-from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.aggregator import FLOAT32_BYTES, buffer_bytes
 from pipeline.inference.label_resampling import PIECE_VALUES
@@ -18,25 +16,26 @@ from pipeline.inference.model import Model
 from pipeline.inference.process_memory import resident_bytes
 from pipeline.inference.sliding_window import SLICES_PER_BATCH, WindowInferer
 from pipeline.io import Grid, Header
+from pipeline.transforms import network_grid_shape
 
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-# Bytes per voxel that each step holds at its highest, the volume itself included, as measured on
-# volumes of 4e7 voxels
+# Peak memory of each step, bytes per voxel, including the volume itself; measured on volumes of 4e7
+# voxels
 READ, CHECK, RESAMPLE, NORMALISE = 8, 13, 17, 13
 
-REFINE = 6  # bytes per voxel of the label map, as measured on a head
-PIECE_COPIES = 3.5  # copies of one piece of scores that inversion holds
+REFINE = 6  # peak memory of the refinement, bytes per voxel of the label map; measured on a head
+PIECE_COPIES = 3.5  # number of copies of a piece of scores that the inversion holds at its peak
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """The memory that a case needs, bytes.
+    """Estimate of the memory that a case needs, bytes.
 
     Attributes:
-        base: of the process before the case, with the network ready to run.
-        prepare: what reading, checking, resampling and normalising hold at their highest.
-        network: what the network, its windows and the inversion hold at their highest.
+        base: memory of the process before the case, after the network has run once.
+        prepare: peak of reading, checking, resampling and normalising, in addition to `base`.
+        network: peak of network, windows and inversion, in addition to `base`.
     """
 
     base: int
@@ -45,15 +44,15 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The process's memory at its highest."""
+        """Peak memory of the process, bytes."""
         return self.base + max(self.prepare, self.network)
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `4G`, `1500M` or `2.5GB` (powers of 1024).
+    """Return the number of bytes in a size such as `4G`, `1500M` or `2.5GB` (powers of 1024).
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text is not such a size, or the size is 0.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, flags=re.IGNORECASE)
     if match is None or float(match[1]) == 0:
@@ -62,14 +61,15 @@ def parse_size(text: str) -> int:
 
 
 def plan_memory(model: Model, headers: Sequence[Header]) -> float | None:
-    """Return the bytes of windows' sums that a case may hold under the model's memory limit.
+    """Return the size of windows' sums that a case may hold, so that `max_memory` is not exceeded.
 
     Args:
-        model: an opened bundle with `max_memory`.
-        headers: of the case's files, one per channel.
+        model: opened bundle with `max_memory`.
+        headers: headers of the case's files, one per channel.
 
     Returns:
-        the argument `buffer_bytes` of the prediction; None for inferers without one.
+        Largest size of the sums that are held at a time, bytes: the argument `buffer_bytes` of
+        `predict_prepared`. None if the model has no limit or the inferer has no such sums.
 
     Raises:
         VolumeError: the case needs more than the limit; the message says how much.
@@ -81,7 +81,8 @@ def plan_memory(model: Model, headers: Sequence[Header]) -> float | None:
     allowed: float | None = None
     if isinstance(model.inferer, WindowInferer):
         allowed = limit - base - _bytes_besides_sums(model, headers)
-        allowed = max(1.0, allowed)  # the smallest groups of windows, and the estimate decides
+        # 1 byte results in groups of a single window; the estimate decides whether that is enough
+        allowed = max(1.0, allowed)
     needed = estimate_memory(model, headers, base, allowed).peak
     if needed > limit:
         raise VolumeError(
@@ -94,13 +95,14 @@ def plan_memory(model: Model, headers: Sequence[Header]) -> float | None:
 def estimate_memory(
     model: Model, headers: Sequence[Header], base: int, allowed: float | None = None
 ) -> MemoryEstimate:
-    """Return the memory that a case needs.
+    """Return an estimate of the memory that a case needs.
 
     Args:
-        model: an opened bundle.
-        headers: of the case's files, one per channel.
-        base: bytes that the process holds before, from `ready_bytes`.
-        allowed: bytes of windows' sums that may be held; the inferer's own by default.
+        model: opened bundle.
+        headers: headers of the case's files, one per channel.
+        base: memory of the process before the case, bytes, from `ready_bytes`.
+        allowed: largest size of the windows' sums that are held at a time, bytes; None for the
+            inferer's own limit.
     """
     file_voxels = sum(prod(header.shape) for header in headers)
     grid = network_grid_shape(model.spec, headers[0])
@@ -118,7 +120,10 @@ def estimate_memory(
 
 
 def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
-    """Return what inference holds besides sums: image, window, labels, the piece being inverted."""
+    """Return the memory of inference without the windows' sums, bytes.
+
+    It consists of image, window, label map, the piece of scores that is inverted, and refinement.
+    """
     spec, label_shape = model.spec, headers[0].shape
     spacing = model.preprocessing.reader.labels_spacing
     if spacing is not None:
@@ -131,32 +136,16 @@ def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
     piece = FLOAT32_BYTES * min(PIECE_VALUES, channels * grid)
     labels = 2 * prod(label_shape) * (1 if channels <= 256 else 4)
     refine = 0
-    if spec.refine:  # the scan as read, probabilities in float16, and the contested voxels
+    if spec.refine:  # the scan as read, the probability maps in float16, and the computation
         scan = sum(prod(header.shape) for header in headers)
         refine = FLOAT32_BYTES * scan + 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
     image = FLOAT32_BYTES * grid * len(headers)
     return int(image + window + PIECE_COPIES * piece + labels + refine)
 
 
-def network_grid_shape(spec: Spec, header: Header) -> tuple[int, ...]:
-    """Return the size of a file on the network's grid, voxels.
-
-    The file's axes are turned to the spec's orientation and resampled to its spacing.
-    """
-    spacing = np.linalg.norm(header.affine[:3, :3], axis=0)
-    directions = header.affine[:3, :3] / np.where(spacing, spacing, 1)
-    world = np.abs(directions).argmax(axis=0).tolist()  # the world axis of each file axis
-    sizes = []
-    for code, mm in zip(spec.orientation, spec.spacing, strict=True):
-        axis = world.index(AXES[code]) if AXES[code] in world else AXES[code]
-        size = header.shape[axis]
-        sizes.append(size if mm is None else round((size - 1) * spacing[axis] / mm + 1))
-    return tuple(sizes)
-
-
 @torch.no_grad()
 def ready_bytes(model: Model) -> int:
-    """Return the process's resident memory, bytes, after the network has run once."""
+    """Run the network once, on an empty window, and return the process's resident memory, bytes."""
     spec = model.spec
     model.network.eval()
     model.network(torch.zeros(1, len(spec.channels), *spec.roi_size, device=model.device))

@@ -136,8 +136,8 @@ class RotationInferer(Inferer):
     """An inferer that averages probabilities over rotated versions of a volume.
 
     The versions are rotated in one plane, by multiples of 360° / rotations. The volume is first
-    extended by mirroring, so that rotating loses no corner. If its spacing is known (a MetaTensor),
-    angles are those in mm, otherwise those in voxels.
+    extended by mirroring, so that rotating loses no corner. A MetaTensor is rotated in mm, by its
+    spacing, a plain tensor in voxels.
 
     Args:
         inferer: inferer that segments each version.

@@ -48,6 +48,7 @@ class Ensemble(nn.Module):
             logits = logits.float()
             probability = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
             mean = mean + probability / len(self.members)
+        # logits whose sigmoid or softmax is the mean probability again
         if self.sigmoid:
             return torch.logit(mean, eps=self.min_probability)
         return torch.log(mean.clamp(min=self.min_probability))

@@ -71,7 +71,7 @@ def training_loader(dataset: CacheDataset, run: Run) -> DataLoader:
     """
     sampler = None
     if not is_single_process():
-        # all processes need equally many steps: one that has none left would not answer the others
+        # all processes need the same number of steps, because each step waits for all gradients
         sampler = DistributedSampler(dataset, even_divisible=True, shuffle=True)
     return DataLoader(
         dataset,

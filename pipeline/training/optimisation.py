@@ -89,7 +89,7 @@ def with_added_level(
 
     The levels of the smaller network become the lower levels of the larger one, level i becoming
     level i + 1; the new level is the top one, with the highest resolution. The smaller network's
-    output layer becomes the first of the deep supervision's.
+    output layer becomes the first layer of deep supervision, `deep_outputs.0`.
 
     Args:
         state: state dict of the smaller network.

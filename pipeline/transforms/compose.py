@@ -25,11 +25,8 @@ class Preprocessing(Compose):
     apply the first and the second part.
 
     Args:
-        reader: transform that loads the files.
+        reader: transform that loads the files; it is also an attribute.
         to_network_grid: transforms that check the case, resample it and normalise its intensities.
-
-    Attributes:
-        reader: transform that loads the files.
     """
 
     def __init__(self, reader: LoadVolumed, to_network_grid: Sequence[MapTransform]) -> None:

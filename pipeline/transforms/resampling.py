@@ -44,6 +44,7 @@ def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
     # a negative number tells MONAI to keep the spacing of the axis
     pixdim = [-1.0 if mm is None else mm for mm in spec.spacing]
     transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
+    # Spacingd has no argument for the transform that resamples
     transform.spacing_transform.sp_resample = Resample(
         mode=BILINEAR, padding_mode=BORDER, dtype=np.float64
     )

@@ -92,6 +92,7 @@ def plan_training(
         dims,
     )
     location = {"bundle": str(paths.folder), "dataset": _dataset_setting(folders)}
+    # `epochs` is required, but follows from the times that are measured with this run
     run = parse_config(Run, {**nested_values(choices, "run."), **location, "epochs": 1}, "run")
     training_cases = len(splits[0]["train"])
     times = time_training(
