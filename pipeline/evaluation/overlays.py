@@ -267,6 +267,7 @@ def _legend_of_labels(labels: Array, table: Sequence[LabelColor]) -> list[Patch]
     more than `LEGEND_ENTRIES` entries, the smallest ones are replaced by "and N smaller".
     """
     voxels = dict(zip(*np.unique(labels, return_counts=True), strict=True))
+    # colour and name without a side → the labels of one legend entry
     groups: dict[tuple[tuple[int, int, int], str], list[LabelColor]] = {}
     for label in table:
         if label.value in voxels:

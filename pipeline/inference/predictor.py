@@ -123,10 +123,10 @@ def segment_volume(
     on_device = image.to(model.device)
     timer = _Timer()
 
-    def attempt(device: torch.device) -> InvertedLabels:
+    def attempt(sums_device: torch.device) -> InvertedLabels:
         if isinstance(model.inferer, WindowInferer):
             blocks = model.inferer.blocks(
-                on_device, model.network, device=device, buffer_bytes=buffer_bytes
+                on_device, model.network, device=sums_device, buffer_bytes=buffer_bytes
             )
         else:
             blocks = _one_block(model, on_device)

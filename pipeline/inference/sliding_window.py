@@ -135,10 +135,10 @@ class WindowInferer(Inferer):
             image. Both need the same number of windows.
         mode: weights of a window's voxels, `gaussian` or `constant`.
         mirroring: mirror images of each window whose outputs are averaged; None for no mirroring.
-        foreground_threshold: threshold between background and foreground, 0 for the lowest value of
-            the image, 1 for the brightest. Windows are spread over the bounding box of the
-            foreground, and those without foreground are skipped; everything else becomes
-            background. None computes windows over the whole image.
+        foreground_threshold: threshold between background and foreground, as its position between
+            the lowest value of the image (0) and the brightest (1). Windows are spread over the
+            bounding box of the foreground, and those without foreground are skipped; everything
+            else becomes background. None computes windows over the whole image.
         head_top: direction of the top of the head, for images of heads: windows are spread only
             over the box that contains all structures (`localise`), often a single window. Needs
             `foreground_threshold`. None spreads windows over the whole foreground.

@@ -115,7 +115,7 @@ def crop_padding(scores: torch.Tensor, margins: Sequence[int]) -> torch.Tensor:
 
     Args:
         scores: (classes, *spatial) scores of the padded image, or a block of them that is as long
-            as the image along each padded axis.
+            as the padded image along each padded axis.
         margins: number of voxels added along each spatial axis, both ends together.
     """
     box = []

@@ -103,8 +103,8 @@ class DiceAndCrossEntropy(nn.Module):
 class SoftmaxDiceCrossEntropy(torch.autograd.Function):
     """MONAI's `DiceCELoss(softmax=True, to_onehot_y=True, batch=True)` with an explicit gradient.
 
-    It reads and writes tensors of classes × voxels fewer times than automatic differentiation does,
-    which takes much of the time of a training step on a CPU if there are many classes. With a
+    It is faster than automatic differentiation, because it reads and writes tensors of classes ×
+    voxels fewer times; with many classes this takes much of a training step on a CPU. With a
     balance, the cross-entropy is a weighted mean over voxels, as in
     `torch.nn.functional.cross_entropy(weight=…)`.
 

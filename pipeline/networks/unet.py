@@ -208,7 +208,7 @@ class UNet(nn.Module):
         conv = Conv[Conv.CONV, spatial_dims]
         max_pool = Pool[Pool.MAX, spatial_dims]
         conv_transposed = Conv[Conv.CONVTRANS, spatial_dims]
-        above, below = features[:-1], features[1:]
+        above, below = features[:-1], features[1:]  # channels of each level, and of the one below
         # Do not rename or reorder these attributes: their names are the keys in published state
         # dicts, and their order decides which initial weights follow from a seed
         self.encoder = nn.ModuleList(map(block, (in_channels, *above[:-1]), above))
@@ -218,6 +218,7 @@ class UNet(nn.Module):
             nn.Dropout(contraction_dropout) if contraction_dropout else nn.Identity()
         )
         self.up = nn.ModuleList(map(conv_transposed, below, above, self.strides, self.strides))
+        # twice the channels: the upsampled ones and those of the skip connection
         self.decoder = nn.ModuleList(block(2 * width, width) for width in above)
         self.output = conv(features[0], out_channels, kernel_size=1)
         self.deep_outputs = nn.ModuleList(

@@ -62,6 +62,7 @@ class Validation:
         self.last_iteration = engine.state.iteration
         if is_first_process():
             engine.state.metrics |= mean_dice(self.model, self.cases)
+        # the other processes have no scores, but have to stop after the same step
         mean = from_first_process(engine.state.metrics.get(DICE, 0.0))
         if mean > self.best_dice:
             self.best_dice, self.validations_without_gain = mean, 0

@@ -9,9 +9,11 @@ from pipeline.io import Grid, Header
 
 
 def network_grid_shape(spec: Spec, file: Header | Grid) -> tuple[int, ...]:
-    """Return the size of a file on the network's grid, voxels.
+    """Return the size that an image gets on the network's grid, voxels.
 
-    The file's axes are turned to the spec's orientation and resampled to its spacing.
+    Args:
+        spec: gives orientation and spacing of the network's grid.
+        file: header or grid of the image's file.
     """
     spacing = np.linalg.norm(file.affine[:3, :3], axis=0)
     directions = file.affine[:3, :3] / np.where(spacing, spacing, 1)
