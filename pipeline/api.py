@@ -33,14 +33,15 @@ class Segmentation:
     """The result of `segment`.
 
     Attributes:
-        image: the label map, on the input's grid or with the voxel size that `load` was given: a
-            SimpleITK image if the input was one, else a nibabel image.
-        labels: the same as an array (X, Y, Z) of output values.
-        affine: voxel → RAS+ world, mm.
-        volumes_mm3: name → volume of each structure and of the spec's sums, mm³.
-        warnings: what makes the case doubtful.
-        seconds: wall time of each step.
-        uncertainty: (X, Y, Z) from 0 to 1, the entropy of the scores, if `load` was asked for it.
+        image: label map as an image, on the input's grid, or with the voxel size `labels_spacing`
+            of `load`. It is a SimpleITK image if the input was one, else a nibabel image.
+        labels: (X, Y, Z) label map as an array; its values are those of the bundle's labels.
+        affine: affine of the label map, voxel → RAS+ world, mm.
+        volumes_mm3: name of each structure and of each sum in the spec → volume, mm³.
+        warnings: reasons to check the case by eye.
+        seconds: name of each step → its wall time.
+        uncertainty: (X, Y, Z) entropy of the class probabilities, 0 to 1; None unless `load` was
+            called with `uncertainty`.
     """
 
     image: Any
@@ -54,12 +55,12 @@ class Segmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentedImage:
-    """What became of one image of `segment_many`.
+    """The result of `segment_many` for one image.
 
     Attributes:
-        image: as it was given.
-        segmentation: its result; None if it failed.
-        error: why it failed; None if it did not.
+        image: the image, as it was passed.
+        segmentation: result of the image; None if it failed.
+        error: reason why the image failed; None if it did not.
     """
 
     image: Any
@@ -78,16 +79,19 @@ def load(
     labels_spacing: float | None = None,
     trust: bool = False,
 ) -> Model:
-    """Return a bundle opened for `segment`; open it once and use it for many images.
+    """Return a model for `segment`: a bundle, opened for inference.
+
+    Opening takes seconds; open a bundle once and use the model for many images.
 
     Args:
-        bundle: a folder, or the name of a shipped bundle; the brain model by default.
-        device: auto, cpu, cuda or mps.
-        overlap: of neighbouring windows, a fraction; the bundle's own by default.
-        runtime: auto, torch or openvino.
-        precision: auto, float32, bfloat16 or int8.
+        bundle: folder of a bundle, or name of a shipped bundle; by default the brain model.
+        device: device that the network runs on: `auto`, `cpu`, `cuda` or `mps`.
+        overlap: overlap of neighbouring windows, as a fraction of a window; None takes the
+            bundle's.
+        runtime: library that computes the network: `auto`, `torch` or `openvino`.
+        precision: number format of the network: `auto`, `float32`, `bfloat16` or `int8`.
         uncertainty: whether the uncertainty of each voxel is computed.
-        labels_spacing: voxel size of the label maps, mm; that of each image by default.
+        labels_spacing: voxel size of the label maps, mm; None gives each the grid of its image.
         trust: whether a bundle may run wiring that volseg did not write: such wiring is code.
 
     Raises:
@@ -106,12 +110,17 @@ def load(
 
 
 def segment(model: Model, image: Any) -> Segmentation:
-    """Return the segmentation of one image, with the voxels that `volseg segment` writes.
+    """Segment one image in Python.
+
+    The label map equals, voxel for voxel, the one that `volseg segment` writes.
 
     Args:
-        model: from `load`.
-        image: a path, a nibabel image or a SimpleITK image; a list of them, one per channel, for a
-            model of several channels.
+        model: model from `load`.
+        image: path, nibabel image or SimpleITK image; for a model with several channels, a list of
+            them, one per channel.
+
+    Returns:
+        The label map, as an image and as an array, with volumes, warnings and times.
 
     Raises:
         PipelineError: the image cannot be read or segmented; the message says why and what to do.
@@ -120,17 +129,17 @@ def segment(model: Model, image: Any) -> Segmentation:
 
 
 def segment_many(model: Model, images: Iterable[Any], *, jobs: int = 1) -> Iterator[SegmentedImage]:
-    """Segment many images and yield each result as it comes, failures included.
+    """Segment many images, and yield a result for each, including those that fail.
 
-    An image that cannot be segmented, or that kills the process that works on it, does not end the
-    others. With several jobs the order is that in which they are finished. Where worker processes
-    are spawned (any system but Linux, or a program with threads), the calling script needs the
-    usual `if __name__ == "__main__":`.
+    An image that cannot be segmented, or that kills its worker process, does not stop the others.
+    With several jobs, results are in the order in which they are finished. Where worker processes
+    are spawned (on any system but Linux, or in a program with threads), the calling script needs
+    the usual `if __name__ == "__main__":`.
 
     Args:
-        model: from `load`.
-        images: each is what `segment` takes; they are taken from the iterable as they are needed.
-        jobs: number of worker processes; 1 computes in this process.
+        model: model from `load`.
+        images: images as `segment` takes them; an iterator is advanced only as results are needed.
+        jobs: number of worker processes; with 1, images are segmented in this process.
     """
     given: dict[int, Any] = {}
 
@@ -178,12 +187,13 @@ def evaluate(
     """Segment the labelled cases of a dataset and score them, as `volseg evaluate` does.
 
     Args:
-        bundle: a model from `load`, a bundle's folder, or the name of a shipped bundle.
-        dataset: folder of labelled cases, or one of images and one of labels.
-        output_dir: folder of the predictions, scores.csv, summary.json, dice.png and worst.png.
-        splits: JSON file of folds, in the dataset's folder or elsewhere; None to score all cases.
-        fold: number of the fold whose validation cases are scored.
-        tolerance_mm: tolerance of surface Dice, mm.
+        bundle: model from `load`, folder of a bundle, or name of a shipped bundle.
+        dataset: folder of labelled cases, or a folder of images and a folder of labels.
+        output_dir: folder of the predictions, scores.csv, summary.json, dice.png and worst.png;
+            created if it does not exist.
+        splits: JSON file of folds, in the dataset's folder or elsewhere; None scores all cases.
+        fold: number of the fold whose held-out cases are scored, from 0.
+        tolerance_mm: tolerance of the surface Dice (`nsd`), mm.
         overwrite: whether cases that are already segmented are segmented again.
 
     Returns:

@@ -24,7 +24,7 @@ from pipeline.cli.progress import case_line, progress_bar
 if TYPE_CHECKING:
     from pipeline.evaluation import SummaryRow
 
-SHOWN_METRICS = ("dice", "nsd", "hd95_mm")  # summary.json has all
+SHOWN_METRICS = ("dice", "nsd", "hd95_mm")  # summary.json has all metrics
 
 
 @command()
@@ -129,7 +129,7 @@ def compare(ours: Path, theirs: Path, metric: str) -> None:
 
 
 def print_summary(summary: Sequence[SummaryRow]) -> None:
-    """Print the most important means of each label with their 95 % intervals."""
+    """Print, for each label, the means of `SHOWN_METRICS` over cases with their 95 % intervals."""
     for row in summary:
         parts = []
         for metric in SHOWN_METRICS:

@@ -38,9 +38,9 @@ from pipeline.cli.progress import epoch_line, progress_bar
 def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> None:
     """Plan a training run for a DATASET: one folder, or a folder of images and one of labels.
 
-    Every pair is read, and each problem with one is named. From the fingerprint of the data and the
-    time of a few training steps on this machine the plan chooses spec and run, and gives a reason
-    for each choice. It writes the run (OUTPUT) and, next to it, a bundle without weights.
+    All pairs of image and label are read, and each problem is listed. Spec and run are chosen from
+    the properties of the data and the time of a few training steps on this machine; each choice is
+    printed with its reason. The run is written to OUTPUT, and a bundle without weights next to it.
     """
     with usage_errors():
         from contextlib import ExitStack
@@ -53,7 +53,7 @@ def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> 
                 output,
                 minutes=minutes,
                 dims=int(dims),
-                start_progress=lambda total: stack.enter_context(progress_bar("looking", total)),
+                start_progress=lambda total: stack.enter_context(progress_bar("reading", total)),
             )
     if made.problems:
         click.echo(
@@ -79,7 +79,8 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
     """Train the bundle that a run configuration names.
 
     KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30. A
-    run that was killed continues with --resume, and ends with the same weights as one that was not.
+    run that was interrupted continues with --resume; its weights are those of a run without an
+    interruption.
     """
     with usage_errors():
         from pipeline.training import is_first_process, read_run

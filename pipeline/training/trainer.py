@@ -1,4 +1,4 @@
-"""One training run: from a run's YAML to a complete bundle, by MONAI's trainer and our wiring."""
+"""One training run: from its YAML file to a bundle with weights, by MONAI's trainer."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ def train(
     restart: bool = False,
     progress: EpochDone | None = None,
 ) -> Path:
-    """Train the bundle that a run's YAML names.
+    """Train the bundle that a run's YAML file names.
 
     Args:
-        config: the run's YAML file.
+        config: YAML file of the run.
         changes: settings to change, each as `key=value`; see `read_run`.
-        resume: continue an interrupted run after its last complete epoch.
-        restart: discard an interrupted run.
+        resume: whether an interrupted run is continued after its last complete epoch.
+        restart: whether an interrupted run is discarded.
         progress: called after each epoch with its row of the history.
 
     Returns:
-        The bundle's folder.
+        Folder of the bundle.
 
     Raises:
-        ConfigError: see `read_run` and `train_bundle`.
-        PipelineError: a case cannot be read, or the loss is not a number any more.
+        ConfigError: the run, the bundle or the dataset cannot be used, or there is an interrupted
+            run and neither `resume` nor `restart`.
+        PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     run, content = read_run(config, changes)
     train_bundle(run, content, progress, resume=resume, restart=restart)
@@ -52,17 +53,19 @@ def train(
 
 
 def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[str, Any]]:
-    """Read a run's YAML and change some of its settings.
+    """Return the run in a YAML file, with some of its settings changed.
 
     Args:
-        path: the YAML file.
-        changes: `key=value`, with a dot per level (`augment.rotation=30`); values are YAML.
+        path: YAML file of the run.
+        changes: settings to change, each as `key=value`, with a dot per level
+            (`augment.rotation=30`). Values are YAML.
 
     Returns:
-        The run, and the content of the YAML with the changes.
+        The run, and the content of the YAML file with the same changes.
 
     Raises:
-        ConfigError: a setting is unknown or has a wrong value; the message holds its path.
+        ConfigError: the file cannot be read, or a setting is unknown or has a wrong value; the
+            message has the path of the setting.
     """
     content = read_yaml(path, "run")
     if not isinstance(content, dict):
@@ -73,6 +76,7 @@ def read_run(path: PathOrStr, changes: Sequence[str] = ()) -> tuple[Run, dict[st
 
 
 def _apply_change(content: dict[str, Any], change: str) -> None:
+    """Apply a change such as `augment.rotation=30` to the content of a YAML file, in place."""
     key, equals, value = change.partition("=")
     if not equals:
         raise ConfigError(f"{change}: expected KEY=VALUE, such as epochs=5")
@@ -97,23 +101,23 @@ def train_bundle(
     resume: bool = False,
     restart: bool = False,
 ) -> None:
-    """Train the weights of a run's bundle, and refresh the generated files in it.
+    """Train the weights of a run's bundle, and refresh its generated files.
 
     The bundle needs configs/spec.yaml and configs/card.yaml; the run is written to
-    configs/run.yaml. In several processes, as `torchrun` starts them, this is one run whose step
-    takes the run's batch in each process.
+    configs/run.yaml. In several processes, as `torchrun` starts them, this is a single run; each
+    process adds `batch_size` patches to each step.
 
     Args:
         run: settings of the training run.
-        content: the YAML that gives `run`.
+        content: content of the YAML file that `run` was parsed from.
         epoch_done: called after each epoch with its row of the history.
-        resume: continue an interrupted run after its last complete epoch.
-        restart: discard an interrupted run.
+        resume: whether an interrupted run is continued after its last complete epoch.
+        restart: whether an interrupted run is discarded.
 
     Raises:
         ConfigError: there is no spec, the dataset cannot be used, or there is an interrupted run
             and neither `resume` nor `restart`.
-        PipelineError: a case cannot be read, or the loss is not a number any more.
+        PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     paths = BundlePaths(run.bundle)
     _check_bundle(paths, may_be_unfinished=resume or restart)
@@ -148,7 +152,7 @@ def _run_wiring(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: b
     trainer: Engine = parser.get_parsed_content("train::trainer")
     if epoch_done is not None and is_first_process():
         history: History = parser.get_parsed_content("train::history")
-        # added after the handlers of the wiring: the history has its row by then
+        # added after the wiring's handlers, so that the history has the epoch's row already
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
     if resume:
         checkpoint: CheckpointHandler = parser.get_parsed_content("train::checkpoint")
