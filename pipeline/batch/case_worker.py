@@ -52,6 +52,7 @@ from pipeline.inference import (
 from pipeline.io import (
     as_nibabel,
     fractions_as_nibabel,
+    is_readable,
     is_written_by_volseg,
     printable,
     retry_io,
@@ -64,6 +65,7 @@ from pipeline.types import Case
 Predict = Callable[[Model, PreparedCase], Prediction]
 STEPS = ("read", "preprocess", "network", "invert", "write")
 PACKAGES = ("volseg", "monai", "torch", "nibabel", "SimpleITK", "pytorch-ignite", "numpy")
+CASE_ERRORS = (Exception, SystemExit)  # a reader may even raise SystemExit
 DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -134,12 +136,13 @@ class CaseWorker:
         """
         self._computed = settle_runtime(self.out, self.model)
 
-    def run(self, tasks: Iterable[Task], emit: Callable[[CaseRecord], None]) -> None:
+    def run(self, tasks: Iterable[Task], emit: Callable[[str, CaseRecord | None], None]) -> None:
         """Do tasks; reading and writing overlap with the network, unless memory is limited.
 
         Args:
             tasks: an iterator that may wait for the next task.
-            emit: called with the record of each task, once it is on the disk.
+            emit: called with the name and the record of each task, once it is on the disk; without
+                a record for a case that another run has taken over.
 
         Raises:
             RunStoppedError: nothing more can be written.
@@ -147,9 +150,7 @@ class CaseWorker:
         concurrent = self.model.max_memory is None
 
         def write(job: _Job) -> None:
-            record = self._write(job)
-            if record is not None:
-                emit(record)
+            emit(job.task.name, self._write(job))
 
         run_stages(tasks, self._read, self._compute, write, concurrent=concurrent)
 
@@ -164,7 +165,7 @@ class CaseWorker:
             if self.model.max_memory is None:
                 job.prepared = retry_io(lambda: prepare(self.model, task.case["image"]))
                 self._check_unchanged(job)
-        except BaseException as error:  # a reader may even raise SystemExit
+        except CASE_ERRORS as error:
             job.error = error
         return job
 
@@ -175,12 +176,24 @@ class CaseWorker:
         problem = name_problem(task.name)
         if problem:
             raise WriteError(f"{printable(task.name)}: {problem}")
-        path = output_path(self.out.root, task.name)
-        if path.exists() and not self.overwrite and not is_written_by_volseg(path):
-            raise WriteError(
-                f"{printable(path)}: exists and was not written by volseg; move it away, or "
-                "--overwrite"
-            )
+        paths = [output_path(self.out.root, task.name)]
+        if self.model.inversion.uncertainty:
+            paths.append(uncertainty_path(self.out.root, task.name))
+        for path in paths:
+            if path.exists() and not self.overwrite and not self._may_replace(path, task.name):
+                raise WriteError(
+                    f"{printable(path)}: exists and was not written by volseg; move it away, or "
+                    "--overwrite"
+                )
+
+    def _may_replace(self, path: Path, name: str) -> bool:
+        """Return whether volseg wrote a file, or what is left of a file that it wrote."""
+        if is_written_by_volseg(path):
+            return True
+        record = read_record(self.out.record(name))
+        written = () if record is None else record.outputs
+        shown = path.relative_to(self.out.root).as_posix()
+        return any(state.path == shown for state in written) and not is_readable(path)
 
     def _check_unchanged(self, job: _Job) -> None:
         """Check that the files are still those that were hashed before they were read."""
@@ -202,7 +215,7 @@ class CaseWorker:
                 self._check_unchanged(job)
             else:
                 job.prediction = (self.predict or predict_prepared)(self.model, job.prepared)
-        except Exception as error:
+        except CASE_ERRORS as error:
             job.error = error
         job.prepared = None
         return job
@@ -237,7 +250,7 @@ class CaseWorker:
                 outputs = self._write_outputs(job.task.name, job.prediction)
             except RunStoppedError:
                 raise
-            except Exception as error:
+            except CASE_ERRORS as error:
                 _stop_if_disk_is_full(error, self.out)
                 job.error = error
         record = replace(record, peak_memory=self._peaks.end(job.task.name), ended=_now())
@@ -288,14 +301,11 @@ class CaseWorker:
 
     def _remove_old_outputs(self, name: str) -> None:
         """Remove the outputs of an earlier run of a case that failed now."""
-        before = read_record(self.out.record(name))
-        for state in before.outputs if before is not None else ():
-            remove_output(self.out, state.path)
         if name_problem(name):
             return
-        for ending in ENDINGS:  # of a run whose record was lost
+        for ending in ENDINGS:  # a file that somebody put in their place stays
             path = self.out.root / f"{name}{ending}"
-            if path.is_file() and is_written_by_volseg(path):
+            if path.is_file() and self._may_replace(path, name):
                 remove_output(self.out, f"{name}{ending}")
 
 

@@ -112,6 +112,16 @@ class Coordinator:
             elif not self.exhausted:
                 time.sleep(WAIT_SECONDS)
 
+    def finished(self, name: str, record: CaseRecord | None) -> None:
+        """Account for a task that a worker has done, or has left to the run that took it over."""
+        if record is not None:
+            self.finish(record)
+            return
+        with self._lock:
+            task = self._under_way.pop(name, None)
+            if task is not None:
+                self._waiting.append(_Waiting(task, time.monotonic()))
+
     def finish(self, record: CaseRecord) -> None:
         """Account for a case whose record is on the disk."""
         with self._lock:
@@ -142,17 +152,33 @@ class Coordinator:
     def timed_out(self, task: Task, seconds: float) -> None:
         """Account for a case that was killed because it took too long."""
         message = f"took longer than --case-timeout allows, {seconds:g} s; it was killed"
-        self.failed(task, CaseTimeoutError(message))
+        if not self._was_recorded(task):
+            self.failed(task, CaseTimeoutError(message))
 
     def died(self, tasks: Sequence[Task], why: str) -> None:
         """Account for the tasks of a process that died: each is tried again alone, or given up."""
         append_log(self.out.root / LOG, f"a process died with {len(tasks)} cases: {why}")
         for task in tasks:
+            if self._was_recorded(task):
+                continue
             suspect = count_death(self.out, task.name, why, lost=False)
             if suspect.is_given_up:
                 self.give_up(task, suspect)
             else:
                 self.give_back([replace(task, alone=True, reason="the process died")])
+
+    def _was_recorded(self, task: Task) -> bool:
+        """Account for a task whose process ended after its record was written, if it was."""
+        record = self._newer_record(task)
+        if record is not None:
+            self.finish(record)
+        return record is not None
+
+    def _newer_record(self, task: Task) -> CaseRecord | None:
+        """Return the record of a task's case if it was written since the run began."""
+        record = read_record(self.out.record(task.name))
+        newer = record_time(self.out, task.name) != task.record_time
+        return record if newer else None
 
     def give_up(self, task: Task, suspect: Suspect) -> None:
         """Write that a case is not tried again."""
@@ -179,7 +205,10 @@ class Coordinator:
         if self._last and alone:
             return self._last.popleft()
         if self._waiting and time.monotonic() - self._waiting[0].looked >= WAIT_SECONDS:
-            return self._waiting.popleft().task
+            task = self._waiting.popleft().task
+            if alone or not task.alone:
+                return task
+            self._last.append(task)
         return None
 
     def _claimed(self, task: Task) -> Task | None:
@@ -200,9 +229,8 @@ class Coordinator:
         if not taken:
             self._waiting.append(_Waiting(task, time.monotonic()))
             return None
-        record = read_record(self.out.record(task.name))
-        if record is not None and record_time(self.out, task.name) != task.record_time:
-            # another run has done it since this one looked
+        record = self._newer_record(task)
+        if record is not None:  # another run has done it since this one looked
             self.claims.release(task.name)
             self.report(replace(record, status="skipped") if not record.is_failure else record)
             return None

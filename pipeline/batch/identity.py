@@ -16,7 +16,14 @@ from pipeline.bundle import code_hash, wiring_origin
 from pipeline.config import BundlePaths, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference import Model, Runtime
-from pipeline.io import is_written_by_volseg, read_json, sha256, write_atomically
+from pipeline.io import (
+    TEMPORARY_SUFFIX,
+    host_code,
+    is_written_by_volseg,
+    read_json,
+    sha256,
+    write_atomically,
+)
 
 # To be raised when the voxels of results may change from one version of volseg to the next:
 # results of different numbers do not belong together.
@@ -75,7 +82,7 @@ def settle_identity(out: OutputFolder, model: Model, *, overwrite: bool) -> dict
         raise ConfigError(_difference(out, found, wanted))
     if found is not None:
         _remove_results(out)
-    if not _write_new(out.identity, wanted):
+    if not _write_new(out, out.identity, wanted):
         found = _stored(out)  # another run was first
         if found != wanted:
             raise ConfigError(_difference(out, found or {}, wanted))
@@ -102,7 +109,7 @@ def settle_runtime(out: OutputFolder, model: Model) -> Mapping[str, Any] | None:
         _follow(network, decided, out)
     description = asdict(network.prepare(model.device))
     chosen = {key: str(description[key]) for key in ("runtime", "precision")}
-    if decided is None and not _write_new(out.runtime, chosen):
+    if decided is None and not _write_new(out, out.runtime, chosen):
         decided = _stored_runtime(out)
     if decided is not None and chosen != decided:
         raise ConfigError(
@@ -188,10 +195,13 @@ def remove_output(out: OutputFolder, relative: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_new(path: Path, content: Mapping[str, str]) -> bool:
+def _write_new(out: OutputFolder, path: Path, content: Mapping[str, str]) -> bool:
     """Write a JSON file that does not exist yet; return False where another process was first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_atomically(temporary, (json.dumps(content, indent=2) + "\n").encode())
+    # a name by which what a process left that was killed is known and removed
+    name = f".{host_code()}-{os.getpid()}-{path.name}{TEMPORARY_SUFFIX}"
+    temporary = out.staging / name
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(temporary, text.encode(), staging=out.staging)
     try:
         os.link(temporary, path)
     except FileExistsError:

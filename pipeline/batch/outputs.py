@@ -43,6 +43,8 @@ def name_problem(case: str, *, windows: bool = sys.platform == "win32") -> str:
         return "the name is empty or holds a NUL character"
     if case.startswith("/") or ".." in parts or (windows and ":" in parts[0]):
         return "the name leads out of the output folder; expected a relative path without `..`"
+    if str(PurePosixPath(case)) != case:
+        return f"the name is another way to write {PurePosixPath(case)}: give that"
     if parts[0] == STATE:
         return f"the name begins with {STATE}, which is where volseg keeps its records"
     longest = max(len(ending) for ending in ENDINGS)
@@ -153,6 +155,11 @@ class OutputFolder:
     def lock(self) -> Path:
         """The file that is locked while the claim of a dead run is removed."""
         return self.state / "lock"
+
+    @property
+    def tables_lock(self) -> Path:
+        """The file that is locked while the tables are derived."""
+        return self.state / "tables-lock"
 
     def record(self, case: str) -> Path:
         """Return the file of a case's record."""

@@ -113,6 +113,8 @@ def plan_case(
 def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: bool) -> str:
     if case.get("problem"):
         return "its input cannot be used any more"
+    if not all(isinstance(x, str | Path) for x in source_list(case["image"])):
+        return "its image is in memory, where it cannot be compared"
     try:
         files = case_files(case)
     except PipelineError as error:

@@ -377,8 +377,6 @@ def _worker_main(
     except PipelineError as error:
         with suppress(OSError):
             send("error", error)
-    except _Terminated:
-        sys.exit(128 + signal.SIGTERM)
     except WorkerEnd as end:
         sys.exit(end.args[0])
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, get_args
 
 from pipeline.batch.outputs import OutputFolder
@@ -86,6 +87,15 @@ class CaseRecord:
         return self.status in ("failed", "quarantined")
 
 
+# what the fields of a record are, where they are no text
+_KINDS: Mapping[str, type | UnionType] = {
+    **dict.fromkeys(("image", "warnings", "inputs", "outputs"), tuple),
+    **dict.fromkeys(("seconds", "volumes_mm3", "columns", "made_by", "versions"), dict),
+    "peak_memory": int,
+    "computed": dict | None,
+}
+
+
 def write_record(out: OutputFolder, record: CaseRecord) -> None:
     """Write the record of a case, atomically.
 
@@ -103,7 +113,7 @@ def read_record(path: Path) -> CaseRecord | None:
     try:
         content = json.loads(path.read_bytes())
         return _record(content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 
@@ -118,13 +128,17 @@ def record_time(out: OutputFolder, case: str) -> int:
 def _record(content: Mapping[str, Any]) -> CaseRecord:
     known = {item.name for item in fields(CaseRecord)}
     values = {key: value for key, value in content.items() if key in known}
-    if values["status"] not in get_args(Status) or not isinstance(values["case"], str):
+    if content["format"] != FORMAT or values["status"] not in get_args(Status):
         raise ValueError("no record of a case")
     for name in ("image", "warnings"):
         values[name] = tuple(values.get(name, ()))
     for name in ("inputs", "outputs"):
         values[name] = tuple(FileState(**state) for state in values.get(name, ()))
-    return CaseRecord(**values)
+    record = CaseRecord(**values)
+    for item in fields(CaseRecord):
+        if not isinstance(getattr(record, item.name), _KINDS.get(item.name, str)):
+            raise TypeError(f"{item.name} is of another type")
+    return record
 
 
 def record_files(out: OutputFolder) -> Iterator[Path]:

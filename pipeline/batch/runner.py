@@ -18,16 +18,16 @@ import torch
 from monai.engines import SupervisedEvaluator
 
 from pipeline.batch.case_worker import CaseWorker, Predict, Task
-from pipeline.batch.claims import Claims, claims_of_run
+from pipeline.batch.claims import Claims, claims_of_run, holds_claim
 from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
 from pipeline.batch.identity import remove_output, settle_identity
-from pipeline.batch.outputs import OutputFolder
+from pipeline.batch.outputs import CASES, OutputFolder
 from pipeline.batch.planning import PlannedCase, plan_case
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
 from pipeline.batch.records import CaseRecord, read_record
 from pipeline.batch.suspects import Suspect, clear_suspect, read_suspects
 from pipeline.batch.tables import write_tables
-from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError
+from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError, WriteError
 from pipeline.inference import Model, Prediction, PreparedCase, evaluate_prepared
 from pipeline.io import case_name
 from pipeline.types import Case, PathOrStr
@@ -103,6 +103,7 @@ class Guard:
                 self.kill()
             os._exit(128 + number)
         self.signal_number = number
+        self.coordinator.stopped = True  # a wait for the cases of other runs ends
 
 
 @contextmanager
@@ -161,29 +162,27 @@ def run_batch(
         model=model, out=out, identity=identity, predict=predict, overwrite=overwrite
     )
     with claims_of_run(out) as claims:
-        worker.may_publish = partial(_holds, claims)
+        worker.may_publish = partial(holds_claim, out, claims.holder.run)
         coordinator = Coordinator(out, claims, identity, progress)
         guard = Guard(out, coordinator, claims)
         with _signals(guard):
             try:
                 _plan(out, cases, coordinator, guard, overwrite=overwrite, hashes=check_hashes)
                 executor(coordinator, worker, guard)
+                out.check(out.root / CASES)
+                write_tables(out.root)
             except BaseException as error:
                 coordinator.drop()
                 _write_tables_if_possible(out)
-                if isinstance(error, RunStoppedError):
-                    raise _with_remaining(error, coordinator) from None
+                if isinstance(error, RunStoppedError | WriteError | OSError):
+                    raise _with_remaining(error, coordinator) from error
                 raise
-        out.check(out.root / "cases.csv")
-        write_tables(out.root)
     return BatchSummary(counts=dict(coordinator.counts), seconds=time.monotonic() - begun)
 
 
-def _holds(claims: Claims, case: str) -> bool:
-    return claims.holds(case)
-
-
-def _with_remaining(error: RunStoppedError, coordinator: Coordinator) -> RunStoppedError:
+def _with_remaining(
+    error: RunStoppedError | WriteError | OSError, coordinator: Coordinator
+) -> RunStoppedError:
     text = f"{error}; {remaining_text(coordinator.remaining)}"
     if isinstance(error, InterruptedRunError):
         return InterruptedRunError(text, error.number)
@@ -193,9 +192,9 @@ def _with_remaining(error: RunStoppedError, coordinator: Coordinator) -> RunStop
 def _write_tables_if_possible(out: OutputFolder) -> None:
     """Derive the tables after an error, which must not be hidden by another one."""
     try:
-        out.check(out.root / "cases.csv")
+        out.check(out.root / CASES)
         write_tables(out.root)
-    except PipelineError:
+    except (PipelineError, OSError):
         return
 
 
@@ -256,8 +255,8 @@ def local_executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -
     guard.claims.beat_in_thread()
     worker.prepare_network()
 
-    def finish(record: CaseRecord) -> None:
-        coordinator.finish(record)
+    def finish(name: str, record: CaseRecord | None) -> None:
+        coordinator.finished(name, record)
         guard.refresh_tables()
 
     def tasks() -> Iterator[Task]:
@@ -282,7 +281,7 @@ class _CaseWork:
         self.worker.prepare_network()
 
     def run(self, items: Iterator[Task], emit: Callable[[Hashable, Any], None]) -> None:
-        self.worker.run(items, lambda record: emit(record.case, record))
+        self.worker.run(items, emit)
 
 
 def pool_executor(
@@ -314,9 +313,9 @@ def pool_executor(
         )
         guard.kill = pool.kill
 
-        def on_event(event: Finished[CaseRecord] | Died[Task] | TimedOut[Task]) -> None:
+        def on_event(event: Finished[CaseRecord | None] | Died[Task] | TimedOut[Task]) -> None:
             if isinstance(event, Finished):
-                coordinator.finish(event.result)
+                coordinator.finished(str(event.name), event.result)
             elif isinstance(event, Died):
                 if not coordinator.stopped and not guard.signal_number:
                     coordinator.died(event.items, event.why)
@@ -337,7 +336,7 @@ def on_own_gpu(model: Model, number: int, gpus: int) -> Model:
         number: of the worker, from 0.
         gpus: number of GPUs.
     """
-    if model.device.type != "cuda" or model.device.index is not None or gpus < 2:
+    if model.device != torch.device("cuda") or gpus < 2:
         return model
     device = torch.device("cuda", number % gpus)
     return replace(model, device=device, network=model.network.to(device))

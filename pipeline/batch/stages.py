@@ -128,3 +128,4 @@ class _Stages(Generic[T, A, B]):
     def _writing(self) -> None:
         while (item := self.behind.get()) is not None:
             self.write(item)
+            del item  # or it would be held until the next one comes

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batch.case_worker import STEPS
+from pipeline.batch.locks import locked
 from pipeline.batch.outputs import CASES, RUN, STATE, VOLUMES, OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_files
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, WriteError
 from pipeline.io import printable, read_json, write_csv, write_json
 
 WARNING_SEPARATOR = "; "
@@ -103,7 +104,8 @@ class _Run:
 def write_tables(folder: Path) -> dict[str, int]:
     """Write cases.csv, volumes.csv and run.json of an output folder from its records.
 
-    Rows are sorted by case.
+    Rows are sorted by case. Of several processes that do so at the same time, each waits for the
+    one before it, so that the tables of the last one hold all records.
 
     Args:
         folder: an output folder.
@@ -118,24 +120,27 @@ def write_tables(folder: Path) -> dict[str, int]:
     out = OutputFolder(folder)
     if not (folder / STATE).is_dir():
         raise ConfigError(f"{folder}: no output folder of volseg: {STATE} is not there")
-    while True:
-        before = _listing(out)
-        run, cases, volumes = _Run(), _Rows(), _Rows()
-        for path in record_files(out):
-            record = read_record(path)
-            if record is None:
-                continue
-            run.add(record)
-            cases.add(case_columns(record))
-            if record.status == "done":
-                volumes.add(volume_columns(record))
-        cases.write(folder / CASES, out.staging)
-        volumes.write(folder / VOLUMES, out.staging)
-        write_json(folder / RUN, run.content(_command(folder)), staging=out.staging)
-        # another run may have written a record, and its tables, since the records were read: the
-        # last one to write must have read everything
-        if _listing(out) == before:
-            return run.counts
+    try:
+        with locked(out.tables_lock):
+            return _derive_tables(out)
+    except OSError as error:
+        raise WriteError(f"{folder}: the tables cannot be derived: {error.strerror}") from error
+
+
+def _derive_tables(out: OutputFolder) -> dict[str, int]:
+    run, cases, volumes = _Run(), _Rows(), _Rows()
+    for path in record_files(out):
+        record = read_record(path)
+        if record is None:
+            continue
+        run.add(record)
+        cases.add(case_columns(record))
+        if record.status == "done":
+            volumes.add(volume_columns(record))
+    cases.write(out.root / CASES, out.staging)
+    volumes.write(out.root / VOLUMES, out.staging)
+    write_json(out.root / RUN, run.content(_command(out.root)), staging=out.staging)
+    return run.counts
 
 
 class _Rows:
@@ -156,17 +161,6 @@ class _Rows:
         names = list({name: None for columns in self._columns for name in columns})
         rows = (dict(zip(columns, values, strict=True)) for columns, values in self._rows)
         write_csv(path, rows, columns=names, staging=staging)
-
-
-def _listing(out: OutputFolder) -> list[tuple[str, int]]:
-    """Return names and times of all records."""
-    listing = []
-    for path in record_files(out):
-        try:
-            listing.append((path.name, path.stat().st_mtime_ns))
-        except OSError:
-            continue
-    return listing
 
 
 def _command(folder: Path) -> list[str]:

@@ -29,7 +29,7 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
-from pipeline.io.discovery import is_written_by_volseg
+from pipeline.io.discovery import is_readable, is_written_by_volseg
 from pipeline.io.formats import printable
 from pipeline.io.grid import Grid
 from pipeline.io.header import read_header, source_files
@@ -70,6 +70,7 @@ __all__ = [
     "fold_cases",
     "fractions_as_nibabel",
     "host_code",
+    "is_readable",
     "is_written_by_volseg",
     "label_maps",
     "label_table",

@@ -108,6 +108,15 @@ def is_written_by_volseg(path: Path) -> bool:
         return False
 
 
+def is_readable(path: Path) -> bool:
+    """Return whether a file begins like an image that nibabel reads."""
+    try:
+        nib.load(path)
+    except Exception:  # nibabel raises errors of many types for damaged files
+        return False
+    return True
+
+
 def _relative(item: PathOrStr, root: Path, found: Iterator[FoundFile]) -> list[NamedFile]:
     """Return files named by their path below a root, each once."""
     files: dict[Path, NamedFile] = {}
