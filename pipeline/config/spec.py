@@ -5,10 +5,12 @@ Changing a spec makes its weights invalid. How one training run goes is in the r
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config.checks import require
 from pipeline.config.parser import load_config
@@ -147,7 +149,15 @@ class Spec:
             results averaged; along R the labels of left and right are exchanged. Each direction
             doubles the time of the network.
         output: `softmax` has a channel per label. `sigmoid` has a channel per structure, which is
-            segmented where its probability is above 0.5 and above that of the others.
+            segmented where its probability is above 0.5 and above that of the others. `regions` has
+            a channel per structure too, and structures may overlap: where the probability of a
+            structure is above 0.5, its value is painted, in the order of `labels`, later ones over
+            earlier ones.
+        regions: name of a structure → values in training label maps that make it up, for `output:
+            regions`; its value in `labels` is one of them. Such a structure is every voxel with
+            one of these values, in training label maps and in predictions.
+        ignore_label: value in training label maps of voxels that nobody labelled. They count
+            neither in the loss nor in scores; null if there is no such value.
         fallback_channel: channel whose file is also used for channels without a file of their own;
             null requires all files.
         crop_resize: cropping of the volume and resizing of its slices; null keeps the whole field
@@ -155,6 +165,10 @@ class Spec:
         largest_component: names of structures of which only the largest connected component is kept
             (voxels that share a face are connected), `each` for all of them one by one. `all`
             stands for the union of all structures, is applied first, and also fills holes.
+        min_component_ml: name of a structure → volume, mL; its connected components that are
+            smaller are removed.
+        fill_holes: names of structures, or `each`; background that a structure encloses becomes
+            part of it, after all components have been removed.
         refine: groups of structures of different tissue, whose common borders are refined by the
             intensities of the scan at its own resolution.
         warn_at_edge: whether a structure that touches the edge of the scan gives a warning, because
@@ -180,10 +194,14 @@ class Spec:
     foreground_threshold: float | None = None
     localise: bool = False
     tta_mirror: tuple[Literal["R", "A", "S"], ...] = ()
-    output: Literal["softmax", "sigmoid"] = "softmax"
+    output: Literal["softmax", "sigmoid", "regions"] = "softmax"
+    regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ignore_label: int | None = None
     fallback_channel: str | None = None
     crop_resize: CropResize | None = None
     largest_component: tuple[str, ...] = ()
+    min_component_ml: dict[str, float] = field(default_factory=dict)
+    fill_holes: tuple[str, ...] = ()
     refine: tuple[tuple[str, ...], ...] = ()
     warn_at_edge: bool = False
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -193,6 +211,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         _check_labels(self.labels)
+        _check_regions(self)
+        _check_ignore_label(self)
         _check_channels(self)
         _check_preprocessing(self)
         _check_postprocessing(self)
@@ -211,7 +231,13 @@ class Spec:
         """Names of the labels that have a channel in the network's output, in their order."""
         names = tuple(self.labels)
         # a sigmoid has no channel for the background
-        return names[1:] if self.output == "sigmoid" else names
+        return names if self.output == "softmax" else names[1:]
+
+    @property
+    def values_of(self) -> dict[str, tuple[int, ...]]:
+        """Structure → its values in label maps, without the background: several for a region."""
+        structures = list(self.labels.items())[1:]
+        return {name: self.regions.get(name, (value,)) for name, value in structures}
 
     @property
     def slice_dim(self) -> int | None:
@@ -260,6 +286,40 @@ def load_spec(path: PathOrStr) -> Spec:
     return load_config(Spec, path, "spec", RENAMED_SPEC_KEYS)
 
 
+def spec_fingerprint(spec: Spec) -> str:
+    """Return the SHA-256 of what a spec says, hexadecimal, however its file is written.
+
+    Comments, the order of the keys, keys that have their default and the names that an earlier
+    release gave to keys change nothing, and neither does a field that a later release adds. The
+    order of the labels counts: it is that of the network's channels.
+    """
+    text = json.dumps(_canonical(spec), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """Return a value of a spec as what JSON writes in one way only."""
+    if is_dataclass(value):
+        found = {}
+        for part in fields(value):
+            content = getattr(value, part.name)
+            if content != _default(part):
+                found[part.name] = _canonical(content)
+        return found
+    if isinstance(value, dict):  # pairs, because sorted keys would lose the order
+        return [[key, _canonical(content)] for key, content in value.items()]
+    if isinstance(value, list | tuple):
+        return [_canonical(content) for content in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1 and 1.0 are the same spacing
+    return value
+
+
+def _default(part: Field[Any]) -> Any:
+    """Return the default of a field, MISSING where it has none."""
+    return part.default if part.default_factory is MISSING else part.default_factory()
+
+
 def _check_labels(labels: dict[str, int]) -> None:
     values = list(labels.values())
     require(
@@ -274,6 +334,40 @@ def _check_labels(labels: dict[str, int]) -> None:
         "spec.labels",
         "distinct values from 0 to 2**32 - 1",
         values,
+    )
+
+
+def _check_regions(spec: Spec) -> None:
+    if spec.output != "regions":
+        require(not spec.regions, "spec.regions", "nothing without `output: regions`", spec.regions)
+        return
+    structures = list(spec.labels)[1:]
+    require(
+        set(spec.regions) == set(structures),
+        "spec.regions",
+        f"the values of each structure of spec.labels ({', '.join(structures)})",
+        ", ".join(spec.regions) or "none",
+    )
+    for name, values in spec.regions.items():
+        valid = all(0 < value <= MAX_LABEL for value in values)
+        require(
+            valid and len(set(values)) == len(values) and spec.labels[name] in values,
+            f"spec.regions.{name}",
+            f"distinct values from 1 to 2**32 - 1, one of them {spec.labels[name]}, the value that "
+            "is painted for it (spec.labels)",
+            list(values),
+        )
+
+
+def _check_ignore_label(spec: Spec) -> None:
+    if spec.ignore_label is None:
+        return
+    used = {0, *spec.labels.values()}.union(*spec.regions.values())
+    require(
+        spec.ignore_label not in used and abs(spec.ignore_label) <= MAX_LABEL,
+        "spec.ignore_label",
+        f"a value that no label has ({', '.join(map(str, sorted(used)))})",
+        spec.ignore_label,
     )
 
 
@@ -323,6 +417,10 @@ def _check_preprocessing(spec: Spec) -> None:
 def _check_postprocessing(spec: Spec) -> None:
     structures = list(spec.labels)[1:]
     _check_names("largest_component", spec.largest_component, {*spec.labels, ALL, EACH})
+    _check_names("fill_holes", spec.fill_holes, {*structures, EACH})
+    _check_names("min_component_ml", spec.min_component_ml, structures)
+    for name, smallest in spec.min_component_ml.items():
+        require(smallest > 0, f"spec.min_component_ml.{name}", "mL above 0", smallest)
     for i, group in enumerate(spec.refine):
         _check_names(f"refine[{i}]", group, structures)
         distinct = len(set(group)) == len(group) >= 2
@@ -332,6 +430,13 @@ def _check_postprocessing(spec: Spec) -> None:
             "two or more structures of a softmax",
             ", ".join(group),
         )
+    # regions overlap, so that their soft volumes have no sum
+    require(
+        not (spec.sums and spec.soft_volumes and spec.output == "regions"),
+        "spec.sums",
+        "none with soft_volumes and `output: regions`",
+        ", ".join(spec.sums),
+    )
     for name, parts in spec.sums.items():
         _check_names(f"sums.{name}", parts, {*spec.labels, ALL})
         require(name not in spec.labels, f"spec.sums.{name}", "a name other than a label's", name)

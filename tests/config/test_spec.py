@@ -162,6 +162,66 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
         (3, {"plausible_ml": {"nose": [1, 2]}}, "spec.plausible_ml: expected names of labels"),
         (3, {"netwrok": {}}, "unknown key spec.netwrok; did you mean network?"),
         (3, {"tta_miror": ["R"]}, "unknown key spec.tta_miror; did you mean tta_mirror?"),
+        (
+            3,
+            {"regions": {"front": [7]}},
+            "spec.regions: expected nothing without `output: regions`",
+        ),
+        (
+            3,
+            {"output": "regions", "regions": {"front": [7]}},
+            "spec.regions: expected the values of each structure of spec.labels (front, back)",
+        ),
+        (
+            3,
+            {"output": "regions", "regions": {"front": [7, 8], "back": [8, 9]}},
+            "spec.regions.back: expected distinct values from 1 to 2**32 - 1, one of them 300",
+        ),
+        (
+            3,
+            {"output": "regions", "regions": {"front": [7, 7], "back": [300]}},
+            "spec.regions.front: expected distinct values",
+        ),
+        (
+            3,
+            {"output": "regions", "regions": {"front": [7, 0], "back": [300]}},
+            "spec.regions.front: expected distinct values from 1",
+        ),
+        (
+            3,
+            {
+                "output": "regions",
+                "regions": {"front": [7, 8], "back": [300]},
+                "ignore_label": 8,
+            },
+            "spec.ignore_label: expected a value that no label has (0, 7, 8, 300), got 8",
+        ),
+        (3, {"ignore_label": 0}, "spec.ignore_label: expected a value that no label has"),
+        (
+            3,
+            {
+                "output": "regions",
+                "regions": {"front": [7, 300], "back": [300]},
+                "sums": {"both": ["all"]},
+                "soft_volumes": True,
+            },
+            "spec.sums: expected none with soft_volumes and `output: regions`, got both",
+        ),
+        (
+            3,
+            {
+                "output": "regions",
+                "regions": {"front": [7, 300], "back": [300]},
+                "refine": [["front", "back"]],
+            },
+            "spec.refine[0]: expected two or more structures of a softmax",
+        ),
+        (3, {"fill_holes": ["frnt"]}, "spec.fill_holes: expected names of labels, got frnt"),
+        (
+            3,
+            {"min_component_ml": {"front": 0.0}},
+            "spec.min_component_ml.front: expected mL above 0, got 0.0",
+        ),
     ],
 )
 def test_an_invalid_spec_is_refused(dims: int, change: dict[str, Any], says: str) -> None:
@@ -183,6 +243,15 @@ def test_slices_are_stacked_along_the_anatomical_axis(
     assert parse(2, orientation=orientation, slice_axis=slice_axis).slice_dim == axes.index(
         slice_axis
     )
+
+
+def test_regions_have_a_channel_each_and_may_share_values() -> None:
+    """A region is several values of a label map; other outputs have one value per structure."""
+    regions = {"front": [7, 300], "back": [300]}
+    spec = parse(output="regions", regions=regions, ignore_label=9)
+    assert spec.outputs == ("front", "back")
+    assert spec.values_of == {"front": (7, 300), "back": (300,)}
+    assert parse().values_of == {"front": (7,), "back": (300,)}
 
 
 def test_strides_have_one_number_per_axis() -> None:
