@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from pipeline.io.formats import printable
 from pipeline.log import LOGGER
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ class Advance(Protocol):
 
 def case_line(record: CaseRecord) -> str:
     """Return one line about a case: what became of it, and why or with which warnings."""
+    from pipeline.io import printable
+
     line = f"{record.status:8} {printable(record.case)}"
     if record.is_failure:
         return f"{line}: {record.error}"
