@@ -28,8 +28,10 @@ from pipeline.config.spec import (
     CropResize,
     Intensity,
     NetworkSpec,
+    OutputKind,
     Spec,
     load_spec,
+    spec_fingerprint,
 )
 from pipeline.config.unet_sizes import (
     margin,
@@ -51,6 +53,7 @@ __all__ = [
     "CropResize",
     "Intensity",
     "NetworkSpec",
+    "OutputKind",
     "Run",
     "Spec",
     "Synthesis",
@@ -64,5 +67,6 @@ __all__ = [
     "parse_config",
     "read_yaml",
     "smallest_size",
+    "spec_fingerprint",
     "valid_size_near",
 ]

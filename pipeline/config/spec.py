@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
 Stride = int | tuple[int, ...]
+OutputKind = Literal["softmax", "sigmoid", "regions"]
 ALL, EACH = "all", "each"  # stand for names of structures: all of them together, each on its own
 AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}  # axis code → axis of the RAS+ world
 
@@ -41,19 +42,52 @@ class Intensity:
     """Normalisation of the intensities of each channel, computed over its whole volume.
 
     Attributes:
-        method: `zscore` (mean 0, standard deviation 1), `percentiles` (`lower` becomes 0, `upper`
-            becomes 1, values beyond are clipped), or `percentiles_zscore` (clipped at the
-            percentiles of all channels together, then a z-score per channel).
+        method: `zscore` (mean 0, standard deviation 1), `robust_zscore` (each channel is clipped at
+            its own percentiles first, so that single extreme voxels change nothing), `percentiles`
+            (`lower` becomes 0, `upper` becomes 1, values beyond are clipped), `percentiles_zscore`
+            (clipped at the percentiles of all channels together, then a z-score per channel), or
+            `fixed` (clipped to `clip`, then `mean` becomes 0 and `std` 1: the same values for every
+            volume, for CT).
         nonzero: whether only voxels other than 0 count, and zeros stay 0; for skull-stripped
-            images.
+            images. For `zscore` and `robust_zscore`; each channel has its own zeros.
         lower: lower percentile, 0 to 100.
         upper: upper percentile, 0 to 100.
+        clip: lowest and highest intensity, for `fixed`.
+        mean: intensity that becomes 0, for `fixed`.
+        std: intensity range that becomes 1, for `fixed`.
     """
 
-    method: Literal["zscore", "percentiles", "percentiles_zscore"] = "zscore"
+    method: Literal["zscore", "robust_zscore", "percentiles", "percentiles_zscore", "fixed"] = (
+        "zscore"
+    )
     nonzero: bool = False
     lower: float = 0.5
     upper: float = 99.5
+    clip: tuple[float, float] | None = None
+    mean: float | None = None
+    std: float | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.lower < self.upper <= 100,
+            "spec.intensity",
+            "percentiles, 0 ≤ lower < upper ≤ 100",
+            f"{self.lower}, {self.upper}",
+        )
+        given = [value is not None for value in (self.clip, self.mean, self.std)]
+        require(
+            all(given) if self.method == "fixed" else not any(given),
+            "spec.intensity",
+            "clip, mean and std with the method fixed, and only with it",
+            f"method {self.method}",
+        )
+        if self.clip is not None and self.std is not None:
+            require(
+                self.clip[0] < self.clip[1] and self.std > 0,
+                "spec.intensity",
+                "an increasing clip and a std above 0",
+                f"clip {self.clip}, std {self.std}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,6 +170,8 @@ class Spec:
         network: architecture of the U-Net.
         orientation: axis codes of the network's grid, such as RAS.
         intensity: normalisation of each channel.
+        channel_intensity: name of a channel → its own normalisation, where channels differ; the
+            other channels have `intensity`.
         slice_axis: anatomical direction along which the slices of a 2D network are stacked; null
             for a 3D network.
         overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without
@@ -189,12 +225,13 @@ class Spec:
     network: NetworkSpec
     orientation: str = "RAS"
     intensity: Intensity = field(default_factory=Intensity)
+    channel_intensity: dict[str, Intensity] = field(default_factory=dict)
     slice_axis: Literal["R", "A", "S"] | None = None
     overlap: float = 0.5
     foreground_threshold: float | None = None
     localise: bool = False
     tta_mirror: tuple[Literal["R", "A", "S"], ...] = ()
-    output: Literal["softmax", "sigmoid", "regions"] = "softmax"
+    output: OutputKind = "softmax"
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignore_label: int | None = None
     fallback_channel: str | None = None
@@ -398,13 +435,7 @@ def _check_preprocessing(spec: Spec) -> None:
             f"mm above 0 and below {MAX_SPACING_MM:g}, or null",
             mm,
         )
-    lower, upper = spec.intensity.lower, spec.intensity.upper
-    require(
-        0 <= lower < upper <= 100,
-        "spec.intensity",
-        "percentiles, 0 ≤ lower < upper ≤ 100",
-        f"{lower}, {upper}",
-    )
+    _check_names("channel_intensity", spec.channel_intensity, spec.channels, "channels")
     if spec.crop_resize is not None:
         require(
             0 <= spec.crop_resize.floor < 1 and spec.crop_resize.slice_size >= 1,
@@ -443,9 +474,11 @@ def _check_postprocessing(spec: Spec) -> None:
     _check_names("plausible_ml", spec.plausible_ml, {*spec.labels, *spec.sums})
 
 
-def _check_names(key: str, names: Iterable[str], known: Container[str]) -> None:
+def _check_names(
+    key: str, names: Iterable[str], known: Container[str], kind: str = "labels"
+) -> None:
     unknown = sorted({name for name in names if name not in known})
-    require(not unknown, f"spec.{key}", "names of labels", ", ".join(unknown))
+    require(not unknown, f"spec.{key}", f"names of {kind}", ", ".join(unknown))
 
 
 def _check_window(spec: Spec) -> None:

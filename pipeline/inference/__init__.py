@@ -15,7 +15,7 @@ Modules:
 """
 
 from pipeline.inference.aggregator import window_grid
-from pipeline.inference.connected_components import largest_components
+from pipeline.inference.connected_components import clean_components, largest_components
 from pipeline.inference.device import keep_freed_memory, resolve_device
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.memory_plan import (
@@ -60,6 +60,7 @@ __all__ = [
     "RuntimeDescription",
     "WindowInferer",
     "build_inferer",
+    "clean_components",
     "compare_runtimes",
     "convert_to_openvino",
     "estimate_memory",

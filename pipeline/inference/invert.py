@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from numpy.typing import NDArray
 
 from pipeline.config import Spec
 from pipeline.inference.aggregator import ScoreBlock
@@ -35,12 +36,15 @@ class InvertedLabels:
             voxel. None unless the spec has `soft_volumes`.
         uncertainty: (X', Y', Z') float32 entropy of the class probabilities, 0 to 1; None if it was
             not requested.
+        probabilities: (N, X', Y', Z') uint8 probability of each of `spec.outputs`, 255 for 1; None
+            if they were not requested.
     """
 
     labels: LabelMap
     grid: Grid
     soft_mm3: tuple[float, ...] | None = None
     uncertainty: Array | None = None
+    probabilities: NDArray[np.uint8] | None = None
 
 
 class LabelInversion(MapTransform):
@@ -52,14 +56,19 @@ class LabelInversion(MapTransform):
     logits that are computed block by block.
 
     Args:
-        spec: gives the labels' values, `soft_volumes`, `refine`, `crop_resize` and
-            `largest_component`.
+        spec: gives the labels' values, `output`, `soft_volumes`, `refine`, `crop_resize` and the
+            rules for connected components.
         uncertainty: whether the entropy of the class probabilities is computed.
+        probabilities: whether the probability of each of `spec.outputs` is computed on the grid of
+            the label map, with 1 byte per output and voxel. They are the network's: refinement and
+            connected components do not change them.
     """
 
-    def __init__(self, spec: Spec, *, uncertainty: bool = False) -> None:
+    def __init__(
+        self, spec: Spec, *, uncertainty: bool = False, probabilities: bool = False
+    ) -> None:
         super().__init__(PRED)
-        self.spec, self.uncertainty = spec, uncertainty
+        self.spec, self.uncertainty, self.probabilities = spec, uncertainty, probabilities
         values = list(spec.labels.values())
         self.values: LabelMap = np.array(values, dtype=np.min_scalar_type(max(values)))
 
@@ -90,10 +99,23 @@ class LabelInversion(MapTransform):
         grid = Grid.from_meta(image.meta)
         uncertainty = torch.zeros(grid.shape) if self.uncertainty else None
         contested = self.spec.contested if scan is not None else ()
-        collector = ProbabilityCollector(contested)
+        regions = self.spec.output == "regions"
+        collector = ProbabilityCollector(contested, regions=regions)
         if self.spec.soft_volumes or contested:
             blocks = collector.pass_through(blocks)
-        index = labels_of_blocks(blocks, own, grid.affine, grid.shape, uncertainty=uncertainty)
+        probabilities = None
+        if self.probabilities:
+            outputs = len(self.spec.outputs)
+            probabilities = torch.zeros((outputs, *grid.shape), dtype=torch.uint8)
+        index = labels_of_blocks(
+            blocks,
+            own,
+            grid.affine,
+            grid.shape,
+            output=self.spec.output,
+            uncertainty=uncertainty,
+            probabilities=probabilities,
+        )
         if scan is not None and collector.maps is not None:
             index = refine_borders(index, grid.affine, scan, collector.maps, own, self.spec)
         soft_mm3 = None
@@ -105,6 +127,7 @@ class LabelInversion(MapTransform):
             grid=grid,
             soft_mm3=soft_mm3,
             uncertainty=None if uncertainty is None else uncertainty.numpy(),
+            probabilities=None if probabilities is None else probabilities.numpy(),
         )
 
     def _output_values(self, index: torch.Tensor) -> LabelMap:

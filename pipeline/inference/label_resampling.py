@@ -3,11 +3,15 @@
 The result equals softmax → linear resampling → argmax. Classes are resampled one at a time and only
 the running maximum is kept, so that no second array of classes × volume is needed. A class that
 cannot be the maximum anywhere in a block is not resampled.
+
+Regions may overlap. For them the result equals sigmoid → linear resampling → painting each region
+where its probability is above 0.5, in their order; the map painted so far is all that is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +19,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pipeline.config import OutputKind
 from pipeline.inference.aggregator import ScoreBlock
-from pipeline.inference.probabilities import entropy
+from pipeline.inference.probabilities import (
+    class_probabilities,
+    entropy,
+    structure_probabilities,
+)
 from pipeline.transforms import axis_samplings, parallel_axes, sample_axes
 from pipeline.types import Affine
 
@@ -28,6 +37,7 @@ FAR = 1e9
 # the highest of N probabilities is at least 1/N, so a class that stays below it in a block cannot
 # be the maximum there; this factor on 1/N is a margin for rounding errors
 LEAST_WINNING = 0.999
+MAX_FRACTION = 255  # what a probability of 1 is in uint8
 
 # field (x, y, z) → its values, interpolated at the target's voxels
 FieldSampler = Callable[[torch.Tensor], torch.Tensor]
@@ -41,28 +51,36 @@ def labels_of_blocks(
     target_affine: Affine,
     target_shape: Sequence[int],
     *,
+    output: OutputKind = "softmax",
     uncertainty: torch.Tensor | None = None,
+    probabilities: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the number of the most probable class at each voxel of another grid.
+    """Return the number of the class at each voxel of another grid.
 
     The softmax of the logits is interpolated linearly; beyond the edge of its grid, its values at
-    the edge are used. Of classes with the same probability, the one with the lowest number is
-    taken.
+    the edge are used. The class is the most probable one; of classes with the same probability, the
+    one with the lowest number. Regions are painted instead, each where its sigmoid is above 0.5,
+    those with higher numbers over those with lower ones.
 
     Args:
-        blocks: blocks of one volume of logits (C, x, y, z), in any order; changed in place.
+        blocks: blocks of one volume of logits (C, x, y, z), in any order; changed in place. The
+            first channel is the background.
         affine: affine of the logits, voxel → world, mm.
         target_affine: affine of the other grid, voxel → world, mm.
         target_shape: size of the other grid, voxels.
-        uncertainty: (X', Y', Z') float32 tensor that is filled with the entropy of the softmax;
-            None computes no entropy.
+        output: kind of the network's output, as in the spec.
+        uncertainty: (X', Y', Z') float32 tensor that is filled with the entropy of the class
+            probabilities; None computes no entropy.
+        probabilities: (N, X', Y', Z') uint8 tensor that is filled with the probabilities of the
+            network's outputs, 255 for 1; N = C for a softmax, else C - 1. None computes none.
 
     Returns:
         (X', Y', Z') class numbers, uint8 for up to 256 classes, else int32.
     """
     matrix = np.linalg.inv(affine) @ target_affine
     axes = parallel_axes(matrix, target_shape)
-    resample: Callable[..., None] = _resample_by_grid_sample
+    regions = output == "regions"
+    resample: Callable[..., None] = partial(_resample_by_grid_sample, regions=regions)
     if axes is not None:
         resample = partial(_resample_by_axes, axes=axes)
     index = None
@@ -72,16 +90,34 @@ def labels_of_blocks(
             index = torch.zeros(tuple(target_shape), dtype=dtype, device=block.scores.device)
         for piece in _pieces(block):
             if uncertainty is not None:
-                field = ScoreBlock(
-                    start=piece.start, scores=entropy(piece.scores)[None], shape=piece.shape
-                )
+                field = replace(piece, scores=entropy(piece.scores, regions=regions)[None])
                 resample(uncertainty, field, matrix, soft=True, reduce=_first_field)
-            resample(index, piece, matrix, soft=False, reduce=_winning_class)
+            if probabilities is not None:
+                _resample_probabilities(probabilities, piece, matrix, output, resample)
+            reduce = _painted_regions if regions else _winning_class
+            resample(index, piece, matrix, soft=False, reduce=reduce)
             del piece
         del block  # or it would be held while the next one is computed
     if index is None:
         raise ValueError("expected at least one block of scores, got none")
     return index
+
+
+def _resample_probabilities(
+    target: torch.Tensor,
+    piece: ScoreBlock,
+    matrix: Affine,
+    output: OutputKind,
+    resample: Callable[..., None],
+) -> None:
+    """Write a block's part of the probabilities, (N, X', Y', Z') uint8, in place."""
+    if output == "softmax":
+        fields = class_probabilities(piece.scores, regions=False)
+    else:
+        fields = structure_probabilities(piece.scores)
+    for channel, field in zip(target, fields, strict=True):
+        one = replace(piece, scores=field[None])
+        resample(channel, one, matrix, soft=True, reduce=_first_fraction)
 
 
 def _index_type(classes: int) -> torch.dtype:
@@ -143,6 +179,37 @@ def _first_field(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> t
     return sample(scores[0]).cpu()
 
 
+def _first_fraction(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> torch.Tensor:
+    """Return the first channel of probabilities, resampled, as uint8: a `Reduction`."""
+    fractions = sample(scores[0]).clamp_(0, 1) * MAX_FRACTION
+    return fractions.round_().to(torch.uint8).cpu()
+
+
+def _painted_regions(
+    scores: torch.Tensor, sample: FieldSampler, *, soft: bool
+) -> torch.Tensor | int:
+    """Return the number of the last region whose probability is above 0.5, 0 without one.
+
+    It is a `Reduction`; its arguments and result are those of `_winning_class`, but scores that are
+    resampled as they are stand for a probability above 0.5 where they are above the first channel.
+    """
+    painted: torch.Tensor | int = 0
+    dtype = _index_type(len(scores))
+    for number in range(1, len(scores)):
+        field = scores[number] - scores[0]
+        low, high = (float(value) for value in field.aminmax())
+        if high <= 0:  # nowhere
+            continue
+        if low > 0:  # everywhere, over all regions before it
+            painted = number
+            continue
+        inside = sample(field if soft else torch.sigmoid(field) - 0.5) > 0
+        if isinstance(painted, int):
+            painted = torch.full(inside.shape, painted, dtype=dtype, device=inside.device)
+        painted.masked_fill_(inside, number)
+    return painted
+
+
 def _winning_class(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> torch.Tensor | int:
     """Return the number of the class with the highest resampled score: a `Reduction`.
 
@@ -175,15 +242,24 @@ def _winning_class(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) ->
 
 
 def _resample_by_grid_sample(
-    target: torch.Tensor, block: ScoreBlock, matrix: Affine, *, soft: bool, reduce: Reduction
+    target: torch.Tensor,
+    block: ScoreBlock,
+    matrix: Affine,
+    *,
+    soft: bool,
+    reduce: Reduction,
+    regions: bool = False,
 ) -> None:
     """Write a block's part of the target by trilinear interpolation, whatever the two affines.
 
-    The arguments are those of `_resample_by_axes`.
+    The arguments are those of `_resample_by_axes`, and whether the structures are regions.
     """
     if not soft:
-        scores = torch.softmax(block.scores, dim=0)
-        block = ScoreBlock(start=block.start, scores=scores, shape=block.shape)
+        if regions:  # the background's is 0.5: a region is painted where it is above that
+            scores = torch.sigmoid(block.scores - block.scores[:1])
+        else:
+            scores = torch.softmax(block.scores, dim=0)
+        block = replace(block, scores=scores)
     area = _target_box(target.shape, block, matrix)
     plane = (area[1].stop - area[1].start) * (area[2].stop - area[2].start)
     thickness = max(1, PIECE_VALUES // max(1, len(block.scores) * plane))

@@ -135,6 +135,8 @@ def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
     window = FLOAT32_BYTES * channels * prod(spec.roi_size) * windows
     piece = FLOAT32_BYTES * min(PIECE_VALUES, channels * grid)
     labels = 2 * prod(label_shape) * (1 if channels <= 256 else 4)
+    if model.inversion.probabilities:
+        labels += len(spec.outputs) * prod(label_shape)  # uint8
     refine = 0
     if spec.refine:  # the scan as read, the probability maps in float16, and the computation
         scan = sum(prod(header.shape) for header in headers)

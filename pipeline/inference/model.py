@@ -6,8 +6,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from monai.inferers import Inferer
+from numpy.typing import NDArray
 from torch import nn
 
 from pipeline.config import Spec
@@ -71,6 +73,8 @@ class Prediction:
         volumes_mm3: name of each structure and of each sum in the spec → volume, mm³.
         uncertainty: (X, Y, Z) entropy of the class probabilities, 0 to 1; None if it was not
             requested.
+        probabilities: (N, X, Y, Z) uint8 probability of each of `spec.outputs`, 255 for 1; None if
+            they were not requested.
     """
 
     labels: LabelMap
@@ -80,3 +84,4 @@ class Prediction:
     seconds: dict[str, float]
     volumes_mm3: dict[str, float]
     uncertainty: Array | None = None
+    probabilities: NDArray[np.uint8] | None = None

@@ -124,7 +124,8 @@ class BackgroundInferer(Inferer):
 
     The background's logit is 0, which corresponds to a probability of 0.5. Hence a structure has
     the highest logit where its probability is above 0.5 and above those of the other structures.
-    With a single structure, its softmax probability equals the sigmoid of its logit.
+    With a single structure, its softmax probability equals the sigmoid of its logit. Regions, which
+    may overlap, are painted where their logit is above that of the background.
 
     Args:
         inferer: inferer that applies the network to a volume.

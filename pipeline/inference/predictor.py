@@ -26,7 +26,7 @@ from pipeline.inference.memory_plan import plan_memory
 from pipeline.inference.model import Model, Prediction, PreparedCase
 from pipeline.inference.quality_checks import quality_warnings
 from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
-from pipeline.inference.volumes import volumes_mm3, with_sums
+from pipeline.inference.volumes import structure_volumes
 from pipeline.io import read_header, warnings_of
 from pipeline.transforms import IMAGE, SCAN
 
@@ -170,8 +170,7 @@ def _prediction(
 ) -> Prediction:
     """Return the prediction of a case: its labels with volumes and warnings."""
     spec, labels, affine = model.spec, inverted.labels, inverted.grid.affine
-    volumes = volumes_mm3(labels, affine, spec.labels, inverted.soft_mm3)
-    volumes = with_sums(volumes, spec.sums)
+    volumes = structure_volumes(labels, affine, spec, inverted.soft_mm3)
     return Prediction(
         labels=labels,
         affine=affine,
@@ -180,6 +179,7 @@ def _prediction(
         seconds=seconds,
         volumes_mm3=volumes,
         uncertainty=inverted.uncertainty,
+        probabilities=inverted.probabilities,
     )
 
 

@@ -85,7 +85,7 @@ def _window_or_tile_inferer(spec: Spec, overlap: float, sw_batch_size: int | Non
                 f"got {overlap}"
             )
         tiles = build_tile_inferer(spec, sw_batch_size)
-        return BackgroundInferer(tiles) if spec.output == "sigmoid" else tiles
+        return tiles if spec.output == "softmax" else BackgroundInferer(tiles)
     return WindowInferer(
         spec.roi_size,
         overlap,
@@ -94,7 +94,7 @@ def _window_or_tile_inferer(spec: Spec, overlap: float, sw_batch_size: int | Non
         mirroring=mirroring_of(spec),
         foreground_threshold=spec.foreground_threshold,
         head_top=head_top(spec) if spec.localise else None,
-        add_background=spec.output == "sigmoid",
+        add_background=spec.output != "softmax",
     )
 
 

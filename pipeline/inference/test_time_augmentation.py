@@ -143,13 +143,19 @@ class RotationInferer(Inferer):
         inferer: inferer that segments each version.
         rotations: number of versions, including the unrotated one.
         axis: array axis to rotate about, 0 to 2.
+        regions: whether the structures are regions, which may overlap: the sigmoid of their logit
+            minus that of the background is then averaged.
 
     Shapes:
-        (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose softmax is the mean probability.
+        (B, C, X, Y, Z) → logits (B, classes, X, Y, Z) whose softmax (or sigmoid) is the mean
+        probability.
     """
 
-    def __init__(self, inferer: Inferer, rotations: int, axis: int) -> None:
+    def __init__(
+        self, inferer: Inferer, rotations: int, axis: int, *, regions: bool = False
+    ) -> None:
         self.inferer, self.rotations, self.axis = inferer, rotations, axis
+        self.regions = regions
         self.overlap = getattr(inferer, "overlap", 0.0)
 
     def __call__(
@@ -167,14 +173,21 @@ class RotationInferer(Inferer):
         def probabilities(angle: float) -> torch.Tensor:
             rotated = rotate_plane(extended, angle, plane_spacing).movedim((-2, -1), plane)
             logits = self.inferer(rotated, network).movedim(plane, (-2, -1))
-            upright = rotate_plane(torch.softmax(logits.float(), dim=1), -angle, plane_spacing)
+            logits = logits.float()
+            if self.regions:
+                fields = torch.sigmoid(logits - logits[:, :1])
+            else:
+                fields = torch.softmax(logits, dim=1)
+            upright = rotate_plane(fields, -angle, plane_spacing)
             return upright[..., top : top + height, left : left + width]
 
         total = probabilities(0.0)
         for k in range(1, self.rotations):
             total = total + probabilities(2 * pi * k / self.rotations)
-        mean = (total / self.rotations).clamp(min=MIN_PROBABILITY)
-        return torch.log(mean).movedim((-2, -1), plane)
+        mean = total / self.rotations
+        if self.regions:  # 0 for the background, whose sigmoid is 0.5
+            return torch.logit(mean, eps=MIN_PROBABILITY).movedim((-2, -1), plane)
+        return torch.log(mean.clamp(min=MIN_PROBABILITY)).movedim((-2, -1), plane)
 
 
 def rotate_plane(x: torch.Tensor, angle: float, spacing: Sequence[float]) -> torch.Tensor:
@@ -218,7 +231,7 @@ def average_rotations(spec: Spec, inferer: Inferer) -> Inferer:
         return inferer
     vertical = next(i for i, code in enumerate(spec.orientation) if code in "SI")
     axis = vertical if spec.slice_dim is None else spec.slice_dim
-    return RotationInferer(inferer, spec.tta_rotations, axis)
+    return RotationInferer(inferer, spec.tta_rotations, axis, regions=spec.output == "regions")
 
 
 def _spacing(inputs: torch.Tensor) -> list[float]:

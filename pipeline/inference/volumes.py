@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pipeline.config import ALL
+from pipeline.config import ALL, Spec
 from pipeline.types import Affine, LabelMap
 
 
 def volumes_mm3(
     labels: LabelMap,
     affine: Affine,
-    names: Mapping[str, int],
+    names: Mapping[str, int | Sequence[int]],
     soft_mm3: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Return name → volume of each structure, mm³, without the background.
@@ -25,19 +25,47 @@ def volumes_mm3(
     Args:
         labels: (X, Y, Z) label map.
         affine: affine of the label map, voxel → world, mm.
-        names: name → value in the label map, as in the spec.
+        names: name → value in the label map, as in the spec; several values for a region.
         soft_mm3: soft volumes in the order of `names`, mm³; None counts voxels.
     """
     counts = _voxel_counts(labels)
+    voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     volumes = {}
-    if soft_mm3 is None:
-        voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
-        for name, value in names.items():
-            volumes[name] = counts.get(value, 0) * voxel_mm3
-    else:
-        for (name, value), mm3 in zip(names.items(), soft_mm3, strict=True):
-            volumes[name] = mm3 if value in counts else 0.0
-    return {name: volumes[name] for name, value in names.items() if value != 0}
+    for number, (name, value) in enumerate(names.items()):
+        values = [value] if isinstance(value, int) else value
+        if 0 in values:
+            continue
+        voxels = sum(counts.get(one, 0) for one in values)
+        volumes[name] = voxels * voxel_mm3
+        if soft_mm3 is not None:
+            volumes[name] = soft_mm3[number] if voxels else 0.0
+    return volumes
+
+
+def structure_volumes(
+    labels: LabelMap, affine: Affine, spec: Spec, soft_mm3: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Return the volumes of the spec's structures, mm³, and of their sums.
+
+    Regions may overlap: a sum of them is the volume of their union.
+
+    Args:
+        labels: (X, Y, Z) label map.
+        affine: affine of the label map, voxel → world, mm.
+        spec: gives labels, regions and sums.
+        soft_mm3: soft volume of each label, mm³; None counts voxels.
+    """
+    if spec.output != "regions":
+        return with_sums(volumes_mm3(labels, affine, spec.labels, soft_mm3), spec.sums)
+    values_of = dict(spec.values_of)
+    volumes = volumes_mm3(labels, affine, {"": 0, **values_of}, soft_mm3)
+    if not spec.sums:
+        return volumes
+    unions = {}
+    for name, parts in spec.sums.items():
+        members = values_of if ALL in parts else [part for part in parts if part in values_of]
+        unions[name] = sorted({value for part in members for value in values_of[part]})
+    return volumes | volumes_mm3(labels, affine, unions)
 
 
 def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -> dict[str, float]:

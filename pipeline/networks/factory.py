@@ -16,7 +16,7 @@ def build_network(spec: Spec) -> nn.Module:
     if size == 1:
         return build_unet(spec)
     members = [build_unet(spec) for _ in range(size)]
-    return Ensemble(members, sigmoid=spec.output == "sigmoid")
+    return Ensemble(members, sigmoid=spec.output != "softmax")
 
 
 def build_unet(spec: Spec) -> UNet:
