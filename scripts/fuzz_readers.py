@@ -37,6 +37,8 @@ import nibabel as nib
 import numpy as np
 
 SHAPE = (9, 7, 8)
+# of noise that barely compresses: its file has room for hundreds of MB, if its header declares them
+LARGE_SHAPE = (60, 50, 70)
 FREE_BYTES = 64 * 2**20
 MAX_SECONDS = 10.0
 ADDRESS_SPACE = 8 * 2**30  # of a child: a reader that takes more fails with a MemoryError
@@ -51,6 +53,7 @@ TEXTS = (b"", b"0", b"-1", b"1", b"3", b"4", b"1e9", b"nan", b"99999999999999999
          b"ascii", b"hex", b"bzip2", b"none none none", b"(nan,0,0) (0,1,0) (0,0,1)", b"/dev/zero",
          b"../x", b"\xfc\xff", b"1 " * 40, b"vector domain domain domain", b"MET_FLOAT",
          b"MET_DOUBLE_ARRAY", b"double", b"block", b"short", b"65535 65535 65535", b"9 7 8 1000000",
+         b"60 50 30000", b"60 50 70 300", b"6000 5000 7",
          b"left-posterior-superior", b"scanner-xyz", b'"um" "um" "um"', b"um", b"9 7", b"0 7 8")
 # offset and type of the fields that decide on sizes and places, by the header's kind
 NIFTI1_FIELDS = [(0, "i"), *((40 + 2 * i, "h") for i in range(8)), (70, "h"), (72, "h"),
@@ -100,7 +103,12 @@ def samples() -> list[Sample]:
         (nib.Spm2AnalyzeImage, NIFTI1_FIELDS),
     ):
         found.append(Sample("a.hdr", _pair(kind(values.astype("i2"), affine)), tuple(fields)))
-    return found + list(_text_samples(values))
+    noise = np.random.default_rng(0).integers(0, 2**15, LARGE_SHAPE).astype("i2")
+    for _ in range(4):  # as likely as the small ones together
+        image, mgh = nib.Nifti1Image(noise, affine), nib.MGHImage(noise, affine)
+        found.append(Sample("a.nii", {"a.nii": image.to_bytes()}, tuple(NIFTI1_FIELDS)))
+        found.append(Sample("a.mgh", {"a.mgh": mgh.to_bytes()}, tuple(MGH_FIELDS), ">"))
+    return found + list(_text_samples(values)) + list(_text_samples(noise, (".mha", ".nrrd")))
 
 
 def _pair(image: Any) -> dict[str, bytes]:
@@ -109,7 +117,9 @@ def _pair(image: Any) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
-def _text_samples(values: Any) -> Iterator[Sample]:
+def _text_samples(
+    values: Any, suffixes: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
+) -> Iterator[Sample]:
     """Yield NRRD and MetaImage files, attached and detached, raw and compressed."""
     import SimpleITK as sitk
 
@@ -118,7 +128,7 @@ def _text_samples(values: Any) -> Iterator[Sample]:
     floats = sitk.Cast(image, sitk.sitkFloat32)
     series = sitk.JoinSeries([image, image])
     vector = sitk.Compose([image, image, image])
-    for suffix in (".nrrd", ".nhdr", ".mha", ".mhd"):
+    for suffix in suffixes:
         for voxels in (image, floats, series, vector):
             for compressed in (False, True):
                 with tempfile.TemporaryDirectory() as folder:

@@ -52,5 +52,8 @@ def printable(text: PathOrStr) -> str:
     Names of files are bytes. Python holds those that are not UTF-8 as surrogates, which no encoding
     accepts.
     """
-    shown = os.fsencode(text).decode("utf-8", errors="backslashreplace")
+    try:
+        shown = os.fsencode(text).decode("utf-8", errors="backslashreplace")
+    except UnicodeEncodeError:  # other surrogates, which no file name holds, but a manifest may
+        shown = os.fspath(text).encode("utf-8", errors="backslashreplace").decode("utf-8")
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in shown)

@@ -157,21 +157,22 @@ def _describe_analyze(content: bytes, files: dict[str, Path], path: Path) -> Ima
     """Return the header of an Analyze file, with the affine of SPM's .mat where there is one."""
     kind = nib.Spm2AnalyzeImage
     block = _whole(content, kind.header_class.sizeof_hdr, path)
+    mat = _mat_content(files["mat"], path)
     holders = {
         "header": FileHolder(fileobj=BytesIO(block)),
         "image": FileHolder(filename=str(files["image"])),
-        "mat": FileHolder(fileobj=BytesIO(_mat_content(files["mat"], path))),
+        "mat": FileHolder(fileobj=BytesIO(mat)),
     }
-    image = kind.from_file_map(holders)
-    described = _nibabel_header(image, printable(path))
-    names = tuple(name for name in files.values() if name.is_file())
+    described = _nibabel_header(kind.from_file_map(holders), printable(path))
+    names = (files["header"], *([files["mat"]] if mat else []), files["image"])
     return _image_file(
         kind.header_class(block),
-        tuple(sorted(names, key=lambda name: name == files["image"])),
+        names,
         path,
         affine=described.affine,
-        warnings=described.warnings,
-        nifti=described.nifti,
+        # with a .mat, the affine is stored even where it is the one that is assumed without
+        warnings=() if mat else described.warnings,
+        nifti=b"" if mat else described.nifti,
     )
 
 

@@ -100,7 +100,7 @@ class VoxelData:
         room = sum(size - max(self.offset, 0) for size in sizes)
         needed = self.skipped + self.declared_bytes
         if self.encoding == TEXT:
-            needed = self.values  # at least one character each
+            needed = 2 * self.values - 1  # at least one character each, and one between two
         if self.encoding in (GZIP, ZLIB):
             room *= MAX_RATIO
         if room < needed:

@@ -391,6 +391,30 @@ def test_names_are_shown_on_one_line() -> None:
     assert printable(os.fsdecode(b"M\xfcller.nii")) == r"M\xfcller.nii"
     assert printable(Path("a\nb.nii")) == r"a\nb.nii"
     assert printable("Müller 日本.nii") == "Müller 日本.nii"
+    assert printable("\ud800.nii") == r"\ud800.nii"
+
+
+def test_a_mat_file_is_an_orientation_whatever_it_holds(tmp_path: Path) -> None:
+    """Also the affine that is assumed without one."""
+    image = nib.AnalyzeImage(smooth(), np.diag([-0.9, 1.3, 2.1, 1.0]))
+    nib.save(image, tmp_path / "a.img")
+    assert len(read(tmp_path / "a.hdr").warnings) == 1
+    affine = read(tmp_path / "a.hdr").affine
+    to_111 = np.eye(4)
+    to_111[:3, 3] = -1  # MATLAB counts voxels from 1
+    scipy.io.savemat(tmp_path / "a.mat", {"mat": affine @ to_111})
+    np.testing.assert_allclose(read(tmp_path / "a.hdr").affine, affine, atol=1e-6)
+    assert read(tmp_path / "a.hdr").warnings == ()
+    assert read(tmp_path / "a.hdr").header == b""
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    """From a manifest, for example."""
+    for name in ("\ud800.nii", "a\0b.nii", "a" * 300 + ".nii"):
+        for function in (read, read_header):
+            with pytest.raises(ReadError) as raised:
+                function(tmp_path / name)
+            assert str(raised.value).encode()
 
 
 def test_a_large_mat_file_is_refused(tmp_path: Path) -> None:
