@@ -14,6 +14,7 @@ Modules:
     resume        whether a case is done: these bytes in, these bytes out
     claims, locks     who works on which case
     suspects      cases during which a process died
+    dask_executor, dask_worker   an executor on Dask `distributed`: its client, its workers
     many          many images in several processes, with their results in memory
     pool, stages  worker processes; reading, computing and writing at the same time
     shards, resources   parts of a batch for several jobs; the cores and memory allotted
@@ -21,6 +22,7 @@ Modules:
 """
 
 from pipeline.batch.coordinator import Progress
+from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path, uncertainty_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
@@ -47,6 +49,7 @@ __all__ = [
     "allotted_memory",
     "case_columns",
     "choose_jobs",
+    "dask_executor",
     "forecast_cases",
     "local_executor",
     "output_path",

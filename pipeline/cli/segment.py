@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,12 @@ MIB, GIB = 2**20, 2**30
     "of the job array's task or of the indexed job's pod.",
 )
 @click.option(
+    "--dask",
+    metavar="ADDRESS",
+    help="Segment in workers of Dask: the address of a scheduler such as tcp://node1:8786, or "
+    "local for workers on this machine.",
+)
+@click.option(
     "--uncertainty",
     is_flag=True,
     help="Write <name>_uncertainty.nii.gz as well: the entropy of the scores, 0 to 1.",
@@ -132,6 +138,7 @@ def segment(
     as_json: bool,
     jobs: int | None,
     case_timeout: float | None,
+    dask: str | None,
     overwrite: bool,
     check_hashes: bool,
     **settings: Any,
@@ -154,13 +161,15 @@ def segment(
 
         part = parse_shard(shard) if shard else None
         limit = parse_size(max_memory) if max_memory else None
+        workers = _Workers(
+            jobs=jobs, limit=limit, case_timeout=case_timeout, dask=dask, settings=settings
+        )
         model = open_bundle(**settings)
         cases = find_cases(inputs, model.spec)
         if part is not None:
             cases = part.of(cases)
         if dry_run:
             sys.exit(_show_forecasts(model, cases, output, as_json=as_json))
-        workers = _Workers(jobs=jobs, limit=limit, case_timeout=case_timeout)
         rows: list[CaseRecord] = []
         with progress_bar("segmenting", len(cases)) as advance:
 
@@ -202,8 +211,26 @@ def tables(output: Path) -> None:
 class _Workers:
     """How many processes work, with how many threads and how much memory each."""
 
-    def __init__(self, *, jobs: int | None, limit: int | None, case_timeout: float | None) -> None:
+    def __init__(
+        self,
+        *,
+        jobs: int | None,
+        limit: int | None,
+        case_timeout: float | None,
+        dask: str | None,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.jobs, self.limit, self.case_timeout = jobs, limit, case_timeout
+        self.dask, self.settings = dask, settings
+        if dask in (None, "local"):
+            return
+        for option, value in {"--jobs": jobs, "--max-memory": limit}.items():
+            if value is not None:
+                raise click.UsageError(
+                    f"{option} is for workers that volseg starts on this machine; with --dask "
+                    f"{dask}, number and memory of the workers are the cluster's "
+                    "(`dask worker --nworkers --memory-limit`)"
+                )
 
     def run(
         self,
@@ -216,11 +243,20 @@ class _Workers:
         check_hashes: bool,
     ) -> BatchSummary:
         """Segment cases in worker processes."""
-        from pipeline.batch import choose_jobs, pool_executor, run_batch
+        from pipeline.batch import choose_jobs, dask_executor, pool_executor, run_batch
 
         jobs, threads = choose_jobs(model, cases, self.jobs, self.limit)
         limit = None if self.limit is None else self.limit // jobs
-        executor = pool_executor(jobs=jobs, threads=threads, case_timeout=self.case_timeout)
+        workers: dict[str, Any] = {
+            "jobs": jobs,
+            "threads": threads,
+            "case_timeout": self.case_timeout,
+        }
+        executor = (
+            pool_executor(**workers)
+            if self.dask is None
+            else dask_executor(self.dask, {**self.settings, "max_memory": limit}, **workers)
+        )
         model = replace(model, max_memory=limit)
         return run_batch(
             model,
@@ -260,7 +296,8 @@ def _show_forecasts(model: Model, cases: Sequence[Case], output: Path, *, as_jso
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]), dialect="excel-tab")
+        names = list(rows[0]) if rows else []  # a shard may have no case
+        writer = csv.DictWriter(sys.stdout, fieldnames=names, dialect="excel-tab")
         writer.writeheader()
         writer.writerows(rows)
     bad = sum(bool(item.problem) for item in forecasts)
