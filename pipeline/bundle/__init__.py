@@ -1,6 +1,8 @@
 """MONAI bundles: found, opened, checked, refreshed, exported and imported.
 
 opening        a bundle by path or name, opened for inference
+trust          which bundles can run code, and the error that keeps them from it
+info           what a bundle is, without evaluating it
 wiring         the wiring that volseg writes, and which release wrote a bundle's
 metadata       metadata.json, from spec and card
 check          MONAI's checks, offline, and ours
@@ -11,16 +13,28 @@ templates/     the wiring itself, and the schema of the metadata
 
 from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
+from pipeline.bundle.info import BundleInfo, bundle_info
 from pipeline.bundle.opening import find_bundle, open_bundle, shipped_bundles
+from pipeline.bundle.trust import code_hash
 from pipeline.bundle.weight_import import PublishedNetwork, import_checkpoint
-from pipeline.bundle.wiring import WIRING, Refreshed, read_wiring, refresh_bundle, template
+from pipeline.bundle.wiring import (
+    WIRING,
+    Refreshed,
+    read_wiring,
+    refresh_bundle,
+    template,
+    wiring_origin,
+)
 
 __all__ = [
     "WIRING",
+    "BundleInfo",
     "ExportReport",
     "PublishedNetwork",
     "Refreshed",
+    "bundle_info",
     "check_bundle",
+    "code_hash",
     "export_bundle",
     "find_bundle",
     "import_checkpoint",
@@ -29,4 +43,5 @@ __all__ = [
     "refresh_bundle",
     "shipped_bundles",
     "template",
+    "wiring_origin",
 ]

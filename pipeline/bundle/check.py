@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
@@ -17,14 +18,15 @@ from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
 
 from pipeline.bundle.metadata import bundle_metadata
 from pipeline.bundle.opening import find_bundle
-from pipeline.bundle.wiring import WIRING, current_wiring, wiring_origin
+from pipeline.bundle.trust import check_plain
+from pipeline.bundle.wiring import WIRING, literal, wiring_origin, wiring_to_evaluate
 from pipeline.config import BundlePaths, Run, load_run, load_spec
 from pipeline.errors import ConfigError, describe_error
 from pipeline.networks import build_network, read_state
 from pipeline.transforms import crop_size
 from pipeline.types import Case, PathOrStr
 
-Check = Callable[[BundlePaths], None]
+Check = Callable[["CheckedBundle"], None]
 Workflow = Literal["inference", "train"]
 
 SCHEMA = "metadata_schema.json"
@@ -38,7 +40,15 @@ ENVIRONMENT_KEYS = (
 )
 
 
-def check_bundle(bundle: PathOrStr) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class CheckedBundle:
+    """A bundle under check, and whether wiring that volseg did not write may be evaluated."""
+
+    paths: BundlePaths
+    trust: bool
+
+
+def check_bundle(bundle: PathOrStr, *, trust: bool = False) -> dict[str, str]:
     """Return the result of each check of a bundle: its name → what is wrong, empty if it passed.
 
     MONAI checks the properties that a workflow for inference and for training must have, the
@@ -46,13 +56,17 @@ def check_bundle(bundle: PathOrStr) -> dict[str, str]:
     spec, the weights against the spec, and whether the generated files are as this version would
     write them. Wiring of an earlier release is checked in its present form, the one that is used.
 
+    Nothing of a bundle is evaluated whose wiring is not volseg's, unless it is trusted: the checks
+    that would do so have not passed, and say that they did not run.
+
     Args:
         bundle: a folder, or the name of a shipped bundle.
+        trust: whether wiring that volseg did not write may run.
 
     Raises:
         ConfigError: there is no such bundle.
     """
-    paths = BundlePaths(find_bundle(bundle))
+    checked = CheckedBundle(BundlePaths(find_bundle(bundle)), trust)
     checks: dict[str, Check] = {
         "spec": _check_spec,
         "weights fit the spec": _check_weights,
@@ -62,75 +76,79 @@ def check_bundle(bundle: PathOrStr) -> dict[str, str]:
         "network input and output": _check_network_shapes,
         "generated files": _check_generated_files,
     }
-    return {name: _failure(check, paths) for name, check in checks.items()}
+    return {name: _failure(check, checked) for name, check in checks.items()}
 
 
-def _failure(check: Check, paths: BundlePaths) -> str:
+def _failure(check: Check, checked: CheckedBundle) -> str:
     """Run one check and return its error message, empty if it passed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MONAI warns whenever it reads a configuration
-            check(paths)
+            check(checked)
     except Exception as error:  # a broken bundle may raise anything; the other checks still run
         return describe_error(error)
     return ""
 
 
-def _check_spec(paths: BundlePaths) -> None:
+def _check_spec(checked: CheckedBundle) -> None:
     """Raise a ConfigError if the spec is missing or wrong."""
-    load_spec(paths.spec)
+    load_spec(checked.paths.spec)
 
 
-def _check_weights(paths: BundlePaths) -> None:
+def _check_weights(checked: CheckedBundle) -> None:
     """Raise an error if the weights do not fit the network of the spec, or are not finite."""
-    state = read_state(paths.weights)
-    build_network(load_spec(paths.spec)).load_state_dict(state, strict=True)
+    state = read_state(checked.paths.weights)
+    build_network(load_spec(checked.paths.spec)).load_state_dict(state, strict=True)
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ConfigError(f"models/model.pt: NaN or infinity in {', '.join(broken)}")
 
 
-def _check_inference_properties(paths: BundlePaths) -> None:
+def _check_inference_properties(checked: CheckedBundle) -> None:
     """Raise an error if the workflow for inference cannot be built or lacks a property of MONAI."""
-    _check_properties(paths, "inference", ["inference.yaml"], {"dataset::data": []})
+    _check_properties(checked, "inference", ["inference.yaml"], {"dataset::data": []})
 
 
-def _check_training_properties(paths: BundlePaths) -> None:
+def _check_training_properties(checked: CheckedBundle) -> None:
     """Raise an error if the workflow for training cannot be built or lacks a property of MONAI.
 
     MONAI builds every part of the workflow. The training data need not be on this machine, so cases
     of noise replace them, and the settings that would read other files are left out.
     """
-    run = load_run(paths.run)
+    _wiring(checked, WIRING)  # before anything else, so that the reason is named
+    run = load_run(checked.paths.run)
     settings = replace(
         run, synthesis=None, splits=None, validate_every=0, keep="last", patience=None
     )
     overrides = {
         "settings": settings,
-        "train::dataset::data": _noise_cases(paths, run),
+        "train::dataset::data": _noise_cases(checked.paths, run),
         "initialize": [],  # would seed the process and load the weights to start from
     }
-    _check_properties(paths, "train", WIRING, overrides)
+    _check_properties(checked, "train", WIRING, overrides)
 
 
 def _check_properties(
-    paths: BundlePaths, workflow: Workflow, names: Sequence[str], overrides: dict[str, Any]
+    checked: CheckedBundle, workflow: Workflow, names: Sequence[str], overrides: dict[str, Any]
 ) -> None:
     """Build a workflow and raise a ConfigError if MONAI's `check_properties` misses any.
 
     Args:
-        paths: the bundle.
+        checked: the bundle.
         workflow: the kind of workflow, which decides what properties MONAI expects.
         names: the wiring files to read.
         overrides: ids of the wiring → what replaces them.
     """
+    wiring = _wiring(checked, names)
+    _check_metadata_is_plain(checked.paths)
+    root = literal(str(checked.paths.folder))
     built = ConfigWorkflow(
-        config_file=[str(current_wiring(paths.configs / name)) for name in names],
-        meta_file=str(paths.metadata),
+        config_file=[str(path) for path in wiring],
+        meta_file=str(checked.paths.metadata),
         logging_file=False,
         workflow_type=workflow,
-        bundle_root=str(paths.folder),
-        dataset_dir=str(paths.folder),
+        bundle_root=root,
+        dataset_dir=root,
         **overrides,
     )
     built.initialize()
@@ -139,6 +157,27 @@ def _check_properties(
         raise ConfigError(
             f"{workflow}: MONAI's properties {', '.join(missing)} are missing or wrongly referenced"
         )
+
+
+def _wiring(checked: CheckedBundle, names: Sequence[str]) -> list[Path]:
+    """Return the wiring to evaluate.
+
+    Raises:
+        ConfigError: it is not volseg's and not trusted.
+    """
+    try:
+        return wiring_to_evaluate(checked.paths.folder, names, trust=checked.trust)
+    except ConfigError as error:
+        raise ConfigError(f"not run, needs --trust: {error}") from error
+
+
+def _check_metadata_is_plain(paths: BundlePaths) -> None:
+    """Raise a ConfigError if metadata.json has a string that MONAI would evaluate.
+
+    MONAI reads the metadata into the same parser as the wiring, and evaluates its properties.
+    """
+    if paths.metadata.is_file():  # MONAI names what is missing without it
+        check_plain(json.loads(paths.metadata.read_text(encoding="utf-8")), str(paths.metadata))
 
 
 def _noise_cases(paths: BundlePaths, run: Run) -> list[Case]:
@@ -157,29 +196,32 @@ def _noise_cases(paths: BundlePaths, run: Run) -> list[Case]:
     ]
 
 
-def _check_metadata(paths: BundlePaths) -> None:
+def _check_metadata(checked: CheckedBundle) -> None:
     """Raise an error if metadata.json does not follow MONAI's schema.
 
     The schema is a copy that is installed with volseg: MONAI would download it.
     """
     schema = files("pipeline.bundle") / "templates" / SCHEMA
-    verify_metadata(meta_file=str(paths.metadata), filepath=str(schema))
+    verify_metadata(meta_file=str(checked.paths.metadata), filepath=str(schema))
 
 
-def _check_network_shapes(paths: BundlePaths) -> None:
+def _check_network_shapes(checked: CheckedBundle) -> None:
     """Raise an error if the network's input or output is not as metadata.json describes it."""
+    [wiring] = _wiring(checked, ["inference.yaml"])
+    _check_metadata_is_plain(checked.paths)
     verify_net_in_out(
         net_id="network_def",
-        meta_file=str(paths.metadata),
-        config_file=str(current_wiring(paths.inference)),
+        meta_file=str(checked.paths.metadata),
+        config_file=str(wiring),
         device="cpu",
         n=2,  # the n of sizes such as `16*n`
-        bundle_root=str(paths.folder),
+        bundle_root=literal(str(checked.paths.folder)),
     )
 
 
-def _check_generated_files(paths: BundlePaths) -> None:
+def _check_generated_files(checked: CheckedBundle) -> None:
     """Raise a ConfigError if the wiring or metadata.json differs from what volseg would write."""
+    paths = checked.paths
     refresh = f"volseg bundle refresh {paths.folder}"
     problems, outdated = [], []
     for name in WIRING:
@@ -187,7 +229,7 @@ def _check_generated_files(paths: BundlePaths) -> None:
             case "edited":
                 problems.append(
                     f"configs/{name} differs from the one that volseg {version('volseg')} writes, "
-                    f"and is used as it is; `{refresh} --overwrite` replaces it"
+                    f"and runs only with --trust; `{refresh} --overwrite` replaces it"
                 )
             case "released":
                 outdated.append(

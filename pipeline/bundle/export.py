@@ -23,12 +23,13 @@ from pipeline.inference import (
     compare_runtimes,
     convert_to_openvino,
     import_openvino,
+    model_hashes,
     noise_window,
     openvino_core,
     weights_hash,
     window_grid,
 )
-from pipeline.io import find_cases, write_json
+from pipeline.io import find_cases, sha256, write_json
 from pipeline.networks import build_network, load_weights
 from pipeline.transforms import IMAGE, preprocessing
 from pipeline.types import Case, NetworkFunction, PathOrStr, Volume
@@ -55,6 +56,7 @@ class ExportReport(TypedDict):
         file: name of the network's file in the bundle's models/.
         precision: float32 or int8.
         weights_hash: SHA-256 of the weights and the spec that the network was exported from.
+        sha256: name of each file that was written → its SHA-256.
         compared_on: the input of the comparison with torch, windows of volumes or noise.
         logit_difference: largest difference of logits, in standard deviations of torch's logits.
         label_agreement: fraction of voxels with the same label, 0 to 1; the mean over windows.
@@ -63,6 +65,7 @@ class ExportReport(TypedDict):
     file: str
     precision: ExportPrecision
     weights_hash: str
+    sha256: dict[str, str]
     compared_on: str
     logit_difference: float
     label_agreement: float
@@ -113,6 +116,7 @@ def export_bundle(
         file=path.name,
         precision=precision,
         weights_hash=weights_hash(network, spec),
+        sha256=model_hashes(path) if to == "openvino" else {path.name: sha256(path)},
         compared_on=f"windows of {len(held_out)} volumes" if held_out else "noise",
         logit_difference=agreement["logit_difference"],
         label_agreement=agreement["label_agreement"],

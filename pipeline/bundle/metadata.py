@@ -8,6 +8,7 @@ from importlib.metadata import version
 from math import prod
 from typing import Any
 
+from pipeline.bundle.trust import check_plain
 from pipeline.config import BundlePaths, Card, Spec, load_config, load_spec, smallest_size
 from pipeline.types import PathOrStr
 
@@ -25,7 +26,8 @@ def bundle_metadata(root: PathOrStr) -> dict[str, Any]:
         root: the bundle's folder, with spec.yaml and card.yaml.
 
     Raises:
-        ConfigError: the spec or the card is missing or wrong.
+        ConfigError: the spec or the card is missing or wrong, or has a text that MONAI's parser
+            would evaluate.
     """
     paths = BundlePaths(root)
     spec = load_spec(paths.spec)
@@ -50,6 +52,7 @@ def bundle_metadata(root: PathOrStr) -> dict[str, Any]:
         del content["eval_metrics"]  # the schema makes the key optional, but refuses an empty one
     # Tuples become lists, so that the content compares equal to what is read from the file.
     plain: dict[str, Any] = json.loads(json.dumps(content))
+    check_plain(plain, "metadata")
     return plain
 
 

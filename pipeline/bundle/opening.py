@@ -9,8 +9,9 @@ from pathlib import Path
 
 from pipeline.bundle.wiring import read_wiring
 from pipeline.config import BundlePaths
-from pipeline.errors import ConfigError, describe_error, find_pipeline_error
+from pipeline.errors import ConfigError, ReadError, describe_error, find_pipeline_error
 from pipeline.inference import Model, resolve_device
+from pipeline.networks import read_state
 from pipeline.types import PathOrStr
 
 CAUSE_WIDTH = 240  # characters: torch lists every weight that does not fit
@@ -56,8 +57,12 @@ def open_bundle(
     max_memory: int | None = None,
     uncertainty: bool = False,
     labels_spacing: float | None = None,
+    trust: bool = False,
 ) -> Model:
     """Return a bundle opened for inference by its own wiring.
+
+    Wiring that volseg wrote is evaluated always, any other only if it is trusted, because it can
+    run any code. Weights are tensors only and run nothing.
 
     Args:
         bundle: a folder, or the name of a shipped bundle.
@@ -69,12 +74,14 @@ def open_bundle(
         max_memory: bytes of resident memory that the process may use; None for no limit.
         uncertainty: whether the uncertainty of each voxel is computed.
         labels_spacing: voxel size of the label maps, mm; each file's own by default.
+        trust: whether wiring that volseg did not write may run.
 
     Raises:
-        ConfigError: there is no such bundle, or its parts do not fit together.
+        ConfigError: there is no such bundle, its parts do not fit together, or its wiring is not
+            volseg's and not trusted.
     """
     root = find_bundle(bundle)
-    parser = read_wiring(root, ["inference.yaml"])
+    parser = read_wiring(root, ["inference.yaml"], trust=trust)
     parser["device"] = resolve_device(device)
     try:
         parser["dataset"]["data"] = []
@@ -91,7 +98,7 @@ def open_bundle(
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:
-        known = find_pipeline_error(error)
+        known = find_pipeline_error(error) or _weights_problem(root)
         if known is not None:
             raise known from None
         cause = textwrap.shorten(describe_error(error), CAUSE_WIDTH, placeholder=" …")
@@ -99,3 +106,18 @@ def open_bundle(
             f"{root}: cannot be opened: {cause}; try `volseg bundle check {root}`"
         ) from error
     return replace(model, max_memory=max_memory)
+
+
+def _weights_problem(root: Path) -> ConfigError | None:
+    """Return the error of a file of weights that holds something else, None if it is not at fault.
+
+    torch's own message recommends to load such a file without its protection.
+    """
+    weights = BundlePaths(root).weights
+    if not weights.is_file():
+        return None
+    try:
+        read_state(weights)
+    except ReadError as error:
+        return ConfigError(str(error))
+    return None

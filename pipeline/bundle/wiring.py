@@ -1,8 +1,8 @@
 """The wiring of a bundle: `inference.yaml` and its overlay `train.yaml`.
 
 volseg writes both from its templates. A bundle that an earlier release wrote is recognised by the
-hash of its wiring and opens with the present templates instead; wiring that its owner edited is
-used as it is and never overwritten without being asked.
+hash of its wiring and opens with the present templates instead; wiring that someone edited is code
+of their own: it is used only where it is trusted, and never overwritten without being asked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Literal
 from monai.bundle import ConfigParser
 
 from pipeline.bundle.metadata import bundle_metadata
+from pipeline.bundle.trust import require_trust
 from pipeline.config import RENAMED_SPEC_KEYS, BundlePaths
 from pipeline.io import write_atomically, write_json
 from pipeline.log import LOGGER
@@ -62,30 +63,66 @@ def wiring_origin(path: Path) -> Origin:
     return "released" if hashlib.sha256(content).hexdigest() in RELEASED else "edited"
 
 
-def read_wiring(root: PathOrStr, names: Sequence[str] = WIRING) -> ConfigParser:
+def read_wiring(
+    root: PathOrStr, names: Sequence[str] = WIRING, *, trust: bool = False
+) -> ConfigParser:
     """Return a bundle's wiring, read and not yet instantiated.
 
     Args:
         root: the bundle's folder.
         names: `inference.yaml`, or both for training.
+        trust: whether wiring that volseg did not write may be evaluated.
+
+    Raises:
+        ConfigError: the wiring is not volseg's and not trusted.
     """
     paths = BundlePaths(root)
+    files_to_read = wiring_to_evaluate(root, names, trust=trust)
     _log_renewal(paths, names)
     parser = ConfigParser()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
-        parser.read_config([current_wiring(paths.configs / name) for name in names])
-    parser["bundle_root"] = str(root)
+        parser.read_config(files_to_read)
+    parser["bundle_root"] = literal(str(root))
     return parser
 
 
-def current_wiring(path: Path) -> Path:
-    """Return the file that is read as a wiring file: itself, or the template if it is outdated.
+def wiring_to_evaluate(
+    root: PathOrStr, names: Sequence[str] = WIRING, *, trust: bool = False
+) -> list[Path]:
+    """Return the files to read as a bundle's wiring.
+
+    Every evaluation of wiring starts here. volseg's own wiring is read from the templates and not
+    from the bundle, so that what was compared is what runs.
 
     Args:
-        path: `inference.yaml` or `train.yaml` of a bundle.
+        root: the bundle's folder.
+        names: `inference.yaml`, or both for training.
+        trust: whether wiring that volseg did not write may be evaluated.
+
+    Raises:
+        ConfigError: the wiring is not volseg's and not trusted.
     """
-    return template(path.name) if wiring_origin(path) == "released" else path
+    chosen, edited = [], []
+    for name in names:
+        path = BundlePaths(root).configs / name
+        origin = wiring_origin(path)
+        chosen.append(template(name) if origin in ("current", "released") else path)
+        if origin == "edited":
+            edited.append(path)
+    if edited:
+        require_trust(root, edited, trust=trust)
+    return chosen
+
+
+def literal(text: str) -> str:
+    """Return an expression for MONAI's parser that gives a text, whatever characters it has.
+
+    The parser evaluates a string that starts with `$`, and replaces `#` by `::` in any: both may be
+    in the name of a folder.
+    """
+    encoded = text.encode("utf-8", "surrogateescape").hex()
+    return f"$bytes.fromhex('{encoded}').decode('utf-8', 'surrogateescape')"
 
 
 def _log_renewal(paths: BundlePaths, names: Sequence[str]) -> None:

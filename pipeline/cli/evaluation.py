@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     device_option,
     json_option,
     precision_option,
+    trust_option,
     usage_errors,
 )
 from pipeline.cli.progress import case_line, progress_bar
@@ -59,6 +60,7 @@ SHOWN_METRICS = ("dice", "nsd", "hd95_mm")  # summary.json has all metrics
 )
 @device_option()
 @precision_option()
+@trust_option()
 @click.option("--overwrite", is_flag=True, help="Segment cases again that are already segmented.")
 @json_option("Print the summary as JSON on stdout.")
 def evaluate(
@@ -70,6 +72,7 @@ def evaluate(
     tolerance: float,
     device: str,
     precision: str,
+    trust: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -84,7 +87,7 @@ def evaluate(
         from pipeline.evaluation import evaluate
         from pipeline.io import fold_cases
 
-        model = open_bundle(bundle, device=device, precision=precision)
+        model = open_bundle(bundle, device=device, precision=precision, trust=trust)
         cases = fold_cases(dataset, splits, fold, "val")
         with progress_bar("segmenting", len(cases)) as advance:
             evaluation = evaluate(

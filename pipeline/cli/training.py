@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pipeline.cli.evaluation import print_summary
-from pipeline.cli.options import command, usage_errors
+from pipeline.cli.options import command, trust_option, usage_errors
 from pipeline.cli.progress import epoch_line, progress_bar
 
 
@@ -75,7 +75,8 @@ def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> 
     help="Continue an interrupted run after its last complete epoch.",
 )
 @click.option("--restart", is_flag=True, help="Discard an interrupted run and start again.")
-def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -> None:
+@trust_option()
+def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool, trust: bool) -> None:
     """Train the bundle that a run configuration names.
 
     KEY=VALUE changes one setting of the configuration, such as epochs=5 or augment.rotation=30. A
@@ -93,6 +94,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool) -
                 changes,
                 resume=resume,
                 restart=restart,
+                trust=trust,
                 progress=lambda row: advance(epoch_line(row, run.epochs)),
             )
     if is_first_process():

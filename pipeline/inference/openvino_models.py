@@ -6,14 +6,17 @@ once, compared with torch, and kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +26,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from pipeline.config import Spec, valid_size_near
+from pipeline.config import Spec, spec_fingerprint, valid_size_near
+from pipeline.io import sha256
+from pipeline.log import LOGGER
 from pipeline.types import NetworkFunction
 
 if TYPE_CHECKING:
@@ -31,7 +36,11 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "VOLSEG_CACHE"
 # part of the key of a cache entry, to be changed with what an entry contains
-CACHE_LAYOUT = "2"
+CACHE_LAYOUT = "3"
+MODEL, REPORT = "model.xml", "report.json"  # files of a cache entry; model.bin is the third
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+# what reading a cache entry raises that is incomplete, unreadable or changed
+_DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
 # voxels per axis of the window that runtimes are compared on, about: large enough for every level
 # of a network, and a whole window would take gigabytes in torch
 NOISE_VOXELS = 48
@@ -192,36 +201,32 @@ def convert_to_openvino(network: nn.Module, spec: Spec) -> ov.Model:
 def cached_model(network: nn.Module, spec: Spec, precision: str) -> ConvertedModel:
     """Return OpenVINO's model of a network from the user's cache, converted where it is missing.
 
-    The key of an entry contains weights, spec, precision, versions and processor. Several processes
-    may make an entry at once: the first one to finish stays. Where there can be no cache folder,
-    the network is converted each time, with a warning.
+    The key of an entry contains weights, spec, precision, versions and processor. An entry whose
+    files do not have the hashes in its report is made again, with a warning. Several processes may
+    make an entry at once: the first one to finish stays. Where there can be no cache folder of the
+    user's own, the network is converted each time, with a warning.
 
     Args:
         network: in torch.
         spec: of the network.
         precision: that the model is compared with torch in, `float32` or `bfloat16`.
     """
-    folder = cache_folder() / _cache_key(network, spec, precision)
-    if not _report_file(folder).is_file():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
-        except OSError as error:
-            warnings.warn(
-                f"{folder.parent}: no cache there ({error.strerror}): "
-                "the network is converted each time",
-                stacklevel=2,
-            )
-            return _convert_and_compare(network, spec, precision)
-        try:
-            _write_entry(temporary, _convert_and_compare(network, spec, precision))
-            _publish(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return ConvertedModel(
-        model=openvino_core().read_model(_model_file(folder)),
-        agreement=json.loads(_report_file(folder).read_text("utf-8")),
+    entry = cache_folder() / _cache_key(network, spec, precision)
+    problem = _prepare_cache(entry.parent)
+    if problem is None:
+        found = _checked_entry(entry)
+        if found is not None:
+            return found
+    converted = _convert_and_compare(network, spec, precision)
+    if problem is None:
+        problem = _store(converted, entry)
+    if problem is None:
+        return _read_entry(entry)  # its weights are mapped from the file, not copied
+    warnings.warn(
+        f"{entry.parent}: no cache there ({problem}): the network is converted each time",
+        stacklevel=2,
     )
+    return converted
 
 
 def _convert_and_compare(network: nn.Module, spec: Spec, precision: str) -> ConvertedModel:
@@ -232,28 +237,147 @@ def _convert_and_compare(network: nn.Module, spec: Spec, precision: str) -> Conv
     )
 
 
-def _model_file(folder: Path) -> Path:
-    return folder / "model.xml"
+def _prepare_cache(folder: Path) -> str | None:
+    """Make the cache folder if it is missing, and return why it cannot be used, None if it can.
 
-
-def _report_file(folder: Path) -> Path:
-    return folder / "report.json"
-
-
-def _write_entry(folder: Path, converted: ConvertedModel) -> None:
-    """Write a cache entry; the report comes last, because it marks the entry as whole."""
-    # half-precision weights would be smaller, and others
-    import_openvino().save_model(converted.model, _model_file(folder), compress_to_fp16=False)
-    report = json.dumps(converted.agreement, indent=1)
-    _report_file(folder).write_text(report, encoding="utf-8")
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Rename a folder to its final name; where another process was first, its folder stays."""
+    Whoever may write into it decides what the network computes, so it must be the user's own (or
+    root's) and closed to others. A folder of the user's own that others may write to, as earlier
+    releases made it under some umasks, is closed to them.
+    """
     try:
-        os.replace(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if os.name != "posix":
+            return None
+        if status.st_uid == os.getuid() and status.st_mode & WRITABLE_BY_OTHERS:
+            LOGGER.warning("%s: other users could write there; it is yours alone now", folder)
+            folder.chmod(stat.S_IMODE(status.st_mode) & ~WRITABLE_BY_OTHERS)
+            status = folder.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if _is_private(status) else "it belongs to another user, or others may write to it"
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Return whether only the user and root can change a file or folder."""
+    if os.name != "posix":
+        return True
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & WRITABLE_BY_OTHERS
+
+
+def _checked_entry(entry: Path) -> ConvertedModel | None:
+    """Return the content of a cache entry, None if it is missing or damaged; log the damage."""
+    if not entry.exists():
+        return None
+    try:
+        return _read_entry(entry)
+    except _DAMAGE as error:
+        LOGGER.warning(
+            "%s: the converted network is damaged and is made again (%s: %s)",
+            entry,
+            type(error).__name__,
+            error,
+        )
+        return None
+
+
+def _read_entry(entry: Path) -> ConvertedModel:
+    """Return the content of a cache entry.
+
+    Raises:
+        OSError, RuntimeError, ValueError, KeyError, TypeError: it is damaged.
+    """
+    report = json.loads((entry / REPORT).read_text("utf-8"))
+    if report["key"] != entry.name or not _is_private(entry.stat()):
+        raise ValueError("it was made for another network, or by another user")
+    model = read_verified_model(entry / MODEL, report["sha256"])
+    agreement = RuntimeAgreement(
+        logit_difference=float(report["logit_difference"]),
+        label_agreement=float(report["label_agreement"]),
+    )
+    return ConvertedModel(model=model, agreement=agreement)
+
+
+def read_verified_model(path: Path, expected: Mapping[str, str]) -> ov.Model:
+    """Read a model of OpenVINO whose files have the hashes that were recorded when it was written.
+
+    OpenVINO itself reads weights of any content and length without an error.
+
+    Args:
+        path: the .xml file; the weights are in the .bin file next to it.
+        expected: name of each of the two files → SHA-256, from `model_hashes`.
+
+    Raises:
+        ValueError: a file has another hash.
+        OSError: a file cannot be read.
+        RuntimeError: OpenVINO cannot read the model.
+    """
+    for name, found in model_hashes(path).items():
+        if found != expected[name]:
+            raise ValueError(f"{name} has not the SHA-256 that was recorded when it was written")
+    return openvino_core().read_model(path)
+
+
+def model_hashes(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of both files of a model of OpenVINO, by their names.
+
+    Args:
+        path: the .xml file; the weights are in the .bin file next to it.
+    """
+    return {file.name: sha256(file) for file in (path, path.with_suffix(".bin"))}
+
+
+def _store(converted: ConvertedModel, entry: Path) -> str | None:
+    """Write a cache entry and return why that failed, None if it did not.
+
+    The entry appears under its name only when it is whole. A damaged one is moved out of its way:
+    another process that reads it goes on with the files that it has open.
+    """
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
+    except OSError as error:
+        return error.strerror or str(error)
+    try:
+        made = temporary / "entry"
+        made.mkdir(mode=0o700)
+        _write_entry(made, converted, key=entry.name)
+        if _is_damaged(entry):
+            with contextlib.suppress(OSError):  # another process moved it first
+                entry.rename(temporary / "damaged")
+        _publish(made, entry)
+    except (OSError, RuntimeError) as error:  # OpenVINO's errors of a full disk are RuntimeErrors
+        return str(error)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
+
+
+def _is_damaged(entry: Path) -> bool:
+    """Return whether there is an entry that cannot be used; another process may have made it."""
+    if not entry.exists():
+        return False
+    try:
+        _read_entry(entry)
+    except _DAMAGE:
+        return True
+    return False
+
+
+def _write_entry(folder: Path, converted: ConvertedModel, *, key: str) -> None:
+    """Write the files of a cache entry."""
+    # half-precision weights would be smaller, and others
+    import_openvino().save_model(converted.model, folder / MODEL, compress_to_fp16=False)
+    report = {"key": key, **converted.agreement, "sha256": model_hashes(folder / MODEL)}
+    (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _publish(made: Path, entry: Path) -> None:
+    """Rename an entry to its final name; where another process was first, its entry stays."""
+    try:
+        made.rename(entry)
     except OSError:
-        if not _report_file(folder).is_file():
+        if _is_damaged(entry) or not entry.exists():
             raise
 
 
@@ -298,8 +422,11 @@ def disagreement(agreement: RuntimeAgreement, precision: str) -> str | None:
 
 
 def weights_hash(network: nn.Module, spec: Spec) -> str:
-    """Return the SHA-256 of a network's weights and its spec, hexadecimal."""
-    digest = hashlib.sha256(repr(spec).encode())
+    """Return the SHA-256 of a network's weights and its spec, hexadecimal.
+
+    The spec counts by its fingerprint, so that a new release leaves the hash as it is.
+    """
+    digest = hashlib.sha256(spec_fingerprint(spec).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -6,7 +6,7 @@ import json
 import threading
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -14,12 +14,13 @@ from torch import nn
 from pipeline.config import BundlePaths, Spec
 from pipeline.errors import ConfigError
 from pipeline.inference.device import processor_name
+from pipeline.inference.forking import keep_forks_computing
 from pipeline.inference.openvino_models import (
     OpenVinoNetwork,
     cached_model,
     disagreement,
-    openvino_core,
     openvino_version,
+    read_verified_model,
     weights_hash,
 )
 from pipeline.networks import channels_last
@@ -54,6 +55,13 @@ class RuntimeDescription:
     processor: str
 
 
+class _Prepared(NamedTuple):
+    """What computes a network, and its description."""
+
+    compute: NetworkFunction
+    description: RuntimeDescription
+
+
 class Runtime(nn.Module):
     """A network as it runs, with the inputs and outputs of the torch network.
 
@@ -69,9 +77,6 @@ class Runtime(nn.Module):
             with torch, else torch.
         precision: of the arithmetic. `auto` is float32 on a CPU and torch's float16 autocast on a
             GPU. `int8` needs the bundle's int8 model, which `volseg export` makes.
-
-    Attributes:
-        description: what really computes; None before the first call.
 
     Shapes:
         (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
@@ -98,18 +103,23 @@ class Runtime(nn.Module):
         self.network, self.spec = network, spec
         self.paths = BundlePaths(bundle_root)
         self.runtime, self.precision = runtime, precision
+        keep_forks_computing()
         self._reset()
 
     def _reset(self) -> None:
         """Forget what was prepared."""
-        self.description: RuntimeDescription | None = None
-        self._forward: NetworkFunction | None = None
+        self._prepared: _Prepared | None = None
         self._preparing = threading.Lock()
+
+    @property
+    def description(self) -> RuntimeDescription | None:
+        """What really computes; None before the first call."""
+        return self._prepared.description if self._prepared else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: neither locks nor OpenVINO's compiled models can be."""
         state = self.__dict__.copy()
-        for name in ("description", "_forward", "_preparing"):
+        for name in ("_prepared", "_preparing"):
             del state[name]
         return state
 
@@ -117,18 +127,34 @@ class Runtime(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._reset()
 
-    def forward(self, x: torch.Tensor) -> Any:
-        compute = self._forward or self._prepare_once(x)
-        return compute(x)
+    def prepare(self, device: torch.device | str) -> RuntimeDescription:
+        """Prepare for windows of the spec's roi_size, as the first call does, and describe it.
 
-    def _prepare_once(self, x: torch.Tensor) -> NetworkFunction:
-        """Prepare for inputs like `x`, unless another thread has done so meanwhile."""
+        Nothing is computed with the network but its comparison with torch, once per machine. What
+        was prepared before stays. Several threads may call it.
+
+        Args:
+            device: where the windows will be.
+
+        Raises:
+            ConfigError: the runtime or the precision is not available.
+        """
+        window = torch.zeros(1, len(self.spec.channels), *self.spec.roi_size, device=device)
+        return self._prepare_once(window).description
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self._prepare_once(x).compute(x)
+
+    def _prepare_once(self, x: torch.Tensor) -> _Prepared:
+        """Return what computes inputs like `x`, prepared by the first thread that asks for it."""
+        prepared = self._prepared
+        if prepared is not None:
+            return prepared
         with self._preparing:
-            if self._forward is None:
+            if self._prepared is None:
                 network = self._prepare(x.device)
-                self.description = _describe(network, x)
-                self._forward = network  # last, because other threads take it without the lock
-            return self._forward
+                self._prepared = _Prepared(network, _describe(network, x))
+            return self._prepared
 
     def _prepare(self, device: torch.device) -> TorchNetwork | OpenVinoNetwork:
         """Return what computes on a device."""
@@ -174,10 +200,22 @@ class Runtime(nn.Module):
             raise ConfigError(f"--precision int8: {NOT_INSTALLED}")
         if not path.is_file():
             raise ConfigError(f"--precision int8: {path} is not there; {remedy}")
-        report = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        if report["weights_hash"] != weights_hash(self.network, self.spec):
+        try:
+            report = json.loads(path.with_suffix(".json").read_text("utf-8"))
+            made_of = report["weights_hash"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--precision int8: {path.with_suffix('.json')}, the report of its export, cannot "
+                f"be read ({error}); {remedy}"
+            ) from error
+        if made_of != weights_hash(self.network, self.spec):
             raise ConfigError(f"--precision int8: {path} was made of other weights; {remedy}")
-        return openvino_core().read_model(path)
+        try:
+            return read_verified_model(path, report["sha256"])
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"--precision int8: {path} is not as it was exported ({error}); {remedy}"
+            ) from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

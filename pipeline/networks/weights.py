@@ -1,17 +1,18 @@
 """Reading and writing a network's weights.
 
 A file of weights is a plain state dict, name → tensor, saved by torch. It is always read with
-`weights_only=True`, so that opening a file from an unknown source runs no code.
+`weights_only=True`, so that opening a file from an unknown source runs no code. Checkpoints of
+other frameworks may also hold numbers of NumPy, such as the best score so far.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -20,7 +21,15 @@ from pipeline.io import write_atomically
 from pipeline.types import PathOrStr
 
 # Keys under which training frameworks keep the state dict in a checkpoint
-CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "network_weights", "model")
+
+
+def _numpy_globals() -> list[Any]:
+    """Return what a pickle of a NumPy number names, as numpy 1 and 2 spell it; none runs code."""
+    scalar = np.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [*((scalar, f"{module}.scalar") for module in modules), np.dtype, *dtypes]
 
 
 def read_state(path: PathOrStr) -> dict[str, torch.Tensor]:
@@ -33,7 +42,7 @@ def read_state(path: PathOrStr) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path: PathOrStr) -> dict[str, torch.Tensor]:
-    """Return the state dict in a checkpoint of another framework.
+    """Return the state dict in a checkpoint of another framework, such as nnU-Net.
 
     It may stand under one of the usual keys, and its names may start with the `module.` that
     torch's DataParallel adds; both are removed.
@@ -41,7 +50,8 @@ def read_checkpoint(path: PathOrStr) -> dict[str, torch.Tensor]:
     Raises:
         ReadError: the file is missing, was not written by torch, or holds more than tensors.
     """
-    content = _load(path)
+    with torch.serialization.safe_globals(_numpy_globals()):
+        content = _load(path)
     for key in CHECKPOINT_KEYS:
         if isinstance(content, dict):
             content = content.get(key, content)
@@ -91,10 +101,10 @@ def _load(path: PathOrStr) -> Any:
             f"{path}: cannot be read ({error.strerror or error}); expected a checkpoint that torch "
             "wrote"
         ) from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged or a hostile pickle may raise anything
         raise ReadError(
-            f"{path}: is not a plain checkpoint of tensors; save one with "
-            "torch.save(model.state_dict(), path)"
+            f"{path}: is not a plain checkpoint of tensors, and other objects are not loaded, "
+            "because they can run code; save one with torch.save(model.state_dict(), path)"
         ) from error
 
 

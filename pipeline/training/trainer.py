@@ -28,6 +28,7 @@ def train(
     *,
     resume: bool = False,
     restart: bool = False,
+    trust: bool = False,
     progress: EpochDone | None = None,
 ) -> Path:
     """Train the bundle that a run's YAML file names.
@@ -37,6 +38,7 @@ def train(
         changes: settings to change, each as `key=value`; see `read_run`.
         resume: whether an interrupted run is continued after its last complete epoch.
         restart: whether an interrupted run is discarded.
+        trust: whether wiring of the bundle that volseg did not write may run.
         progress: called after each epoch with its row of the history.
 
     Returns:
@@ -48,7 +50,7 @@ def train(
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     run, content = read_run(config, changes)
-    train_bundle(run, content, progress, resume=resume, restart=restart)
+    train_bundle(run, content, progress, resume=resume, restart=restart, trust=trust)
     return Path(run.bundle)
 
 
@@ -100,6 +102,7 @@ def train_bundle(
     *,
     resume: bool = False,
     restart: bool = False,
+    trust: bool = False,
 ) -> None:
     """Train the weights of a run's bundle, and refresh its generated files.
 
@@ -113,10 +116,11 @@ def train_bundle(
         epoch_done: called after each epoch with its row of the history.
         resume: whether an interrupted run is continued after its last complete epoch.
         restart: whether an interrupted run is discarded.
+        trust: whether wiring of the bundle that volseg did not write may run.
 
     Raises:
-        ConfigError: there is no spec, the dataset cannot be used, or there is an interrupted run
-            and neither `resume` nor `restart`.
+        ConfigError: there is no spec, the dataset cannot be used, there is an interrupted run and
+            neither `resume` nor `restart`, or the wiring is not volseg's and not trusted.
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     paths = BundlePaths(run.bundle)
@@ -126,7 +130,7 @@ def train_bundle(
             write_atomically(paths.run, yaml.safe_dump(content, sort_keys=False).encode())
             refresh_bundle(paths.folder)
         barrier()
-        parser = read_wiring(paths.folder)
+        parser = read_wiring(paths.folder, trust=trust)
         if device is not None:
             parser["device"] = device
         with unwrapped_errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from importlib.util import find_spec
@@ -40,7 +41,11 @@ def test_exports_agree_with_torch(bundle: Path, to: Format, volume_file: Path) -
     assert report["compared_on"] == "windows of 1 volumes"
     assert set(report) == set(ExportReport.__annotations__)
     path = BundlePaths(bundle).models / report["file"]
-    assert path.is_file()
+    assert path.name in report["sha256"]
+    for name, expected in report["sha256"].items():
+        assert hashlib.sha256((path.parent / name).read_bytes()).hexdigest() == expected
+    if to == "openvino":
+        assert report["sha256"].keys() == {"model.xml", "model.bin"}
     assert json.loads(path.with_suffix(".json").read_text()) == report
 
 
@@ -64,6 +69,13 @@ def test_int8_runs_and_is_bound_to_its_weights(bundle: Path, volume_file: Path) 
     float32 = segment(open_bundle(bundle, device="cpu"), str(volume_file)).labels
     assert (int8 == float32).mean() > 0.8
     assert len(np.unique(int8)) > 1
+    whole = BundlePaths(bundle).int8_model.with_suffix(".bin")
+    content = whole.read_bytes()
+    for damaged in (bytes(len(content)), content[:-100]):
+        whole.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"not as it was exported \(model_int8\.bin"):
+            segment(open_bundle(bundle, device="cpu", precision="int8"), str(volume_file))
+    whole.write_bytes(content)
     weights = BundlePaths(bundle).weights
     torch.save({name: tensor * 1.01 for name, tensor in torch.load(weights).items()}, weights)
     with pytest.raises(ConfigError, match="was made of other weights"):

@@ -134,11 +134,13 @@ def test_refreshing_twice_changes_nothing(earlier_bundle: Path) -> None:
     assert file_hashes(earlier_bundle) == before
 
 
-def test_edited_wiring_is_used_as_it_is(edited_bundle: Path, log: pytest.LogCaptureFixture) -> None:
+def test_trusted_edited_wiring_is_used_as_it_is(
+    edited_bundle: Path, log: pytest.LogCaptureFixture
+) -> None:
     path = BundlePaths(edited_bundle).inference
     assert wiring_origin(path) == "edited"
-    assert read_wiring(edited_bundle)["added"] == 42
-    assert_as_0_1_0(segment(open_bundle(edited_bundle, device="cpu"), str(VOLUME)))
+    assert read_wiring(edited_bundle, trust=True)["added"] == 42
+    assert_as_0_1_0(segment(open_bundle(edited_bundle, device="cpu", trust=True), str(VOLUME)))
     assert not messages(log)
 
 
@@ -166,8 +168,8 @@ def test_edited_wiring_of_0_1_0_is_not_renewed(earlier_bundle: Path) -> None:
     with pytest.raises(
         ConfigError, match=f"cannot be opened.*volseg bundle check {earlier_bundle}"
     ):
-        open_bundle(earlier_bundle, device="cpu")
-    reasons = check_bundle(earlier_bundle)
+        open_bundle(earlier_bundle, device="cpu", trust=True)
+    reasons = check_bundle(earlier_bundle, trust=True)
     assert "pipeline" in reasons["inference properties"]
     assert f"`{REFRESH} {earlier_bundle} --overwrite`" in reasons["generated files"]
     refresh_bundle(earlier_bundle, overwrite=True)

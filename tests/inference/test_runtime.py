@@ -123,7 +123,9 @@ def test_a_runtime_that_disagrees_is_not_used(
     net, spec = made()
     cached_model(net, spec, "float32")
     report = next(tmp_path.glob("*/report.json"))
-    report.write_text(json.dumps({"logit_difference": 0.3, "label_agreement": 0.9}))
+    content = json.loads(report.read_text())
+    content |= {"logit_difference": 0.3, "label_agreement": 0.9}
+    report.write_text(json.dumps(content))
     ours = Runtime(net, spec)
     with pytest.warns(UserWarning, match=r"logits differ from torch's by 0.3 standard deviations"):
         ours(torch.zeros(1, 1, *spec.roi_size))
@@ -199,7 +201,7 @@ def test_both_runtimes_give_the_same_labels(tiny_bundle: Path, volume_file: Path
 def test_a_bundle_wired_without_a_runtime(
     tiny_bundle_3d: Path, volume_file: Path, tmp_path: Path
 ) -> None:
-    """A wiring without a runtime works as MONAI's parts do; asking for a runtime is an error."""
+    """A trusted wiring without one works as MONAI's parts do; to ask for a runtime is an error."""
     old = tmp_path / "old"
     shutil.copytree(tiny_bundle_3d, old)
     wiring = old / "configs" / "inference.yaml"
@@ -209,12 +211,12 @@ def test_a_bundle_wired_without_a_runtime(
         content[part]["network"] = "@network"
     wiring.write_text(yaml.safe_dump(content, sort_keys=False))
     new, plain = (
-        segment(open_bundle(root, device="cpu"), str(volume_file)).labels
+        segment(open_bundle(root, device="cpu", trust=True), str(volume_file)).labels
         for root in (tiny_bundle_3d, old)
     )
     assert (new == plain).mean() > 0.999
     with pytest.raises(ConfigError, match="refresh the bundle"):
-        open_bundle(old, device="cpu", runtime="torch")
+        open_bundle(old, device="cpu", runtime="torch", trust=True)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +262,30 @@ def test_the_description_is_what_computes(name: Literal["torch", "openvino"]) ->
         processor=processor_name(torch.device("cpu")),
     )
     assert ours.description.processor
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_it_can_be_prepared_before_the_first_case(name: RuntimeName, dims: int) -> None:
+    """From several threads; the description is that of the first call, which prepares no more."""
+    net, spec = made(dims)
+    ours, called = Runtime(net, spec, runtime=name), Runtime(net, spec, runtime=name)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ours.prepare, [torch.device("cpu"), "cpu"] * 4))
+    prepared = ours._prepared
+    x = torch.randn(1, 1, *spec.roi_size)
+    assert torch.equal(ours(x), called(x))
+    assert ours._prepared is prepared
+    assert found == [called.description] * 8
+    assert ours.description == called.description
+
+
+def test_prepare_raises_what_the_first_call_would(tiny_bundle_3d: Path) -> None:
+    net, spec = made()
+    ours = Runtime(net, spec, bundle_root=tiny_bundle_3d, precision="int8")
+    with pytest.raises(ConfigError, match="volseg export"):
+        ours.prepare("cpu")
+    assert ours.description is None
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])

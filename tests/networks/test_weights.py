@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from references import Tutorial
@@ -60,3 +62,40 @@ def test_files_without_weights_are_refused(tmp_path: Path, read: Callable[[Path]
     torch.save({"epoch": 3}, tmp_path / "other.pt")
     with pytest.raises(ReadError, match="expected a state dict"):
         read(tmp_path / "other.pt")
+
+
+def test_checkpoints_may_hold_numbers_of_numpy(tmp_path: Path) -> None:
+    """nnU-Net's do: the best score so far, the state of the learning rate."""
+    state = Tutorial(features=2).state_dict()
+    numbers = [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True), np.dtype("float32")]
+    content = {"network_weights": state, "best": numbers, "trainer_name": "nnUNetTrainer"}
+    torch.save(content, tmp_path / "checkpoint_final.pth")
+    assert read_checkpoint(tmp_path / "checkpoint_final.pth").keys() == state.keys()
+    torch.save({"state_dict": state, "best": np.zeros(3)}, tmp_path / "array.pth")
+    with pytest.raises(ReadError, match="other objects are not loaded"):
+        read_checkpoint(tmp_path / "array.pth")
+
+
+@pytest.mark.parametrize("function", [os.mkdir, eval, getattr])
+def test_no_function_of_a_pickle_is_called(tmp_path: Path, function: Callable[..., Any]) -> None:
+    """Whatever it is, also inside an object that NumPy would build."""
+
+    class Pickled:
+        def __reduce__(self) -> Any:
+            return function, (str(tmp_path / "mark"),)
+
+    for content in (Pickled(), {"state_dict": {"a": Pickled()}}):
+        torch.save(content, tmp_path / "model.pt")
+        for read in (read_state, read_checkpoint):
+            with pytest.raises(ReadError, match=r"model\.pt: is not a plain checkpoint"):
+                read(tmp_path / "model.pt")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_program_cannot_unlock_our_weights(tmp_path: Path) -> None:
+    """The types that a checkpoint may hold are allowed while it is read, not afterwards."""
+    torch.save({"a": np.float64(1)}, tmp_path / "model.pt")
+    with pytest.raises(ReadError, match="expected a state dict"):
+        read_checkpoint(tmp_path / "model.pt")
+    with pytest.raises(ReadError, match="is not a plain checkpoint"):
+        read_state(tmp_path / "model.pt")

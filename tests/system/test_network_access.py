@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import shutil
 import subprocess
@@ -53,6 +54,33 @@ def internet_addresses(trace: str) -> set[str]:
 )
 def test_addresses_are_found_in_a_trace(call: str, addresses: set[str]) -> None:
     assert internet_addresses(call) == addresses
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="network namespaces are Linux's")
+def test_segment_runs_without_a_network(
+    tiny_bundle_3d: Path, volume_file: Path, tmp_path: Path
+) -> None:
+    """In a network namespace of its own there is nothing but loopback, and an empty cache."""
+    without_network = ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    for program in ("unshare", "ip"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    tried = subprocess.run([*without_network, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"unshare -rn is not permitted here: {tried.stderr.strip()}")
+    command = [sys.executable, "-m", "pipeline.cli", "segment", str(volume_file)]
+    options = ["-o", str(tmp_path / "out"), "-b", str(tiny_bundle_3d), "--device", "cpu"]
+    done = subprocess.run(
+        [*without_network, *command, *options],
+        env=os.environ | {"VOLSEG_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "sub-01_T1w_seg.nii.gz").is_file()
+    assert any((tmp_path / "cache").iterdir()), "OpenVINO converted nothing"
 
 
 def test_segment_connects_to_no_internet_address(
