@@ -24,7 +24,7 @@ from pipeline.inference import (
     estimate_memory,
     ready_bytes,
 )
-from pipeline.io import Header, read_header, source_files, source_list
+from pipeline.io import Header, channel_headers, source_files, source_list
 from pipeline.transforms import network_grid_shape
 from pipeline.types import Case, PathOrStr
 
@@ -154,7 +154,7 @@ def _forecast(model: Model, case: Case, out: Path, base: int) -> Forecast:
     if problem:
         return replace(known, problem=problem)
     try:
-        headers = [read_header(file) for file in files]
+        headers = channel_headers(list(files), len(model.spec.channels))
         _check_same_shape(headers)
         memory = estimate_memory(model, headers, base)
     except (PipelineError, ValueError) as error:
@@ -193,7 +193,7 @@ def _sample_memory(model: Model, cases: Sequence[Case]) -> list[int]:
     sizes = []
     for case in cases[:: max(1, len(cases) // SAMPLE_CASES)]:
         with suppress(PipelineError, ValueError, KeyError):
-            headers = [read_header(source) for source in source_list(case["image"])]
+            headers = channel_headers(case["image"], len(model.spec.channels))
             sizes.append(estimate_memory(model, headers, PROCESS_BYTES).peak)
     return sizes
 

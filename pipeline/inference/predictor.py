@@ -27,7 +27,7 @@ from pipeline.inference.model import Model, Prediction, PreparedCase
 from pipeline.inference.quality_checks import quality_warnings
 from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
 from pipeline.inference.volumes import structure_volumes
-from pipeline.io import read_header, warnings_of
+from pipeline.io import channel_headers, warnings_of
 from pipeline.transforms import IMAGE, SCAN
 
 # keys of the evaluator's output: the labels before the user's postprocessing, and the time of the
@@ -49,8 +49,7 @@ def predict_case(model: Model, image: Any) -> Prediction:
     """
     buffer_bytes = None
     if model.max_memory is not None:
-        sources = image if isinstance(image, list | tuple) else [image]
-        buffer_bytes = plan_memory(model, [read_header(source) for source in sources])
+        buffer_bytes = plan_memory(model, channel_headers(image, len(model.spec.channels)))
     return predict_prepared(model, prepare(model, image), buffer_bytes=buffer_bytes)
 
 

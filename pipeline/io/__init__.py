@@ -9,11 +9,16 @@ Images are read and written here only; all other packages take arrays and affine
 - `header`: shape and affine of a volume without its voxels.
 - `grid`: the grid that a label map is written on.
 - `case_warnings`: the warnings about a case, in the `meta` of its tensor.
+- `label_map`: label maps of datasets, checked.
 - `writer`: label maps as NIfTI files; atomic writing.
 - `cases`: the cases to segment in files, folders, globs and manifests.
 - `discovery`: image files in folders and globs.
 - `manifest_file`: lists of cases in CSV, TSV and JSON lines.
-- `layouts`: the layouts of labelled datasets.
+- `layout`: the labelled cases of a dataset, as all layouts give them.
+- `layouts`: finding them, whatever the layout.
+- `dataset_json`: Decathlon, nnU-Net 1 and 2.
+- `bids_layout`: BIDS derivatives.
+- `case_table`: CSV and TSV files.
 - `dataset`: labelled cases and their folds.
 - `label_table`: names, values and colours of labels.
 - `tables`: CSV and JSON files.
@@ -35,9 +40,11 @@ from pipeline.io.grid import Grid
 from pipeline.io.header import read_header, source_files
 from pipeline.io.image import SAME_GRID_MM, Header, Image, check_same_grid, corner_distance
 from pipeline.io.itk import as_sitk
+from pipeline.io.label_map import LabelImage, check_label_grid, read_label_map
 from pipeline.io.label_table import LabelColor, label_table
-from pipeline.io.layouts import Layout, Problem, find_pairs
-from pipeline.io.reader import read, source_list
+from pipeline.io.layout import Layout, Modality, Problem
+from pipeline.io.layouts import find_pairs
+from pipeline.io.reader import channel_headers, read, read_channels, source_list
 from pipeline.io.tables import read_csv, read_json, sha256, write_csv, write_json
 from pipeline.io.writer import (
     TEMPORARY_SUFFIX,
@@ -56,12 +63,16 @@ __all__ = [
     "Header",
     "Image",
     "LabelColor",
+    "LabelImage",
     "Layout",
+    "Modality",
     "Problem",
     "add_warnings",
     "as_nibabel",
     "as_sitk",
     "case_name",
+    "channel_headers",
+    "check_label_grid",
     "check_same_grid",
     "corner_distance",
     "expand_variables",
@@ -76,9 +87,11 @@ __all__ = [
     "label_table",
     "printable",
     "read",
+    "read_channels",
     "read_csv",
     "read_header",
     "read_json",
+    "read_label_map",
     "read_splits",
     "retry_io",
     "sha256",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pipeline.config import Spec
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.discovery import NamedFile, named_files
 from pipeline.io.formats import image_stem, printable
+from pipeline.io.header import read_header
 from pipeline.io.manifest_file import MANIFEST_SUFFIXES, read_manifest
 from pipeline.io.reader import source_list
 from pipeline.types import Case, PathOrStr
@@ -24,7 +25,8 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
     out. A model of several channels takes one file per channel. The end of a file's name, before
     the suffix, states its channel: by name (`sub-01_FLAIR.nii.gz`) or by number
     (`sub-01_0001.nii.gz`). Where the spec has a fallback channel, a file without such an ending
-    belongs to that channel, and its file is used for channels without a file.
+    belongs to that channel, and its file is used for channels without a file. A 4D file with as
+    many volumes as the model has channels holds all of them.
 
     What was given and cannot be used (a broken link, a folder that cannot be searched, a case
     without one of its channels) is a case with a `problem`, so that it is not lost.
@@ -87,6 +89,9 @@ def _group_channels(
         name, channel = _split_channel(file.name, channels, fallback)
         groups.setdefault(name, []).append((channel, file))
     for name, group in groups.items():
+        if len(group) == 1 and _holds_all(*group[0], channels):
+            yield Case(case=name, image=str(group[0][1].path))
+            continue
         problem = _group_problem(group, channels, fallback)
         paths = {channel: str(file.path) for channel, file in group}
         if problem:
@@ -96,6 +101,16 @@ def _group_channels(
             continue
         ordered = [paths.get(channel, paths.get(fallback or "", "")) for channel in channels]
         yield Case(case=name, image=ordered)
+
+
+def _holds_all(channel: str, file: NamedFile, channels: Sequence[str]) -> bool:
+    """Return whether a file of no stated channel has as many volumes as there are channels."""
+    if channel or file.problem:
+        return False
+    try:
+        return read_header(file.path).volumes == len(channels)
+    except PipelineError:
+        return False  # the name is the problem that is reported
 
 
 def _group_problem(
@@ -109,7 +124,7 @@ def _group_problem(
         if not channel:
             return (
                 f"which channel is {printable(file.path)}? Expected a name that ends in one of "
-                f"_{', _'.join(channels)}, or _0000, _0001, …"
+                f"_{', _'.join(channels)}, or _0000, _0001, …, or a file of {len(channels)} volumes"
             )
         if names.count(channel) > 1:
             both = [printable(other.path) for name, other in group if name == channel]

@@ -10,7 +10,8 @@ from typing import Literal
 from pipeline.config import Run
 from pipeline.errors import ConfigError
 from pipeline.io.formats import image_stem, image_suffix
-from pipeline.io.layouts import find_pairs
+from pipeline.io.layout import Layout
+from pipeline.io.layouts import find_pairs, is_table
 from pipeline.io.tables import read_json
 from pipeline.types import Case, PathOrStr
 
@@ -18,13 +19,13 @@ MAX_NAMED = 5  # cases that an error message names
 
 
 def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """Return the labelled cases of a dataset, in any folder layout that `find_pairs` knows.
+    """Return the labelled cases of a dataset, in any layout that `find_pairs` knows.
 
-    Files that belong to no pair are ignored, unless a dataset.json lists them.
+    Files that belong to no pair are ignored, unless a dataset.json or a table lists them.
 
     Args:
-        dataset: a folder, or a folder of images and a folder of labels; `$NAME` is replaced by the
-            value of the environment variable.
+        dataset: a folder, a table, or a folder of images and a folder of labels; `$NAME` is
+            replaced by the value of the environment variable.
 
     Returns:
         One case per pair, with `case`, `image` (a path, or a list with one path per channel) and
@@ -34,16 +35,38 @@ def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
         ConfigError: a folder does not exist, its layout is unknown, it holds no pair, or files that
             a dataset.json lists are missing.
     """
-    layout = find_pairs(dataset_folders(dataset))
-    missing = [problem.message for problem in layout.problems if problem.kind == "missing_file"]
+    layout = _layout(dataset)
+    missing = _missing_files(layout)
     if missing:
         raise ConfigError(
-            f"{dataset}/dataset.json: {len(missing)} cases are incomplete; "
-            + "; ".join(missing[:MAX_NAMED])
+            f"{_shown(dataset)}: {len(missing)} cases are incomplete; "
+            + "; ".join(list(missing.values())[:MAX_NAMED])
         )
-    if not layout.cases:
-        raise ConfigError(f"{dataset}: found no pair of image and label in this {layout.kind}")
     return layout.cases
+
+
+def _layout(dataset: PathOrStr | Sequence[PathOrStr]) -> Layout:
+    """Return the layout of a dataset that has cases.
+
+    Raises:
+        ConfigError: its layout is unknown, or it holds no pair.
+    """
+    layout = find_pairs(dataset_folders(dataset))
+    if not layout.cases and not _missing_files(layout):
+        raise ConfigError(
+            f"{_shown(dataset)}: found no pair of image and label in this {layout.kind}"
+        )
+    return layout
+
+
+def _missing_files(layout: Layout) -> dict[str, str]:
+    """Return case → message, for cases of which a listed file is missing."""
+    return {item.case: item.message for item in layout.problems if item.kind == "missing_file"}
+
+
+def _shown(dataset: PathOrStr | Sequence[PathOrStr]) -> str:
+    paths = [dataset] if isinstance(dataset, str | os.PathLike) else dataset
+    return " and ".join(os.fspath(path) for path in paths)
 
 
 def fold_cases(
@@ -64,20 +87,23 @@ def fold_cases(
         ConfigError: there is no such fold, the dataset lacks cases that the fold names, or one of
             the two cannot be read.
     """
-    cases = labelled_cases(dataset)
     if splits is None:
-        return cases
+        return labelled_cases(dataset)
     folds = read_splits(dataset, splits)
     if not 0 <= fold < len(folds):
         found = f"folds 0 to {len(folds) - 1}" if folds else "no folds"
         raise ConfigError(f"fold {fold}: {splits} holds {found}")
     names = folds[fold][part]
-    case_of = {case["case"]: case for case in cases}
+    # the splits of a plan leave out the cases that it found to be incomplete
+    layout = _layout(dataset)
+    case_of = {case["case"]: case for case in layout.cases}
     unknown = [name for name in names if name not in case_of]
     if unknown:
+        missing = _missing_files(layout)
+        named = [f"{name} ({missing[name]})" if name in missing else name for name in unknown]
         raise ConfigError(
             f"{splits}, fold {fold}, {part}: cases that the dataset does not have: "
-            + ", ".join(unknown[:MAX_NAMED])
+            + ", ".join(named[:MAX_NAMED])
         )
     return [case_of[name] for name in names]
 
@@ -97,7 +123,8 @@ def read_splits(
     """
     given = Path(expand_variables(splits))
     # the file inside the dataset comes first: a run then means the same in every working folder
-    path = dataset_folders(dataset)[0] / given
+    first = dataset_folders(dataset)[0]
+    path = (first.parent if is_table(first) else first) / given
     if not path.is_file() and given.is_file():
         path = given
     folds = read_json(path)
@@ -164,6 +191,8 @@ def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
         ConfigError: the folder does not exist or holds no volume.
     """
     folder = dataset_folders(dataset)[0]
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: expected a folder of label maps")
     volumes = [path for path in sorted(folder.iterdir()) if image_suffix(path)]
     if not volumes:
         raise ConfigError(f"{folder}: expected label maps, found no volume")
@@ -183,14 +212,16 @@ def expand_variables(path: PathOrStr) -> str:
 
 
 def dataset_folders(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Path]:
-    """Return the folders of a dataset, with environment variables replaced.
+    """Return the folders of a dataset, or its table, with environment variables replaced.
 
     Raises:
-        ConfigError: a variable is not set, or a folder does not exist.
+        ConfigError: a variable is not set, or a path does not exist.
     """
     paths = [dataset] if isinstance(dataset, str | os.PathLike) else list(dataset)
     folders = [Path(expand_variables(path)) for path in paths]
     for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder; expected a dataset")
+        if not folder.is_dir() and not is_table(folder):
+            raise ConfigError(
+                f"{folder}: no such folder; expected a dataset, or a CSV of its cases"
+            )
     return folders

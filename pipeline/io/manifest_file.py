@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -21,8 +22,9 @@ def read_manifest(path: Path, channels: Sequence[str]) -> list[Case]:
     """Return the cases that a file lists.
 
     Columns: `case` (the output's relative path without suffix; the name of the first image by
-    default), then `image`, or one column per channel of the model, named as the channel. All other
-    columns are kept in the tables of results. Paths are relative to the file's folder.
+    default), then one column per channel of the model, named as the channel, or `image`, for a
+    model of one channel or a 4D file of all channels. All other columns are kept in the tables of
+    results. Paths are relative to the file's folder.
 
     Args:
         path: a table with a header line (.csv with commas, .tsv with tabs), or one JSON object per
@@ -36,13 +38,20 @@ def read_manifest(path: Path, channels: Sequence[str]) -> list[Case]:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{printable(path)}: cannot be read as UTF-8 text: {error}") from error
-    rows = list(_json_rows(path, text) if path.suffix.lower() == ".jsonl" else _rows(path, text))
+    rows = list(
+        _json_rows(path, text) if path.suffix.lower() == ".jsonl" else read_rows(path, text)
+    )
     if not rows:
         raise ConfigError(f"{printable(path)}: lists no case")
     return [_case(path, number, row, channels) for number, row in rows]
 
 
-def _rows(path: Path, text: str) -> Iterator[Row]:
+def read_rows(path: Path, text: str) -> Iterator[Row]:
+    """Yield the rows of a table with a header line, with the numbers of their lines.
+
+    Raises:
+        ConfigError: the table is malformed.
+    """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -66,7 +75,12 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
             raise ConfigError(f"{printable(path)}, line {number}: is not JSON: {error}") from error
         if not isinstance(row, Mapping):
             raise ConfigError(f"{printable(path)}, line {number}: expected an object, got {line!r}")
-        yield number, {str(name): _text(value) for name, value in row.items()}
+        values = {str(name): _text(value) for name, value in row.items()}
+        try:
+            os.fsencode("".join([*values, *values.values()]))
+        except UnicodeEncodeError as error:  # JSON can name what is no character
+            raise ConfigError(f"{printable(path)}, line {number}: is no text: {error}") from error
+        yield number, values
 
 
 def _text(value: object) -> str:
@@ -80,7 +94,7 @@ def _case(path: Path, number: int, row: Mapping[str, str], channels: Sequence[st
     if not name:
         raise ConfigError(f"{printable(path)}, line {number}: neither a case nor an image is named")
     paths = [str(path.parent / image) for image in images]
-    case = Case(case=name, image=paths[0] if len(channels) == 1 else paths)
+    case = Case(case=name, image=paths[0] if len(paths) == 1 else paths)
     extra = {key: text for key, text in row.items() if key not in (CASE, *columns)}
     if extra:
         case["columns"] = extra
@@ -91,10 +105,10 @@ def _case(path: Path, number: int, row: Mapping[str, str], channels: Sequence[st
 
 
 def _image_columns(path: Path, row: Mapping[str, str], channels: Sequence[str]) -> Sequence[str]:
-    """Return the columns that hold the paths, one per channel."""
+    """Return the columns that hold the paths, one per channel, or one for a 4D file of them all."""
     if all(channel in row for channel in channels):
         return channels
-    if len(channels) == 1 and IMAGE in row:
+    if IMAGE in row:
         return [IMAGE]
     expected = IMAGE if len(channels) == 1 else ", ".join(channels)
     raise ConfigError(

@@ -46,12 +46,12 @@ def write_csv(
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"), staging=staging)
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path, *, delimiter: str = ",") -> list[dict[str, str]]:
     """Return the rows of a CSV file, column → text; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(file, delimiter=delimiter))
 
 
 def read_json(path: Path) -> Any:

@@ -15,9 +15,8 @@ from pipeline.io import (
     Grid,
     Image,
     add_warnings,
-    check_same_grid,
     printable,
-    read,
+    read_channels,
     source_list,
 )
 from pipeline.types import ImageSource
@@ -25,6 +24,8 @@ from pipeline.types import ImageSource
 
 class LoadVolumed(MapTransform):
     """Load each key's file, or one file per channel, into a (C, X, Y, Z) float32 MetaTensor.
+
+    A single 4D file with as many volumes as the model has channels becomes these channels.
 
     Besides MONAI's own keys, `meta` holds the grid of the label map (`Grid.from_meta`), the
     warnings about the files (`warnings_of`) and `sources`, the path of each channel.
@@ -36,13 +37,18 @@ class LoadVolumed(MapTransform):
         keys: keys of the case; missing ones are allowed, because a case to segment has no label.
         volume: which volume of 4D files, from 0; None accepts files with a single volume only.
         labels_spacing: spacing of the label map's isotropic voxels, mm; None keeps the file's grid.
+        channels: number of channels of the model; a single file of so many volumes holds them all.
     """
 
     def __init__(
-        self, keys: KeysCollection, volume: int | None = None, labels_spacing: float | None = None
+        self,
+        keys: KeysCollection,
+        volume: int | None = None,
+        labels_spacing: float | None = None,
+        channels: int | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys=True)
-        self.volume, self.labels_spacing = volume, labels_spacing
+        self.volume, self.labels_spacing, self.channels = volume, labels_spacing, channels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -59,10 +65,8 @@ class LoadVolumed(MapTransform):
             GeometryError: the channels lie on different grids.
         """
         channels = source_list(sources)
-        images = [read(source, self.volume) for source in channels]
+        images = read_channels(channels, self.channels, self.volume)
         first = images[0]
-        for source, image in zip(channels[1:], images[1:], strict=True):
-            check_same_grid(channels[0], first, source, image)
         # As shown to readers: handlers of MONAI print and hash these, and fail at undecodable names
         paths = [printable(source) if isinstance(source, str | Path) else "" for source in channels]
         meta: dict[str, Any] = {
@@ -71,7 +75,7 @@ class LoadVolumed(MapTransform):
             "spatial_shape": np.array(first.array.shape),
             "original_channel_dim": 0,
             "filename_or_obj": paths[0],
-            "sources": paths,
+            "sources": paths * (len(images) // len(paths)),  # one for each channel
             "space": "RAS",
             **self._labels_grid(first).to_meta(),
         }

@@ -44,7 +44,7 @@ def preprocessing(
         labels_spacing: spacing of the label map's isotropic voxels, mm; None keeps the file's grid.
     """
     steps: list[MapTransform] = [
-        CheckVolumed(IMAGE, warn_outliers=not clips_outliers(spec.intensity)),
+        CheckVolumed(IMAGE, warn_outliers=not clips_outliers(spec)),
         CheckProportiond(IMAGE, spec),
     ]
     if spec.refine:
@@ -57,8 +57,11 @@ def preprocessing(
     ]
     if spec.crop_resize:
         steps.append(CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation))
-    steps.append(normalisation(spec.intensity, IMAGE))
-    return Preprocessing(LoadVolumed(KEYS, volume=volume, labels_spacing=labels_spacing), steps)
+    steps.append(normalisation(spec, IMAGE))
+    reader = LoadVolumed(
+        KEYS, volume=volume, labels_spacing=labels_spacing, channels=len(spec.channels)
+    )
+    return Preprocessing(reader, steps)
 
 
 class KeepScand(MapTransform):

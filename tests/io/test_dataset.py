@@ -85,8 +85,8 @@ def test_environment_variables_are_filled_in(folder: Path, monkeypatch: pytest.M
             "expected pairs of `image` and `label`",
         ),
         (
-            lambda folder: (folder / "labelsTr" / "c.nii.gz").unlink(),
-            "1 cases are incomplete; listed, and missing: .*labelsTr/c.nii.gz",
+            lambda folder: (folder / "labelsTr" / "a_2.nii.gz").unlink(),
+            r"does not have: a_2 \(listed, and missing: .*labelsTr/a_2.nii.gz\)",
         ),
         (
             lambda folder: (folder / "splits.json").write_text('[{"train": ["z"], "val": []}]'),
@@ -111,6 +111,19 @@ def test_an_invalid_dataset_is_refused(folder: Path, change: Any, says: str) -> 
     change(folder)
     with pytest.raises(ConfigError, match=says):
         fold_cases(folder, "splits.json", 0, "train")
+
+
+def test_a_missing_file_counts_where_it_is_needed(folder: Path) -> None:
+    """All cases need all listed files; a fold, which a plan made without a case, does not."""
+    (folder / "labelsTr" / "c.nii.gz").unlink()
+    assert names_of(fold_cases(folder, "splits.json", 0, "train")) == [
+        "a_1",
+        "a_2",
+        "b.x_1",
+        "b.x_2",
+    ]
+    with pytest.raises(ConfigError, match=r"1 cases are incomplete; .*/c\.nii"):
+        fold_cases(folder, None, 0, "val")
 
 
 def test_an_unknown_fold_is_refused(folder: Path) -> None:

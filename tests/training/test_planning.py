@@ -29,7 +29,10 @@ from pipeline.training.planning.timing import TrainingTimes
 
 
 def test_every_broken_case_is_named(tmp_path: Path) -> None:
-    """Another grid, unknown values, fractions, an empty label, a damaged file, a duplicate."""
+    """Another grid, unknown values, fractions, a damaged file, a duplicate.
+
+    A case without any label is none of them.
+    """
     (root,) = decathlon(tmp_path, count=9)
 
     def image_of(i: int) -> Path:
@@ -49,15 +52,15 @@ def test_every_broken_case_is_named(tmp_path: Path) -> None:
     image_of(6).write_bytes(image_of(6).read_bytes()[:200])
     save(image_of(7), image(0))
     layout = find_pairs([root])
-    prints, problems = take_fingerprints(layout.cases, layout.labels)
-    assert [p.case for p in prints] == ["case_0", "case_8"]
+    prints, problems = take_fingerprints(layout)
+    assert [p.case for p in prints] == ["case_0", "case_5", "case_8"]
+    assert [p.has_foreground for p in prints] == [True, False, True]
     messages = {problem.case: problem.message for problem in problems}
     expected = {
         "case_1": "1.00 mm from its image",
         "case_2": "has shape",
         "case_3": "has the values 5",
         "case_4": "whole numbers",
-        "case_5": "is empty",
         "case_6": "truncated",
         "case_7": "is that of case_0",
     }
@@ -70,7 +73,7 @@ def test_fingerprints_are_of_the_body_not_of_the_file(axcodes: str, tmp_path: Pa
     """Shape, spacing and box are along right, anterior, superior in every orientation."""
     save(tmp_path / "images" / "a.nii.gz", reorient(image(), axcodes))
     save(tmp_path / "labels" / "a.nii.gz", reorient(label(), axcodes))
-    (one,), problems = take_fingerprints(find_pairs([tmp_path]).cases, None)
+    (one,), problems = take_fingerprints(find_pairs([tmp_path]))
     assert problems == []
     assert one.shape == (17, 24, 21)
     assert one.spacing == pytest.approx(SPACING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,19 +74,21 @@ def plan_training(
     paths = BundlePaths(path.with_suffix(""))
     _check_new(path, paths)
     layout = find_pairs(folders)
-    fingerprints, problems = take_fingerprints(
-        layout.cases, layout.labels, start_progress(len(layout.cases))
-    )
+    fingerprints, problems = take_fingerprints(layout, start_progress(len(layout.cases)))
     problems = layout.problems + problems
     if len(fingerprints) < MIN_CASES:
         raise ConfigError(
             f"{folders[0]}: {len(fingerprints)} of {len(layout.cases)} cases can be used, "
             f"expected {MIN_CASES} or more\n{problem_table(problems)}"
         )
-    splits = make_folds([fingerprint.case for fingerprint in fingerprints])
+    splits = make_folds(
+        [fingerprint.case for fingerprint in fingerprints],
+        subjects=layout.subjects,
+        folds=layout.folds,
+    )
     choices = choose_settings(
         fingerprints,
-        layout.labels or _numbered_labels(fingerprints),
+        layout.labels or _numbered_labels(fingerprints, layout.label_names),
         layout.channels or ("MR",),
         "cpu" if resolve_device("auto").type == "cpu" else "gpu",
         dims,
@@ -128,12 +130,19 @@ def _check_new(path: Path, paths: BundlePaths) -> None:
             raise ConfigError(f"{existing}: already exists; choose another name, or move it away")
 
 
-def _numbered_labels(fingerprints: Sequence[Fingerprint]) -> dict[str, int]:
-    """Return labels named by their values, for datasets that do not name them."""
+def _numbered_labels(
+    fingerprints: Sequence[Fingerprint], names: Mapping[int, str]
+) -> dict[str, int]:
+    """Return the labels that occur, for datasets that do not define which do.
+
+    Args:
+        fingerprints: fingerprints of all usable cases.
+        names: value → name; other labels are named by their values.
+    """
     values: set[int] = set()
     for fingerprint in fingerprints:
         values.update(fingerprint.label_voxels)
-    return {"background": 0} | {f"label {value}": value for value in sorted(values)}
+    return {"background": 0} | {names.get(v, f"label {v}"): v for v in sorted(values)}
 
 
 def _dataset_setting(folders: Sequence[Path]) -> Any:

@@ -1,0 +1,109 @@
+"""Reading label maps: whole numbers on the grid of their image, with the values that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.errors import GeometryError, VolumeError
+from pipeline.io.formats import printable
+from pipeline.io.image import SAME_GRID_MM, Image, corner_distance
+from pipeline.io.reader import read
+from pipeline.types import Affine, Array, PathOrStr
+
+MAX_LABEL_VALUES = 4096  # a file with more values is an image
+NAMED_VALUES = 5  # unknown values that a message names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelImage:
+    """A label map, as read.
+
+    Attributes:
+        array: (X, Y, Z) int64 label values.
+        affine: voxel index → RAS+ world, mm.
+        voxels: value → number of its voxels, the background, 0, included where it occurs.
+    """
+
+    array: Array
+    affine: Affine
+    voxels: dict[int, int]
+
+
+def read_label_map(path: PathOrStr, values: Collection[int] | None = None) -> LabelImage:
+    """Read a label map; `plan`, `train` and `evaluate` accept the same files.
+
+    Args:
+        path: the file.
+        values: the values that it may have, the background and the ignore label among them; None
+            for any whole numbers.
+
+    Raises:
+        ReadError: the file is missing, damaged or of an unknown format.
+        VolumeError: it holds other values: fractions, nan, or some that are not in `values`.
+    """
+    image = read(str(path))
+    name = printable(path)
+    found, counts = np.unique(np.asarray(image.array), return_counts=True)
+    _check_whole(found, int(counts[~np.isfinite(found)].sum()), name)
+    if values is not None:
+        _check_known(found, values, name)
+    voxels = {int(value): int(count) for value, count in zip(found, counts, strict=True)}
+    return LabelImage(
+        array=np.asarray(image.array).astype(np.int64), affine=image.affine, voxels=voxels
+    )
+
+
+def check_label_grid(path: PathOrStr, label: LabelImage, image: Image) -> None:
+    """Check that a label map is on the grid of its image.
+
+    Args:
+        path: of the label map, for the message.
+        label: the label map.
+        image: its image, or another label map on the image's grid.
+
+    Raises:
+        GeometryError: shapes differ, or a corner lies more than `SAME_GRID_MM` away.
+    """
+    name = printable(path)
+    if label.array.shape != image.array.shape:
+        raise GeometryError(
+            f"{name}: has shape {label.array.shape}, its image {image.array.shape}; "
+            "expected the same grid"
+        )
+    distance = corner_distance(image.affine, label.affine, image.array.shape)
+    if distance > SAME_GRID_MM:
+        raise GeometryError(
+            f"{name}: lies up to {distance:.2f} mm from its image, expected the same grid"
+        )
+
+
+def _check_whole(found: Array, not_finite: int, name: str) -> None:
+    """Raise VolumeError unless these distinct values are whole numbers, and not too many."""
+    if not_finite:
+        raise VolumeError(
+            f"{name}: {not_finite} voxels are not a number (nan or infinite), expected whole "
+            "numbers for labels; write 0 for the background"
+        )
+    fractions = found[found != np.rint(found)]
+    if len(fractions):
+        raise VolumeError(
+            f"{name}: expected whole numbers for labels, "
+            f"got {len(found)} values such as {fractions[0]:g}"
+        )
+    if len(found) > MAX_LABEL_VALUES:
+        raise VolumeError(
+            f"{name}: expected labels, got {len(found)} different values; is this an image?"
+        )
+
+
+def _check_known(found: Array, values: Collection[int], name: str) -> None:
+    unknown = [f"{value:g}" for value in found.tolist() if value not in values]
+    if unknown:
+        more = f" and {len(unknown) - NAMED_VALUES} more" if len(unknown) > NAMED_VALUES else ""
+        raise VolumeError(
+            f"{name}: has the values {', '.join(unknown[:NAMED_VALUES])}{more}, "
+            f"expected only {sorted(values)}"
+        )
