@@ -13,6 +13,8 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine, voxel_sizes
 from phantom import SHAPE, nifti, oblique, save, smooth
 
+import pipeline
+from pipeline.inference.model import Model
 from pipeline.io import Grid, as_nibabel, read, read_header
 from pipeline.io.writer import fractions_as_nibabel
 from pipeline.transforms.loading import LoadVolumed
@@ -249,6 +251,21 @@ def test_the_mat_of_spm_is_an_orientation(tmp_path: Path) -> None:
     np.testing.assert_allclose(image.affine, oblique(), atol=1e-4)
     corner = apply_affine(nib.load(tmp_path / "a.img").affine, (3, 4, 5))
     np.testing.assert_allclose(apply_affine(image.affine, (3, 4, 5)), corner)
+
+
+def test_the_whole_path_is_in_mm(model_3d: Model, tmp_path: Path) -> None:
+    """The same labels and volumes as for the same file in mm; the image is in the file's unit."""
+    expected = pipeline.segment(model_3d, str(save(tmp_path / "mm.nii", in_unit("mm", 1.0))))
+    path = save(tmp_path / "other.nii", in_unit("micron", 0.001))
+    found = pipeline.segment(model_3d, str(path))
+    assert (found.labels == expected.labels).mean() > 0.999
+    for name, volume in expected.volumes_mm3.items():
+        assert found.volumes_mm3[name] == pytest.approx(volume, rel=0.01)
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-3)
+    np.testing.assert_array_equal(found.image.affine, nib.load(path).affine)
+    assert found.image.header.get_xyzt_units()[0] == "micron"
+    nib.save(found.image, tmp_path / "labels.nii")
+    np.testing.assert_array_equal(read(tmp_path / "labels.nii").affine, read(path).affine)
 
 
 def test_an_axis_of_more_voxels_than_nifti1_can_hold() -> None:
