@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -116,7 +117,17 @@ def openvino_core() -> ov.Core:
 
 _core: ov.Core | None = None
 _CORE_LOCK = threading.Lock()
+_released = threading.Event()  # whether a compiled model of this process was freed
 _TRACING_LOCK = threading.Lock()  # torch traces one network at a time
+
+
+def forks_can_compile() -> bool:
+    """Return whether a process forked from this one can compile a model of OpenVINO.
+
+    OpenVINO keeps the threads of a compiled model that was freed for the next one. A forked process
+    does not have them, and would wait for them for ever. Where this is false, spawn.
+    """
+    return not _released.is_set()
 
 
 class OpenVinoNetwork:
@@ -179,6 +190,8 @@ class OpenVinoNetwork:
             sized = self.model.clone()
             sized.reshape({0: list(key)})
             compiled = openvino_core().compile_model(sized, "CPU", self._hints)
+            if not self._requests:
+                weakref.finalize(self, _released.set)
             self._requests[key] = compiled.create_infer_request()
         return self._requests[key]
 

@@ -67,7 +67,8 @@ class Runtime(nn.Module):
 
     It is prepared when it is first called, for the device of that input. Several threads may call
     it. A copy or a pickled runtime is prepared again; a forked process uses what its parent
-    prepared, as long as no thread of the parent was computing at the moment of the fork.
+    prepared, as long as no thread of the parent was computing at the moment of the fork and
+    `forks_can_compile()` is true.
 
     Args:
         network: in torch, with the weights that it has when it is first called.

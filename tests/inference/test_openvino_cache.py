@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -240,3 +242,26 @@ def test_the_hash_of_weights_is_that_of_weights_and_spec() -> None:
     assert weights_hash(net, spec) == weights_hash(made()[0], parse_spec())
     assert weights_hash(net, spec) != weights_hash(other, spec)
     assert weights_hash(net, spec) != weights_hash(net, parse_spec(overlap=0.25))
+
+
+RELEASED = """
+import gc, torch
+from pipeline.inference import OpenVinoNetwork, convert_to_openvino, forks_can_compile
+from phantom import parse_spec
+from pipeline.networks import build_network
+spec = parse_spec()
+network = OpenVinoNetwork(convert_to_openvino(build_network(spec), spec), "float32")
+assert forks_can_compile()
+network(torch.zeros(1, 1, *spec.roi_size))
+assert forks_can_compile()
+del network
+gc.collect()
+assert not forks_can_compile()
+"""
+
+
+@pytest.mark.slow
+def test_a_freed_model_makes_forks_unsafe() -> None:
+    """OpenVINO would reuse its threads, which a forked process does not have."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run([sys.executable, "-c", RELEASED], env=environment, check=True)
