@@ -10,8 +10,11 @@ from pipeline.config.parser import load_config
 from pipeline.errors import ConfigError
 from pipeline.types import PathOrStr
 
-TrainingPrecision = Literal["float32", "bfloat16"]
+TrainingPrecision = Literal["float32", "bfloat16", "auto"]
+# the ones that a step can be computed in; `auto` is one of them
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = ("float32", "bfloat16")
+LossName = Literal["dice_ce", "dice", "border_ce", "focal", "dice_focal", "tversky", "dice_topk"]
+UNWEIGHTED_LOSSES = ("border_ce", "tversky")  # they have no weights of classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,25 +166,47 @@ class Run:
             trains on every case.
         fold: number of the fold whose held-out cases are left out of training, from 0.
         epochs: passes over the training cases.
-        minutes: wall time after which training ends, minutes; null sets no limit. With a limit, the
-            learning rate falls to 0 by the time limit or the last epoch, whichever comes first. A
-            run that the time limit ends cannot be repeated exactly.
+        minutes: wall time of the whole run, minutes, with the reading of the cases and the final
+            validation; null sets no limit. With a limit, the learning rate falls to 0 by the end of
+            the steps or of the time for them, whichever comes first. A run that the time limit ends
+            cannot be repeated exactly.
         batch_size: patches per training step.
+        accumulate: number of batches whose gradients are averaged before the weights change: as
+            many patches per change as batch_size · accumulate, in the memory of one batch.
         patch_size: size of a training patch, voxels; null takes the spec's roi_size. Windows at
             inference may be larger than the patches in training.
         patches_per_case: number of patches that are cropped from a case each time it is loaded. A
             step has patches of batch_size / patches_per_case cases.
+        sampling: how the centre of a patch is drawn: `foreground` draws a voxel of any structure,
+            `balanced` draws a label of the case first and then a voxel of it, so that a rare
+            structure is seen as often as a large one.
+        foreground_share: fraction of the patches that are centred on a structure; the others are
+            centred on the background.
+        cache_gb: memory for training cases that stay loaded, GB; the others are read and
+            preprocessed again in each epoch. null takes half of the memory that the process may
+            use.
         learning_rate: highest learning rate of the schedule.
         weight_decay: weight decay of the optimizer.
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
         momentum: momentum of `sgd`, 0 to 1.
-        precision: number format of the convolutions in training, `float32` or `bfloat16`
-            (autocast; the weights stay float32). bfloat16 is up to twice as fast on GPUs and on
-            processors with AVX512-BF16 or AMX, and slower on other processors.
+        precision: number format of the convolutions in training, `float32`, `bfloat16` (autocast;
+            the weights stay float32), or `auto`: bfloat16 on processors that have instructions for
+            it (GPUs since 2020, CPUs with AVX512-BF16 or AMX), where it is up to twice as fast, and
+            float32 on others. A run that names bfloat16 has a warning and float32 there.
         compile: whether the network is compiled by `torch.compile`. On a CPU this requires a C++
             compiler and makes training hardly faster.
-        loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, or `border_ce`
-            (cross-entropy weighted by class balance and near borders between objects).
+        loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, `border_ce` (cross-entropy
+            weighted by class balance and near borders between objects), `focal` (cross-entropy in
+            which voxels that are right already count less), `dice_focal`, `tversky` (Dice with
+            weights of its own for false positives and false negatives), or `dice_topk` (Dice plus
+            the cross-entropy of the voxels where it is highest).
+        focal_gamma: exponent of the focal loss, 0 or more; 0 is the cross-entropy.
+        tversky_weights: weight of false positives and of false negatives in `tversky`; 0.5, 0.5 is
+            Dice. More weight on false negatives finds more of small structures.
+        top_k: fraction of the voxels that the cross-entropy of `dice_topk` is the mean of, above 0
+            and up to 1.
+        class_weights: name of a label → its weight in the loss; labels that are not named have 1.
+            Not for `border_ce` and `tversky`.
         balance: weight of rare classes in the cross-entropy of `dice_ce`, from 0 (each voxel has
             the same weight) to 1 (each class has the same weight). With 0.75, small structures are
             learnt much earlier; with 0, their borders become better.
@@ -193,10 +218,18 @@ class Run:
         warmup: fraction of the steps over which the learning rate rises, before it falls along a
             cosine.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights; 0 keeps
-            the weights of the last step.
-        start: weights file to start from; null starts from random weights.
+            the weights of the last step. During the first steps the decay is lower, (1 + step) /
+            (10 + step), so that the average forgets the initial weights.
+        start: bundle to start from (its folder, or the name of a bundle that comes with volseg), or
+            a file of weights; null starts from random weights. Every tensor that fits by name and
+            shape is loaded, and the log has those that do not: with other labels, the last layer
+            is new. A first layer for other channels starts from the mean over the channels.
         grow: whether `start` has the weights of a network with one level less. They become the
             lower levels of this network; all other weights are random.
+        freeze_encoder: number of epochs, from the first, in which the weights of the encoder stay
+            as they are.
+        encoder_rate: factor on the learning rate of the encoder, above 0. Below 1, weights from
+            `start` change less there than in the decoder.
         validate_every: number of epochs between two validations on the held-out cases; 0 turns
             validation off.
         keep: weights that the bundle gets: the `last`, or the `best` by mean Dice in validation. As
@@ -220,14 +253,22 @@ class Run:
     minutes: float | None = None
     batch_size: int
     patch_size: tuple[int, ...] | None = None
+    accumulate: int = 1
     patches_per_case: int = 1
+    sampling: Literal["foreground", "balanced"] = "foreground"
+    foreground_share: float = 2 / 3
+    cache_gb: float | None = None
     learning_rate: float
     weight_decay: float = 1e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = 0.99
     precision: TrainingPrecision = "float32"
     compile: bool = False
-    loss: Literal["dice_ce", "dice", "border_ce"] = "dice_ce"
+    loss: LossName = "dice_ce"
+    focal_gamma: float = 2.0
+    tversky_weights: tuple[float, float] = (0.3, 0.7)
+    top_k: float = 0.1
+    class_weights: dict[str, float] = field(default_factory=dict)
     balance: float = 0.0
     border_weight: float = 10.0
     border_sigma_mm: float = 5.0
@@ -236,6 +277,8 @@ class Run:
     ema_decay: float = 0.0
     start: str | None = None
     grow: bool = False
+    freeze_encoder: int = 0
+    encoder_rate: float = 1.0
     validate_every: int = 0
     keep: Literal["last", "best"] = "last"
     patience: int | None = None
@@ -247,7 +290,7 @@ class Run:
     synthesis: Synthesis | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patches_per_case", "repeats"):
+        for name in ("epochs", "batch_size", "patches_per_case", "repeats", "accumulate"):
             value = getattr(self, name)
             require(value >= 1, f"run.{name}", "1 or more", value)
         require(
@@ -264,6 +307,8 @@ class Run:
         require(self.learning_rate > 0, "run.learning_rate", "above 0", self.learning_rate)
         require(0 <= self.warmup <= 1, "run.warmup", "a fraction, 0 ≤ warmup ≤ 1", self.warmup)
         _check_validation(self)
+        _check_loss(self)
+        _check_sampling_and_transfer(self)
 
     @property
     def cases_per_step(self) -> int:
@@ -284,6 +329,44 @@ def load_run(path: PathOrStr) -> Run:
 def _chances(options: Augment | Synthesis) -> list[str]:
     """Return the names of the fields that are probabilities."""
     return [field.name for field in fields(options) if field.name.endswith("_chance")]
+
+
+def _check_loss(run: Run) -> None:
+    require(run.focal_gamma >= 0, "run.focal_gamma", "0 or more", run.focal_gamma)
+    require(0 < run.top_k <= 1, "run.top_k", "a fraction, 0 < top_k ≤ 1", run.top_k)
+    require(
+        min(run.tversky_weights) >= 0 and sum(run.tversky_weights) > 0,
+        "run.tversky_weights",
+        "two weights, 0 or more, not both 0",
+        run.tversky_weights,
+    )
+    for name, weight in run.class_weights.items():
+        require(weight >= 0, f"run.class_weights.{name}", "a weight, 0 or more", weight)
+    require(
+        not run.class_weights or run.loss not in UNWEIGHTED_LOSSES,
+        "run.class_weights",
+        f"none with the loss {run.loss}",
+        ", ".join(run.class_weights),
+    )
+
+
+def _check_sampling_and_transfer(run: Run) -> None:
+    require(
+        0 < run.foreground_share <= 1,
+        "run.foreground_share",
+        "a fraction, 0 < foreground_share ≤ 1",
+        run.foreground_share,
+    )
+    cache_valid = run.cache_gb is None or run.cache_gb >= 0
+    require(cache_valid, "run.cache_gb", "GB, 0 or more, or null", run.cache_gb)
+    require(run.freeze_encoder >= 0, "run.freeze_encoder", "epochs, 0 or more", run.freeze_encoder)
+    require(run.encoder_rate > 0, "run.encoder_rate", "a factor above 0", run.encoder_rate)
+    require(
+        run.start is not None or not (run.freeze_encoder or run.grow),
+        "run.start",
+        "weights to start from with freeze_encoder and grow",
+        "null",
+    )
 
 
 def _check_validation(run: Run) -> None:

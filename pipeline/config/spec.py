@@ -115,6 +115,9 @@ class NetworkSpec:
     Attributes:
         features: channels of each level, top first.
         strides: of each pooling, top first: a number, or one number per spatial axis; null is 2.
+        kernels: kernel sizes of the convolutions of each level, top first, as many as features: 1
+            or 3, or one such number per spatial axis; null is 3. 1 along the axis of thick slices
+            keeps slices apart until the other axes have voxels as long. Needs padding.
         norm: `batch`, `instance`, or null for none.
         activation: a name of MONAI's `Act`.
         residual: whether each block adds its input to its output.
@@ -127,6 +130,7 @@ class NetworkSpec:
 
     features: tuple[int, ...]
     strides: tuple[Stride, ...] | None = None
+    kernels: tuple[Stride, ...] | None = None
     norm: Literal["batch", "instance"] | None = None
     activation: str = "relu"
     residual: bool = False
@@ -256,6 +260,7 @@ class Spec:
         _check_window(self)
         _check_test_time_augmentation(self)
         _check_strides(self)
+        _check_kernels(self)
         _check_roi_size(self)
 
     @property
@@ -275,6 +280,16 @@ class Spec:
         """Structure → its values in label maps, without the background: several for a region."""
         structures = list(self.labels.items())[1:]
         return {name: self.regions.get(name, (value,)) for name, value in structures}
+
+    @property
+    def target_values(self) -> tuple[int, ...]:
+        """Values of training label maps, each once; the loss has their positions as numbers.
+
+        They are those of the labels; with `output: regions`, 0 and the values of all regions.
+        """
+        if self.output == "regions":
+            return (0, *sorted(set().union(*self.regions.values())))
+        return tuple(self.labels.values())
 
     @property
     def slice_dim(self) -> int | None:
@@ -535,6 +550,21 @@ def _check_strides(spec: Spec) -> None:
         "spec.network.strides",
         "numbers above 0",
         spec.network.strides,
+    )
+
+
+def _check_kernels(spec: Spec) -> None:
+    if spec.network.kernels is None:
+        return
+    kernels = [(k,) * spec.spatial_dims if isinstance(k, int) else k for k in spec.network.kernels]
+    levels = len(spec.network.features)
+    complete = all(len(k) == spec.spatial_dims and set(k) <= {1, 3} for k in kernels)
+    require(
+        complete and len(kernels) == levels and spec.network.padding,
+        "spec.network.kernels",
+        f"{levels} entries (as many as features), each 1, 3, or {spec.spatial_dims} of these "
+        "numbers, in a network with padding",
+        spec.network.kernels,
     )
 
 

@@ -29,7 +29,8 @@ class BorderWeightd(MapTransform):
     affine.
 
     Args:
-        keys: key of the label, a MetaTensor (1, X, Y, Z) of channel numbers.
+        keys: key of the label, a MetaTensor (1, X, Y, Z) of channel numbers, negative for voxels
+            that do not count: they have the weight 0 and belong to no object.
         weight: factor on the border term.
         sigma_mm: scale on which the border term falls with the distance from two objects, mm.
     """
@@ -43,9 +44,12 @@ class BorderWeightd(MapTransform):
         label: MetaTensor = case[self.keys[0]]
         spacing = np.linalg.norm(np.asarray(label.affine, dtype=np.float64)[:3, :3], axis=0)
         classes = np.rint(label.as_tensor().numpy()[0]).astype(np.int64)
-        weights = class_weights(classes) + border_weights(
-            classes, spacing.tolist(), self.weight, self.sigma_mm
+        counted = classes >= 0
+        weights = border_weights(
+            np.where(counted, classes, 0), spacing.tolist(), self.weight, self.sigma_mm
         )
+        weights[counted] += class_weights(classes[counted])
+        weights[~counted] = 0
         case[WEIGHT] = MetaTensor(
             torch.from_numpy(weights.astype(np.float32))[None], meta=label.meta.copy()
         )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from monai.losses import DiceCELoss, DiceLoss
+from monai.losses import DiceCELoss, DiceFocalLoss, DiceLoss, FocalLoss
 from torch import nn
 
 from pipeline.config.run import Run
 from pipeline.config.spec import NetworkSpec, Spec
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.networks import Ensemble, build_network
-from pipeline.networks.losses import build_loss
+from pipeline.networks.losses import IGNORED, build_loss
 from pipeline.training.precision import TrainingInferer
 
 RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
@@ -143,3 +144,160 @@ def test_an_ensemble_learns_as_its_networks_alone(dims: int, deep: int) -> None:
     for gradients, member in zip(together, net.members, strict=True):
         for gradient, parameter in zip(gradients, member.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+REGIONS = {"whole": (1, 4), "edge": (4,), "core": (1, 6)}
+
+
+def regions_spec(**changes: Any) -> Spec:
+    """A spec of three regions that share values, whose painting values are not their numbers."""
+    labels = {"background": 0, "whole": 1, "edge": 4, "core": 6}
+    return replace(spec_of(), labels=labels, output="regions", regions=dict(REGIONS), **changes)
+
+
+def test_the_loss_of_regions_is_that_of_their_masks() -> None:
+    """Masks as nnU-Net makes them, by the values of each region; MONAI's loss and autograd."""
+    torch.manual_seed(0)
+    spec = regions_spec()
+    assert spec.target_values == (0, 1, 4, 6)
+    values = torch.tensor([0, 1, 4, 6])[torch.randint(0, 4, (2, 1, 8, 9))]
+    masks = [torch.isin(values, torch.tensor(region)) for region in REGIONS.values()]
+    numbers = torch.tensor([0, 1, 0, 0, 2, 0, 3])[values].float()
+    structures = torch.cat(masks, dim=1).float()
+    logits = torch.randn(2, 3, 8, 9, requires_grad=True)
+    theirs = DiceLoss(sigmoid=True, batch=True)(logits, structures)
+    theirs = theirs + nn.BCEWithLogitsLoss()(logits, structures)
+    ours = build_loss(spec, RUN)(logits, numbers)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)
+    )
+
+
+LOSSES = ("dice_ce", "dice", "border_ce", "focal", "dice_focal", "tversky", "dice_topk")
+
+
+def specs_with_ignored(deep: bool = False) -> dict[str, Spec]:
+    spec = replace(spec_of(), ignore_label=9)
+    if deep:
+        spec = replace(spec, network=NetworkSpec(features=(2, 4, 6), deep_supervision=1))
+    return {
+        "softmax": spec,
+        "sigmoid": replace(spec, output="sigmoid"),
+        "regions": regions_spec(ignore_label=9),
+    }
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("output", ["softmax", "sigmoid", "regions"])
+def test_ignored_voxels_change_nothing(loss: str, output: str) -> None:
+    """The labels below them, the logits above them: the same loss, and no gradient there.
+
+    With no ignored voxel, the loss is that of a spec without an ignored label.
+    """
+    torch.manual_seed(0)
+    spec, run = specs_with_ignored()[output], replace(RUN, loss=loss)  # type: ignore[arg-type]
+    target = torch.randint(0, 3, (2, 1, 8, 9)).float()
+    ignored = torch.rand(2, 1, 8, 9) < 0.4
+    outputs = len(spec.outputs)
+    logits = torch.randn(2, outputs, 8, 9, requires_grad=True)
+    others = torch.where(ignored, torch.randn(2, outputs, 8, 9), logits.detach())
+    weight = torch.rand(2, 1, 8, 9)
+
+    def loss_of(logits: torch.Tensor, target: torch.Tensor, spec: Spec) -> torch.Tensor:
+        full = torch.cat([target, weight], dim=1) if loss == "border_ce" else target
+        value: torch.Tensor = build_loss(spec, run)(logits, full)
+        return value
+
+    masked = target.masked_fill(ignored, IGNORED)
+    value = loss_of(logits, masked, spec)
+    torch.testing.assert_close(loss_of(others, masked, spec), value)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert not (gradient * ignored).any()
+    assert gradient.any()
+    plain = replace(spec, ignore_label=None)
+    torch.testing.assert_close(loss_of(logits, target, spec), loss_of(logits, target, plain))
+    nothing = loss_of(logits, torch.full_like(target, IGNORED), spec)
+    assert float(nothing.detach()) == 0
+    (gradient,) = torch.autograd.grad(nothing, logits)
+    assert not gradient.any()
+
+
+def test_ignored_voxels_are_monais_ignore_index() -> None:
+    """Its own implementation of Dice, and torch's of the cross-entropy."""
+    torch.manual_seed(0)
+    target = torch.randint(0, 3, (2, 1, 8, 9)).float()
+    target[torch.rand(2, 1, 8, 9) < 0.3] = IGNORED
+    logits = torch.randn(2, 3, 8, 9)
+    dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, ignore_index=IGNORED)(
+        logits, target
+    )
+    theirs = dice + nn.functional.cross_entropy(logits, target[:, 0].long(), ignore_index=IGNORED)
+    torch.testing.assert_close(
+        build_loss(specs_with_ignored()["softmax"], RUN)(logits, target), theirs
+    )
+
+
+def test_ignored_voxels_with_deep_supervision() -> None:
+    """The smaller targets are taken by the nearest voxel, so that none is half ignored."""
+    torch.manual_seed(0)
+    loss = build_loss(specs_with_ignored(deep=True)["softmax"], RUN)
+    target = torch.randint(0, 3, (2, 1, 8, 12)).float()
+    target[:, :, :, 6:] = IGNORED
+    logits = [torch.randn(2, 3, 8, 12), torch.randn(2, 3, 4, 6)]
+    others = [scores.clone() for scores in logits]
+    for scores in others:
+        scores[..., scores.shape[-1] // 2 :] = 7.0
+    torch.testing.assert_close(loss(logits, target), loss(others, target))
+
+
+def test_weights_of_classes_are_monais() -> None:
+    """Of Dice and cross-entropy, gradient included; of binary cross-entropies too."""
+    torch.manual_seed(0)
+    run = replace(RUN, class_weights={"two": 3.0, "background": 0.5})
+    logits = torch.randn(2, 3, 8, 9, requires_grad=True)
+    target = torch.randint(0, 3, (2, 1, 8, 9)).float()
+    weight = torch.tensor([0.5, 1.0, 3.0])
+    theirs = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, weight=weight)(logits, target)
+    ours = build_loss(spec_of(), run)(logits, target)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, logits)[0], torch.autograd.grad(theirs, logits)[0]
+    )
+    with pytest.raises(
+        ConfigError, match=r"run.class_weights: expected names of outputs \(one, two"
+    ):
+        build_loss(spec_of(output="sigmoid"), run)
+    with pytest.raises(
+        ConfigError, match=r"run.class_weights: expected none with the loss tversky"
+    ):
+        replace(run, loss="tversky")
+
+
+def test_focal_tversky_and_top_k_are_those_of_monai_and_torch() -> None:
+    """With their parameters, in their limits: gamma 0, equal weights, all voxels."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 8, 9)
+    target = torch.randint(0, 3, (2, 1, 8, 9)).float()
+    spec = spec_of()
+
+    def value(**changes: Any) -> torch.Tensor:
+        found: torch.Tensor = build_loss(spec, replace(RUN, **changes))(logits, target)
+        return found
+
+    cross_entropy = nn.functional.cross_entropy(logits, target[:, 0].long())
+    dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, target)
+    # MONAI's focal loss is the mean over voxels and classes, not the sum over classes
+    torch.testing.assert_close(value(loss="focal", focal_gamma=0.0), cross_entropy / 3)
+    theirs = FocalLoss(gamma=3.0, use_softmax=True, to_onehot_y=True)(logits, target)
+    torch.testing.assert_close(value(loss="focal", focal_gamma=3.0), theirs)
+    torch.testing.assert_close(
+        value(loss="tversky", tversky_weights=(0.5, 0.5)), dice, atol=1e-5, rtol=1e-4
+    )
+    assert value(loss="tversky", tversky_weights=(0.1, 0.9)) != value(loss="tversky")
+    torch.testing.assert_close(value(loss="dice_topk", top_k=1.0), dice + cross_entropy)
+    each = nn.functional.cross_entropy(logits, target[:, 0].long(), reduction="none")
+    hardest = each.flatten().sort(descending=True).values[:14]  # a tenth of 144 voxels
+    torch.testing.assert_close(value(loss="dice_topk", top_k=0.1), dice + hardest.mean())
+    theirs = DiceFocalLoss(softmax=True, to_onehot_y=True, batch=True, gamma=2.0)(logits, target)
+    torch.testing.assert_close(value(loss="dice_focal"), theirs)

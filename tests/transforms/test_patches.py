@@ -196,7 +196,7 @@ def test_values_become_channel_numbers() -> None:
     """Channels follow the order of the spec's labels, whatever their values."""
     names = {"background": 0, "b": 300, "a": 7}
     case = preprocessing(parse_spec(3, spacing=[None] * 3))(labelled_case())
-    index = ClassIndexd("label", names)({**case, "case": "x"})["label"]
+    index = ClassIndexd("label", names.values())({**case, "case": "x"})["label"]
     for number, value in enumerate(names.values()):
         assert ((case["label"] == value) == (index == number)).all()
 
@@ -205,7 +205,7 @@ def test_a_value_that_no_label_names_is_refused() -> None:
     """The message names the case and the values."""
     case = preprocessing(parse_spec(3))(labelled_case())
     with pytest.raises(VolumeError, match=r"x: label values 300, expected only \[0, 7\]"):
-        ClassIndexd("label", {"background": 0, "front": 7})(case)
+        ClassIndexd("label", [0, 7])(case)
     assert LABELS["back"] == 300
 
 
