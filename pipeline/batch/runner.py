@@ -28,7 +28,13 @@ from pipeline.batch.records import CaseRecord, read_record
 from pipeline.batch.suspects import Suspect, clear_suspect, read_suspects
 from pipeline.batch.tables import write_tables
 from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError, WriteError
-from pipeline.inference import Model, Prediction, PreparedCase, evaluate_prepared
+from pipeline.inference import (
+    Model,
+    Prediction,
+    PreparedCase,
+    evaluate_prepared,
+    forks_can_compile,
+)
 from pipeline.io import case_name
 from pipeline.types import Case, PathOrStr
 
@@ -346,9 +352,9 @@ def default_start_method(model: Model) -> StartMethod:
     """Return how worker processes are started.
 
     A forked process shares the memory of the model and starts at once, but only Linux forks safely,
-    and only while no thread and no GPU is in use.
+    and only while no thread and no GPU is in use and OpenVINO has compiled nothing.
     """
-    alone = threading.active_count() == 1 and not _gpu_in_use()
+    alone = threading.active_count() == 1 and not _gpu_in_use() and forks_can_compile()
     return "fork" if sys.platform == "linux" and alone and model.device.type == "cpu" else "spawn"
 
 

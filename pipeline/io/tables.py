@@ -84,4 +84,5 @@ def write_json(path: Path, content: Any, *, staging: Path | None = None) -> None
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 hash of a file's content as 64 hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
