@@ -98,7 +98,7 @@ class VoxelData:
         """
         sizes = [_size(self.path, file) for file in self.files]
         room = sum(size - max(self.offset, 0) for size in sizes)
-        needed = self.skipped + self.declared_bytes
+        needed = self.skipped * len(self.files) + self.declared_bytes
         if self.encoding == TEXT:
             needed = 2 * self.values - 1  # at least one character each, and one between two
         if self.encoding in (GZIP, ZLIB):
@@ -115,14 +115,16 @@ class VoxelData:
             ReadError: they are fewer or more.
             EOFError, OSError, zlib.error: they are truncated or damaged.
         """
-        if self.encoding not in (GZIP, ZLIB) or len(self.files) > 1:
-            return
-        (file,), end = self.files, self.skipped + self.declared_bytes
+        end = self.skipped * len(self.files) + self.declared_bytes
         if self.encoding == ZLIB:
+            (file,) = self.files  # `metaimage_data` refuses several
             check_zlib(file, self.offset, end)
-            return
-        with open_bytes(file, self.offset) as stream:
-            check_length(self.path, discard(stream, end + SLACK + 1), end, SLACK)
+        if self.encoding == GZIP:
+            found = 0
+            for file in self.files:
+                with open_bytes(file, self.offset) as stream:
+                    found += discard(stream, end + SLACK + 1 - found)
+            check_length(self.path, found, end, SLACK)
 
 
 def nrrd_data(path: Path) -> VoxelData:
@@ -225,6 +227,9 @@ def metaimage_data(path: Path) -> VoxelData:
     if value_bytes is None:
         raise unreadable(path, f"its ElementType is {_text(fields, 'elementtype')!r}")
     files, offset = _meta_files(path, fields, lines)
+    encoding = _meta_encoding(fields)
+    if encoding == ZLIB and len(files) > 1:
+        raise unreadable(path, f"it is compressed in {len(files)} files, expected one")
     header_size = int(fields.get("headersize", b"0"))
     channels = int(fields.get("elementnumberofchannels", b"1"))
     if channels < 1:
@@ -236,7 +241,7 @@ def metaimage_data(path: Path) -> VoxelData:
         skipped=0,
         values=prod(sizes) * channels,
         bytes_per_value=value_bytes,
-        encoding=_meta_encoding(fields),
+        encoding=encoding,
         doubts=_meta_doubts(fields),
         mm_per_unit=(MM_PER_UNIT.get(_text(fields, "distanceunits"), 1.0),) * 3,
     )

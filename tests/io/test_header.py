@@ -356,6 +356,28 @@ def test_voxels_in_one_file_per_slice(tmp_path: Path, ending: str, by: str) -> N
         read(path)
 
 
+@pytest.mark.parametrize("last", [0, 2**26])
+def test_compressed_voxels_in_several_files(tmp_path: Path, last: int) -> None:
+    """NRRD has a stream per file, which together hold what is declared; MetaImage has one."""
+    path = write(tmp_path / "a.nhdr")
+    (data,) = (file for file in tmp_path.iterdir() if file != path)
+    content, size = gzip.decompress(data.read_bytes()), smooth()[..., 0].nbytes
+    names = [f"{number}.gz" for number in range(SHAPE[2])]
+    for number, name in enumerate(names):
+        part = content[number * size : (number + 1) * size]
+        (tmp_path / name).write_bytes(gzip.compress(part + bytes(last * (number == 2)), 1))
+    path.write_text(path.read_text().replace(data.name, "LIST\n" + "\n".join(names)))
+    if last:
+        with pytest.raises(ReadError, match=r"its header declares 34272 bytes, the file holds \d+"):
+            read(path)
+        return
+    np.testing.assert_array_equal(read(path).array, smooth())
+    meta = write(tmp_path / "b.mhd")
+    meta.write_text(meta.read_text().replace("a.zraw", "LIST\na.zraw\na.zraw"))
+    with pytest.raises(ReadError, match="it is compressed in 2 files, expected one"):
+        read(meta)
+
+
 NAMES = [b"a b", b"line\nbreak", "Müller 日本".encode(), b"M\xfcller", b"'\"$%s\t"]
 
 
