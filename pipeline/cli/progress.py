@@ -47,10 +47,20 @@ def case_line(record: CaseRecord) -> str:
 def epoch_line(row: EpochRow, epochs: int) -> str:
     """Return one line about an epoch of training."""
     line = f"epoch {row.epoch} of {epochs}: loss {row.loss:.4f}, {row.seconds:.0f} s"
+    if row.validation_seconds:
+        line += f", validation {row.validation_seconds:.0f} s"
     for name, value in row.metrics.items():
         if name.startswith("dice"):
             line += f", {name} {value:.4f}"
     return line
+
+
+def validation_line(number: int, count: int, name: str) -> None:
+    """Show one line on stderr about a case of a validation; nothing with `--quiet`."""
+    from pipeline.io import printable
+
+    if LOGGER.isEnabledFor(logging.WARNING):
+        click.echo(f"validated {printable(name)} ({number} of {count})", err=True)
 
 
 class Pace:

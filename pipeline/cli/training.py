@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from pipeline.cli.evaluation import print_summary
 from pipeline.cli.options import command, trust_option, usage_errors
-from pipeline.cli.progress import epoch_line, progress_bar
+from pipeline.cli.progress import epoch_line, progress_bar, validation_line
 
 
 @command()
@@ -26,7 +26,7 @@ from pipeline.cli.progress import epoch_line, progress_bar
     type=float,
     default=60.0,
     show_default=True,
-    help="Time that training one fold may take on this machine, minutes.",
+    help="Wall time of training one fold on this machine, with its final validation, minutes.",
 )
 @click.option(
     "--dims",
@@ -35,7 +35,21 @@ from pipeline.cli.progress import epoch_line, progress_bar
     show_default=True,
     help="Dimensions of the network: 2 for slices, 3 for volumes.",
 )
-def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> None:
+@click.option(
+    "--preset",
+    type=click.Choice(["fast", "balanced", "best"]),
+    default="balanced",
+    show_default=True,
+    help="How much of the time is spent on accuracy: fast has a smaller network, best averages "
+    "more networks where the time allows.",
+)
+def plan(
+    dataset: tuple[Path, ...],
+    output: Path,
+    minutes: float,
+    dims: str,
+    preset: Literal["fast", "balanced", "best"],
+) -> None:
     """Plan a training run for a DATASET: one folder, or a folder of images and one of labels.
 
     All pairs of image and label are read, and each problem is listed. Spec and run are chosen from
@@ -53,6 +67,7 @@ def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> 
                 output,
                 minutes=minutes,
                 dims=int(dims),
+                preset=preset,
                 start_progress=lambda total: stack.enter_context(progress_bar("reading", total)),
             )
     if made.problems:
@@ -62,7 +77,9 @@ def plan(dataset: tuple[Path, ...], output: Path, minutes: float, dims: str) -> 
         )
     click.echo(f"{made.cases} cases ({made.layout.kind})")
     for choice in made.choices:
-        click.echo(f"{choice.name}: {choice.value}  ({choice.reason})")
+        click.echo(f"{choice.name}: {choice.value}  ({choice.explanation})")
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     click.echo(f"a fold will take about {made.seconds / 60:.1f} minutes: volseg train {output}")
 
 
@@ -96,6 +113,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool, t
                 restart=restart,
                 trust=trust,
                 progress=lambda row: advance(epoch_line(row, run.epochs)),
+                case_done=validation_line,
             )
     if is_first_process():
         click.echo(f"trained; the weights are in {folder}/models", err=True)

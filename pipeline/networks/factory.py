@@ -38,6 +38,7 @@ def build_unet(spec: Spec) -> UNet:
         contraction_dropout=network.contraction_dropout,
         deep_supervision=network.deep_supervision,
         padding=network.padding,
+        kernels=network.kernels,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from monai.networks.layers import Act, Conv, Dropout, Norm, Pool
@@ -54,7 +55,7 @@ class InstanceNorm(nn.GroupNorm):
 
 
 class ConvBlock(nn.Module):
-    """Two 3×3(×3) convolutions, each followed by a norm and an activation.
+    """Two convolutions of the same kernel size, each followed by a norm and an activation.
 
     A residual block adds its input before the second activation, through a 1×1(×1) convolution if
     the number of channels changes.
@@ -68,10 +69,11 @@ class ConvBlock(nn.Module):
         residual: whether the input is added to the output.
         dropout: probability of dropping a whole channel of the output.
         padding: whether the convolutions are padded.
+        kernel: kernel size of both convolutions, an odd number, or one number per spatial axis.
 
     Shapes:
-        (B, in_channels, *spatial) → (B, out_channels, *spatial); without padding every spatial
-        size is 4 voxels smaller.
+        (B, in_channels, *spatial) → (B, out_channels, *spatial); without padding and with a kernel
+        of 3 every spatial size is 4 voxels smaller.
     """
 
     def __init__(
@@ -85,11 +87,17 @@ class ConvBlock(nn.Module):
         residual: bool,
         dropout: float,
         padding: bool,
+        kernel: int | Sequence[int] = 3,
     ) -> None:
         super().__init__()
+        sizes = (kernel,) * spatial_dims if isinstance(kernel, int) else tuple(kernel)
         conv = Conv[Conv.CONV, spatial_dims]
         # a norm subtracts the mean, so a bias of the convolution before it would have no effect
-        common = {"kernel_size": 3, "padding": int(padding), "bias": norm is None}
+        common: dict[str, Any] = {
+            "kernel_size": sizes,
+            "padding": tuple(size // 2 if padding else 0 for size in sizes),
+            "bias": norm is None,
+        }
         layers = [
             conv(in_channels, out_channels, **common),
             *_norm_layers(norm, spatial_dims, out_channels),
@@ -148,6 +156,9 @@ class UNet(nn.Module):
         padding: whether convolutions are padded. Without padding, skip connections are cropped to
             their centre and the output is smaller than the input by a fixed margin
             (`pipeline.config.margin`), so that no output voxel depends on padded values.
+        kernels: kernel size of the convolutions of each level from the top, as many as features: a
+            number, or one number per spatial axis such as (3, 3, 1). None means 3 everywhere;
+            anything else needs padding.
 
     Shapes:
         (B, in_channels, *spatial) → logits (B, out_channels, *spatial), where each spatial size is
@@ -176,6 +187,7 @@ class UNet(nn.Module):
         contraction_dropout: float = 0.0,
         deep_supervision: int = 0,
         padding: bool = True,
+        kernels: Sequence[int | Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if spatial_dims not in (2, 3):
@@ -193,7 +205,14 @@ class UNet(nn.Module):
                 "features, and fewer deep outputs than strides"
             )
 
-        def block(channels: int, out: int) -> ConvBlock:
+        kernel_of = kernels or [3] * len(features)
+        if len(kernel_of) != len(features) or (kernels is not None and not padding):
+            raise ShapeError(
+                f"kernels {kernels}: expected one per level ({len(features)}), in a network with "
+                "padding"
+            )
+
+        def block(channels: int, out: int, kernel: int | Sequence[int]) -> ConvBlock:
             return ConvBlock(
                 spatial_dims,
                 channels,
@@ -203,6 +222,7 @@ class UNet(nn.Module):
                 residual=residual,
                 dropout=dropout,
                 padding=padding,
+                kernel=kernel,
             )
 
         conv = Conv[Conv.CONV, spatial_dims]
@@ -211,15 +231,15 @@ class UNet(nn.Module):
         above, below = features[:-1], features[1:]  # channels of each level, and of the one below
         # Do not rename or reorder these attributes: their names are the keys in published state
         # dicts, and their order decides which initial weights follow from a seed
-        self.encoder = nn.ModuleList(map(block, (in_channels, *above[:-1]), above))
+        self.encoder = nn.ModuleList(map(block, (in_channels, *above[:-1]), above, kernel_of))
         self.pool = nn.ModuleList(max_pool(stride, stride) for stride in self.strides)
-        self.bottleneck = block(above[-1], below[-1])
+        self.bottleneck = block(above[-1], below[-1], kernel_of[-1])
         self.contraction_dropout = (
             nn.Dropout(contraction_dropout) if contraction_dropout else nn.Identity()
         )
         self.up = nn.ModuleList(map(conv_transposed, below, above, self.strides, self.strides))
         # twice the channels: the upsampled ones and those of the skip connection
-        self.decoder = nn.ModuleList(block(2 * width, width) for width in above)
+        self.decoder = nn.ModuleList(map(block, [2 * width for width in above], above, kernel_of))
         self.output = conv(features[0], out_channels, kernel_size=1)
         self.deep_outputs = nn.ModuleList(
             conv(width, out_channels, kernel_size=1) for width in below[:deep_supervision]

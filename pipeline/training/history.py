@@ -17,6 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation import draw_training_curves
 from pipeline.io import write_csv
 from pipeline.training.distributed import is_first_process, mean_over_processes
+from pipeline.training.validation import VALIDATION_SECONDS
 from pipeline.types import PathOrStr
 
 SECONDS_BETWEEN_FIGURES = 30.0  # drawing takes about as long as a short epoch
@@ -30,7 +31,8 @@ class EpochRow:
         epoch: number of the epoch, from 1.
         loss: mean training loss over the steps of the epoch and over the processes.
         learning_rate: learning rate at the end of the epoch.
-        seconds: wall time of the epoch, including its validation.
+        seconds: wall time of the training steps of the epoch.
+        validation_seconds: wall time of the validation after the epoch; 0 without one.
         metrics: validation metrics, `dice` (mean over labels) and `dice <label>`, 0 to 1; empty
             for an epoch without validation.
     """
@@ -39,6 +41,7 @@ class EpochRow:
     loss: float
     learning_rate: float
     seconds: float
+    validation_seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Any]:
@@ -48,6 +51,7 @@ class EpochRow:
             "loss": self.loss,
             "learning_rate": self.learning_rate,
             "seconds": self.seconds,
+            VALIDATION_SECONDS: self.validation_seconds,
             **self.metrics,
         }
 
@@ -56,7 +60,9 @@ class EpochRow:
         """Return the row with the given columns; the inverse of the method `columns`."""
         rest = dict(columns)
         own = {name: rest.pop(name) for name in ("epoch", "loss", "learning_rate", "seconds")}
-        return cls(**own, metrics=rest)
+        # an earlier release counted the validation as a part of the epoch
+        seconds = rest.pop(VALIDATION_SECONDS, 0.0)
+        return cls(**own, validation_seconds=seconds, metrics=rest)
 
 
 class History:
@@ -101,12 +107,15 @@ class History:
         self.losses.append(float(engine.state.output[0]["loss"]))
 
     def _add_row(self, engine: Engine) -> None:
+        metrics = dict(engine.state.metrics)
+        validation = metrics.pop(VALIDATION_SECONDS, 0.0)  # the handler before this one
         row = EpochRow(
             epoch=engine.state.epoch,
             loss=mean_over_processes(fmean(self.losses)),
             learning_rate=self.optimizer.param_groups[0]["lr"],
-            seconds=time.monotonic() - self.epoch_started,
-            metrics=engine.state.metrics,
+            seconds=max(0.0, time.monotonic() - self.epoch_started - validation),
+            validation_seconds=validation,
+            metrics=metrics,
         )
         # Ignite keeps metrics: without this, an epoch without validation would repeat the last ones
         engine.state.metrics = {}
@@ -127,7 +136,8 @@ class History:
             self._add_row(engine)
         elif self.rows and engine.state.metrics:  # the validation after the last epoch
             metrics = {**self.rows[-1].metrics, **engine.state.metrics}
-            self.rows[-1] = replace(self.rows[-1], metrics=metrics)
+            seconds = metrics.pop(VALIDATION_SECONDS, 0.0)
+            self.rows[-1] = replace(self.rows[-1], validation_seconds=seconds, metrics=metrics)
             self._write_table()
         if self.rows and is_first_process():
             self._draw()

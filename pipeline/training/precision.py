@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,11 @@ from pipeline.log import LOGGER
 from pipeline.training.distributed import is_first_process
 
 X86 = ("x86_64", "AMD64")  # `platform.machine()` on Linux and macOS, and on Windows
+AMPERE = (8, 0)  # compute capability of the first GPUs with bfloat16
+# environment variables that limit the instructions that oneDNN, torch's library of convolutions on
+# CPUs, may use, and words in the values that still allow bfloat16
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "DEFAULT", "ALL")
 # functions of torch.cpu that return whether the processor can multiply bfloat16; older releases of
 # torch lack some of them
 BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -23,20 +29,40 @@ def emulates_bfloat16(device: torch.device) -> bool:
     """Return whether a device has no bfloat16 instructions, so that torch has to emulate them.
 
     Convolutions then are about 30 times slower. Only x86 processors with neither AVX512-BF16 nor
-    AMX are known to lack them; all other devices are assumed to have them.
+    AMX are known to lack them, or those whose user has limited oneDNN to older instructions
+    (`ISA_LIMITS`); all other devices are assumed to have them.
     """
     if device.type != "cpu" or platform.machine() not in X86:
         return False
+    limit = next((os.environ[name] for name in ISA_LIMITS if os.environ.get(name)), "").upper()
+    if limit and not any(word in limit for word in BFLOAT16_ISAS):
+        return True
     checks = [getattr(torch.cpu, name, None) for name in BFLOAT16_CHECKS]
     known = [check for check in checks if check is not None]
     return bool(known) and not any(check() for check in known)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is known to compute in bfloat16 faster than in float32.
+
+    That is stricter than the opposite of `emulates_bfloat16`: devices that torch tells nothing
+    about have no fast bfloat16.
+    """
+    if device.type == "cuda":
+        # AMD's GPUs since the MI100, and Nvidia's since Ampere, where it is not emulated
+        return torch.cuda.get_device_capability(device) >= AMPERE
+    if device.type != "cpu" or platform.machine() not in X86:
+        return False
+    known = any(hasattr(torch.cpu, name) for name in BFLOAT16_CHECKS)
+    return known and not emulates_bfloat16(device)
 
 
 class TrainingInferer(SimpleInferer):
     """A MONAI inferer that applies the network to a training batch in the run's precision.
 
     bfloat16 means torch's autocast: weights and returned logits are float32. On a processor that
-    would only emulate bfloat16, the network runs in float32 and a warning is logged once.
+    would only emulate bfloat16, the network runs in float32 and a warning is logged once. The
+    precision `auto` is bfloat16 where `has_bfloat16`.
 
     Args:
         run: settings of the training run.
@@ -49,10 +75,13 @@ class TrainingInferer(SimpleInferer):
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.bfloat16 = run.precision == "bfloat16"
+        self.undecided = run.precision == "auto"
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if self.undecided:
+            self.bfloat16, self.undecided = has_bfloat16(inputs.device), False
         if self.bfloat16 and emulates_bfloat16(inputs.device):
             self._fall_back()
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -12,15 +13,19 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
-from pipeline.config import Run
+from pipeline.config import BundlePaths, Run
 from pipeline.evaluation import dice
 from pipeline.inference import Model, predict_case
-from pipeline.io import read
+from pipeline.io import read, write_atomically
 from pipeline.networks import save_weights
 from pipeline.training.distributed import from_first_process, is_first_process
+from pipeline.training.optimisation import Budget
 from pipeline.types import Case, PathOrStr
 
 DICE = "dice"
+VALIDATION_SECONDS = "validation_seconds"
+
+CaseDone = Callable[[int, int, str], None]
 
 
 class Validation:
@@ -28,25 +33,48 @@ class Validation:
 
     Every `validate_every` epochs and at the end of the run, each case is predicted on its file's
     own grid and compared with its label as read. The trainer's metrics get `dice`, the mean over
-    labels, and `dice <label>`. With `keep: best`, the weights are saved each time that `dice` is
-    higher than before; with `patience`, the run ends when it has stopped rising.
+    labels, `dice <label>`, and `validation_seconds`, the wall time. With `keep: best`, the weights
+    are saved each time that `dice` is higher than before; with `patience`, the run ends when it has
+    stopped rising.
+
+    Before the final validation the weights are written to the bundle: a run that is killed during
+    it has lost its scores only. A run with a time limit predicts one case before its first step, so
+    that its budget keeps the time of the final validation.
 
     Args:
         model: model whose network has the averaged weights.
         cases: validation cases, each with `image` and `label`; none turns validation off.
-        run: gives `validate_every`, `keep` and `patience`.
+        run: gives `validate_every`, `keep`, `patience` and `minutes`.
         path: file of the best weights so far, for `keep: best`.
+        budget: time limit of the run; None reserves no time.
+
+    Attributes:
+        case_done: called after each case of a validation with its number from 1, the number of
+            cases, and the name of the case.
     """
 
-    def __init__(self, model: Model, cases: Sequence[Case], run: Run, path: PathOrStr) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cases: Sequence[Case],
+        run: Run,
+        path: PathOrStr,
+        budget: Budget | None = None,
+    ) -> None:
         self.model, self.cases, self.run, self.path = model, cases, run, Path(path)
+        self.budget = budget
+        self.case_done: CaseDone = lambda number, count, name: None
         self.best_dice = float("-inf")
         self.validations_without_gain = 0
         self.last_iteration = -1
 
     def attach(self, engine: Engine) -> None:
         """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
+        # before the validation, which can take minutes
+        engine.add_event_handler(Events.COMPLETED, self._write_weights)
         if self.cases:
+            if self.budget is not None and self.budget.limit is not None:
+                engine.add_event_handler(Events.STARTED, self._reserve_time)
             every = Events.EPOCH_COMPLETED(every=self.run.validate_every)
             engine.add_event_handler(every, self.validate)
             # the time limit or the patience may end a run between two validations
@@ -60,10 +88,16 @@ class Validation:
         if self.last_iteration == engine.state.iteration:
             return
         self.last_iteration = engine.state.iteration
+        seconds = 0.0
         if is_first_process():
-            engine.state.metrics |= mean_dice(self.model, self.cases)
+            started = time.monotonic()
+            engine.state.metrics |= mean_dice(self.model, self.cases, self.case_done)
+            seconds = time.monotonic() - started
+            engine.state.metrics[VALIDATION_SECONDS] = seconds
         # the other processes have no scores, but have to stop after the same step
         mean = from_first_process(engine.state.metrics.get(DICE, 0.0))
+        if self.budget is not None:
+            self.budget.reserve(seconds)
         if mean > self.best_dice:
             self.best_dice, self.validations_without_gain = mean, 0
             if self.run.keep == "best" and is_first_process():
@@ -72,6 +106,28 @@ class Validation:
         self.validations_without_gain += 1
         if self.run.patience is not None and self.validations_without_gain >= self.run.patience:
             engine.terminate()
+
+    def _reserve_time(self) -> None:
+        """Let the budget keep the time of the final validation, by predicting one case."""
+        seconds = 0.0
+        if is_first_process():
+            started = time.monotonic()
+            mean_dice(self.model, self.cases[:1])
+            seconds = len(self.cases) * (time.monotonic() - started)
+        if self.budget is not None:
+            self.budget.reserve(seconds)
+            self.budget.warn_if_short()
+            self.budget.start_steps()
+
+    def _write_weights(self) -> None:
+        """Write the weights that the run would keep if its final validation never ended."""
+        final = BundlePaths(self.model.root).weights
+        if not is_first_process():
+            return
+        if self.run.keep == "best" and self.path.is_file():
+            write_atomically(final, self.path.read_bytes())
+        else:
+            save_weights(self.model.network, final)
 
     def finish(self, path: PathOrStr) -> None:
         """Save the weights that the run keeps, the last ones or the best.
@@ -102,28 +158,34 @@ class Validation:
 
 
 @torch.no_grad()
-def mean_dice(model: Model, cases: Sequence[Case]) -> dict[str, float]:
+def mean_dice(
+    model: Model,
+    cases: Sequence[Case],
+    case_done: CaseDone = lambda number, count, name: None,
+) -> dict[str, float]:
     """Return the mean Dice of a model on labelled cases, 0 to 1.
 
     Args:
         model: model that predicts the cases.
         cases: labelled cases, each with `image` and `label`.
+        case_done: called after each case with its number from 1, the number of cases, and its name.
 
     Returns:
-        `dice <label>` → mean over the cases in which prediction or reference has the label; a label
-        without such a case is left out. `dice` → mean over these labels, 0 without any.
-
-    Raises:
-        PipelineError: a case cannot be read or segmented.
+        `dice`, the mean over labels, 0 if no label occurs, and `dice <label>` for each label that
+        occurs. Voxels with the spec's `ignore_label` do not count.
     """
-    values = {name: value for name, value in model.spec.labels.items() if value != 0}
-    scores: dict[str, list[float]] = {name: [] for name in values}
-    for case in cases:
+    scores: dict[str, list[float]] = {name: [] for name in model.spec.values_of}
+    for number, case in enumerate(cases, start=1):
         prediction = predict_case(model, case["image"]).labels
         reference = np.rint(read(case["label"]).array)
-        for name, value in values.items():
-            score = dice(prediction == value, reference == value)
+        counted = None if model.spec.ignore_label is None else reference != model.spec.ignore_label
+        for name, values in model.spec.values_of.items():
+            predicted, true = np.isin(prediction, values), np.isin(reference, values)
+            if counted is not None:
+                predicted, true = predicted & counted, true & counted
+            score = dice(predicted, true)
             if not isnan(score):
                 scores[name].append(score)
+        case_done(number, len(cases), case["case"])
     means = {f"{DICE} {name}": fmean(found) for name, found in scores.items() if found}
     return {DICE: fmean(means.values()) if means else 0.0, **means}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,45 @@ from monai.transforms import (
     ScaleIntensityRangePercentilesd,
 )
 
-from pipeline.config import Intensity
+from pipeline.config import Intensity, Spec
+from pipeline.errors import ConfigError
+from pipeline.types import Array
 
 
-def normalisation(intensity: Intensity, keys: KeysCollection) -> MapTransform:
-    """Return the transform that normalises each channel as the spec's `intensity` says."""
+def normalisation(spec: Spec, keys: KeysCollection) -> MapTransform:
+    """Return the transform that normalises each channel as the spec says.
+
+    Args:
+        spec: gives `intensity`, `channel_intensity` and the names of the channels.
+        keys: (C, X, Y, Z) images.
+    """
+    if not spec.channel_intensity:
+        return _transform(spec.intensity, keys)
+    return NormalizeEachChanneld(keys, _intensities(spec))
+
+
+def clips_outliers(spec: Spec) -> bool:
+    """Return whether a few voxels with extreme values leave the normalisation as it is."""
+    return all(_clips(intensity) for intensity in _intensities(spec))
+
+
+def _intensities(spec: Spec) -> list[Intensity]:
+    """Return the normalisation of each channel, in the order of the channels."""
+    return [spec.channel_intensity.get(name, spec.intensity) for name in spec.channels]
+
+
+def _clips(intensity: Intensity) -> bool:
+    if intensity.method == "fixed":
+        return True
+    return intensity.method != "zscore" and intensity.lower > 0 and intensity.upper < 100
+
+
+def _transform(intensity: Intensity, keys: KeysCollection) -> MapTransform:
+    """Return the transform that normalises all channels in the same way."""
     if intensity.method == "zscore":
         return NormalizeIntensityd(keys, nonzero=intensity.nonzero, channel_wise=True)
+    if intensity.method in ("robust_zscore", "fixed"):
+        return NormalizeEachChanneld(keys, intensity)
     if intensity.method == "percentiles_zscore":
         return ClipNormalizeIntensityd(keys, intensity.lower, intensity.upper)
     return ScaleIntensityRangePercentilesd(
@@ -34,9 +66,80 @@ def normalisation(intensity: Intensity, keys: KeysCollection) -> MapTransform:
     )
 
 
-def clips_outliers(intensity: Intensity) -> bool:
-    """Return whether a few voxels with extreme values leave the normalisation as it is."""
-    return intensity.method != "zscore" and intensity.lower > 0 and intensity.upper < 100
+class NormalizeEachChanneld(MapTransform):
+    """Normalise each channel of a volume by a method of its own.
+
+    Args:
+        keys: (C, X, Y, Z) images.
+        intensities: normalisation of each channel, or one for all of them.
+    """
+
+    def __init__(self, keys: KeysCollection, intensities: Intensity | Sequence[Intensity]) -> None:
+        super().__init__(keys)
+        self.intensities = intensities
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            image = case[key]
+            normalised = image.clone()
+            for channel in range(len(image)):
+                _normalise_channel(image, normalised, channel, self._intensity_of(channel))
+            case[key] = normalised
+        return case
+
+    def _intensity_of(self, channel: int) -> Intensity:
+        if isinstance(self.intensities, Intensity):
+            return self.intensities
+        return self.intensities[channel]
+
+
+def _normalise_channel(
+    image: torch.Tensor, normalised: torch.Tensor, channel: int, intensity: Intensity
+) -> None:
+    """Write one channel of an image, normalised, into another image of the same shape."""
+    part = image[channel : channel + 1]
+    if intensity.method == "robust_zscore":
+        values = torch.as_tensor(robust_zscore(part[0].cpu().numpy(), intensity))[None]
+    elif intensity.method == "fixed":
+        values = fixed_zscore(part, intensity)
+    else:
+        values = _transform(intensity, "image")({"image": part})["image"]
+    normalised[channel : channel + 1].copy_(values)
+
+
+def robust_zscore(values: Array, intensity: Intensity) -> Array:
+    """Return values clipped at two of their percentiles, with mean 0 and standard deviation 1.
+
+    Extreme values of a few voxels, such as spikes or marks, therefore change nothing else. Values
+    that are all the same become 0.
+
+    Args:
+        values: (X, Y, Z) intensities of one channel.
+        intensity: gives the percentiles `lower` and `upper`. With `nonzero`, only voxels other than
+            0 count, and the others stay 0.
+    """
+    mask = values != 0 if intensity.nonzero else np.ones(values.shape, dtype=bool)
+    counted = values[mask]
+    if not counted.size:
+        return np.zeros_like(values)
+    low, high = np.percentile(counted, [intensity.lower, intensity.upper])
+    counted = np.clip(counted.astype(np.float32), low, high)
+    mean, deviation = counted.mean(dtype=np.float64), counted.std(dtype=np.float64)
+    scaled = np.zeros(values.shape, dtype=np.float32)
+    scaled[mask] = (counted - mean) / (deviation if deviation > 0 else 1.0)
+    return scaled
+
+
+def fixed_zscore(values: torch.Tensor, intensity: Intensity) -> torch.Tensor:
+    """Return values clipped to `clip`, minus `mean`, divided by `std`.
+
+    Raises:
+        ConfigError: the intensity lacks one of these values; its constructor prevents that.
+    """
+    if intensity.clip is None or intensity.mean is None or intensity.std is None:
+        raise ConfigError(f"spec.intensity: expected clip, mean and std, got {intensity}")
+    return (values.clamp(*intensity.clip) - intensity.mean) / intensity.std
 
 
 class ClipNormalizeIntensityd(MapTransform):

@@ -80,7 +80,7 @@ def synthesis_transform(
         ],
         random=[
             RandSynthesized(table, spec.roi_size, spacing, options, orientation=spec.orientation),
-            normalisation(spec.intensity, IMAGE),
+            normalisation(spec, IMAGE),
         ],
     )
 

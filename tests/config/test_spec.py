@@ -75,7 +75,8 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
         (
             3,
             {"intensity": {"method": "minmax"}},
-            "expected one of 'zscore', 'percentiles', 'percentiles_zscore', got 'minmax' at "
+            "expected one of 'zscore', 'robust_zscore', 'percentiles', 'percentiles_zscore', "
+            "'fixed', got 'minmax' at "
             "spec.intensity.method",
         ),
         (

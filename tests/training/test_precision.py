@@ -12,7 +12,13 @@ import torch
 from pipeline.config.run import Run, TrainingPrecision
 from pipeline.networks import UNet
 from pipeline.training import precision as precision_module
-from pipeline.training.precision import BFLOAT16_CHECKS, TrainingInferer, emulates_bfloat16
+from pipeline.training.precision import (
+    BFLOAT16_CHECKS,
+    ISA_LIMITS,
+    TrainingInferer,
+    emulates_bfloat16,
+    has_bfloat16,
+)
 
 RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
 CPU = torch.device("cpu")
@@ -86,6 +92,46 @@ def test_x86_without_bfloat16_instructions_emulates(
         monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
     assert emulates_bfloat16(CPU) is emulated
     assert not emulates_bfloat16(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "emulated"),
+    [("AVX2", True), ("avx512_core", True), ("AVX512_CORE_AMX", False), ("DEFAULT", False)],
+)
+@pytest.mark.parametrize("variable", ISA_LIMITS)
+def test_a_limit_of_the_instructions_counts(
+    variable: str, limit: str, emulated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN may be kept from the instructions that the processor has."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in BFLOAT16_CHECKS:
+        monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+    monkeypatch.setenv(variable, limit)
+    assert emulates_bfloat16(CPU) is emulated
+    assert has_bfloat16(CPU) is not emulated
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bfloat16_where_the_processor_has_it(
+    fast: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(precision_module, "has_bfloat16", lambda device: fast)
+    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: not fast)
+    net = UNet(3, 1, 3, (4, 8), norm="instance")
+    dtypes = []
+    net.output.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
+    TrainingInferer(replace(RUN, precision="auto"))(torch.randn(1, 1, 8, 12, 16), net)
+    assert dtypes == [expected]
+    assert not caplog.records
+
+
+def test_unknown_processors_have_no_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert not has_bfloat16(CPU)
+    assert not has_bfloat16(torch.device("mps"))
 
 
 def test_a_torch_without_these_checks_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

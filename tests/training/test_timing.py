@@ -16,11 +16,13 @@ from pipeline.config.spec import Spec
 from pipeline.io.layouts import find_pairs
 from pipeline.training.planning import timing
 from pipeline.training.planning.timing import (
+    PROBE_SECONDS,
     STARTUP_SECONDS,
     TIMED_STEPS,
     WARM_UP_STEPS,
     TrainingTimes,
     time_training,
+    usable_precisions,
 )
 from pipeline.types import Case
 
@@ -61,10 +63,10 @@ class _Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
-    """A clock that only the network moves, by 1 s in float32 and 2 s in bfloat16."""
+    """A clock that only the network moves, by 0.5 s in float32 and 1 s in bfloat16."""
     from pipeline.training.precision import TrainingInferer
 
-    fake = _Clock({"float32": 1.0, "bfloat16": 2.0})
+    fake = _Clock({"float32": 0.5, "bfloat16": 1.0})
     real = TrainingInferer.__call__
 
     def call(self: TrainingInferer, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +102,7 @@ def test_each_precision_is_timed_by_the_steps_after_the_warm_up(
 ) -> None:
     times = measure(spec, run_with(), cases)
     assert clock.steps == {"float32": STEPS, "bfloat16": STEPS}
-    assert times.steps == {"float32": 1.0, "bfloat16": 2.0}
+    assert times.steps == {"float32": 0.5, "bfloat16": 1.0}
     assert times.precision == "float32"
 
 
@@ -110,7 +112,7 @@ def test_a_clearly_slower_precision_is_timed_for_one_step(
     clock.seconds["bfloat16"] = 30.0
     times = measure(spec, run_with(), cases)
     assert clock.steps == {"float32": STEPS, "bfloat16": 1}
-    assert times.steps == {"float32": 1.0, "bfloat16": 30.0}
+    assert times.steps == {"float32": 0.5, "bfloat16": 30.0}
 
 
 def test_emulated_bfloat16_is_not_timed(
@@ -119,7 +121,63 @@ def test_emulated_bfloat16_is_not_timed(
     monkeypatch.setattr(timing, "emulates_bfloat16", lambda device: True)
     times = measure(spec, run_with(), cases)
     assert clock.steps == {"float32": STEPS}
-    assert times.steps == {"float32": 1.0}
+    assert times.steps == {"float32": 0.5}
+
+
+def test_slow_steps_end_the_timing(clock: _Clock, spec: Spec, cases: list[Case]) -> None:
+    """A step that takes long is timed once; of medium ones, fewer are timed."""
+    clock.seconds.update(float32=PROBE_SECONDS + 1, bfloat16=PROBE_SECONDS / 2.5)
+    times = measure(spec, run_with(), cases)
+    assert clock.steps == {"float32": 1, "bfloat16": WARM_UP_STEPS + 1}
+    assert times.precision == "bfloat16"
+
+
+def test_only_the_precisions_asked_for_are_timed(
+    clock: _Clock, spec: Spec, cases: list[Case]
+) -> None:
+    times = time_training(
+        spec, run_with(), cases, training_cases=4, validation_cases=2, precisions=["bfloat16"]
+    )
+    assert set(times.steps) == set(clock.steps) == {"bfloat16"}
+
+
+def test_an_emulated_precision_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the processor says so, nor where one convolution is clearly slower."""
+    monkeypatch.setattr(timing, "emulates_bfloat16", lambda device: False)
+    seconds = {"float32": 0.01, "bfloat16": 0.02}
+    monkeypatch.setattr(timing, "_time_convolution", lambda name, device: seconds[name])
+    cpu = torch.device("cpu")
+    assert usable_precisions(cpu) == ["float32", "bfloat16"]
+    seconds["bfloat16"] = 0.2
+    assert usable_precisions(cpu) == ["float32"]
+    seconds["bfloat16"] = 0.005
+    monkeypatch.setattr(timing, "emulates_bfloat16", lambda device: True)
+    assert usable_precisions(cpu) == ["float32"]
+
+
+def test_one_convolution_is_timed_without_drawing_random_numbers() -> None:
+    state = torch.get_rng_state()
+    assert timing._time_convolution("float32", torch.device("cpu")) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [((16, 20, 12), 1), ((17, 20, 12), 2), ((40, 20, 30), 4 * 4), ((8, 8, 8), 1)],
+)
+def test_the_windows_of_a_volume_are_counted(
+    shape: tuple[int, ...], windows: int, spec: Spec
+) -> None:
+    """With half a window between neighbours: 1 + ceil(24 / 8) and 1 + ceil(18 / 6)."""
+    assert timing._count_windows(shape, spec) == windows
+
+
+def test_large_volumes_are_timed_by_one_window(
+    spec: Spec, cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "TIMED_WINDOWS", 1)
+    few = measure(spec, run_with(), cases)
+    assert few.validation > 0
 
 
 def test_paths_that_look_like_references_are_only_paths(

@@ -32,7 +32,7 @@ def write_plan(
         layout: layout of the dataset; the card names it, and the licence.
     """
     paths = BundlePaths(run["bundle"])
-    reasons = {choice.name.partition(".")[2]: choice.reason for choice in choices}
+    reasons = {choice.name.partition(".")[2]: choice.explanation for choice in choices}
     spec = nested_values(choices, "spec.")
     _write_yaml(
         paths.spec,

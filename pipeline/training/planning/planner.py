@@ -7,21 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import BundlePaths, Run, Spec, parse_config
+from pipeline.config import BundlePaths, Run, Spec, TrainingPrecision, parse_config
 from pipeline.errors import ConfigError
 from pipeline.inference import resolve_device
 from pipeline.io import Layout, Problem, find_pairs
 from pipeline.training.planning.choices import (
     Choice,
     choose_duration,
+    choose_larger_network,
     choose_settings,
     nested_values,
+    steps_in_time,
+    time_warnings,
     training_length,
 )
 from pipeline.training.planning.files import write_plan
 from pipeline.training.planning.fingerprint import Fingerprint, take_fingerprints
 from pipeline.training.planning.folds import make_folds
-from pipeline.training.planning.timing import time_training
+from pipeline.training.planning.presets import PresetName
+from pipeline.training.planning.timing import TrainingTimes, time_training
 from pipeline.types import Case
 
 TIMED_CASES = 4  # number of cases that training steps are timed on
@@ -37,7 +41,8 @@ class Plan:
         cases: number of usable cases.
         problems: why other cases and files are not used.
         choices: all settings that were chosen, each with its reason.
-        seconds: expected wall time of training one fold on this machine.
+        seconds: expected wall time of training one fold on this machine, at most the time limit.
+        warnings: what the user should know before training, such as a time limit that is too short.
     """
 
     layout: Layout
@@ -45,6 +50,7 @@ class Plan:
     problems: list[Problem]
     choices: list[Choice]
     seconds: float
+    warnings: list[str]
 
 
 def plan_training(
@@ -53,6 +59,7 @@ def plan_training(
     *,
     minutes: float,
     dims: int = 3,
+    preset: PresetName = "balanced",
     start_progress: Callable[[int], Callable[[str], None]] = lambda _: lambda __: None,
 ) -> Plan:
     """Plan a training run for a dataset, and write the run and a bundle without weights.
@@ -62,14 +69,16 @@ def plan_training(
     Args:
         folders: the dataset's folder, or a folder of images and a folder of labels.
         path: YAML file of the run, which is written.
-        minutes: largest wall time of training one fold on this machine, minutes.
+        minutes: largest wall time of training one fold on this machine, minutes, its reading and
+            final validation included.
         dims: 2 for a network of slices, 3 for one of volumes.
+        preset: how much of that time is spent on accuracy.
         start_progress: called with the number of cases before they are read; the function that it
             returns is called with the name of each case after it has been read.
 
     Raises:
-        ConfigError: no labelled cases are found, fewer than `MIN_CASES` of them can be used, or
-            run or spec already exist.
+        ConfigError: no labelled cases are found, fewer than `MIN_CASES` of them can be used, none
+            of them has a labelled voxel, or run or spec already exist.
     """
     paths = BundlePaths(path.with_suffix(""))
     _check_new(path, paths)
@@ -81,40 +90,96 @@ def plan_training(
             f"{folders[0]}: {len(fingerprints)} of {len(layout.cases)} cases can be used, "
             f"expected {MIN_CASES} or more\n{problem_table(problems)}"
         )
+    if not any(fingerprint.has_foreground for fingerprint in fingerprints):
+        raise ConfigError(
+            f"{folders[0]}: none of {len(fingerprints)} label maps has a labelled voxel, expected "
+            "structures to learn"
+        )
     splits = make_folds(
         [fingerprint.case for fingerprint in fingerprints],
         subjects=layout.subjects,
         folds=layout.folds,
     )
+    timed = _TimedPlan(
+        location={"bundle": str(paths.folder), "dataset": _dataset_setting(folders)},
+        cases=_sample(layout.cases, fingerprints),
+        training_cases=len(splits[0]["train"]),
+        validation_cases=len(splits[0]["val"]),
+        minutes=minutes,
+    )
     choices = choose_settings(
         fingerprints,
         layout.labels or _numbered_labels(fingerprints, layout.label_names),
-        layout.channels or ("MR",),
+        layout,
         "cpu" if resolve_device("auto").type == "cpu" else "gpu",
         dims,
+        preset=preset,
+        training_cases=timed.training_cases,
     )
-    location = {"bundle": str(paths.folder), "dataset": _dataset_setting(folders)}
-    # `epochs` is required, but follows from the times that are measured with this run
-    run = parse_config(Run, {**nested_values(choices, "run."), **location, "epochs": 1}, "run")
-    training_cases = len(splits[0]["train"])
-    times = time_training(
-        parse_config(Spec, nested_values(choices, "spec."), "spec"),
-        run,
-        _sample(layout.cases, fingerprints),
-        training_cases=training_cases,
-        validation_cases=len(splits[0]["val"]),
-    )
-    steps = max(1, training_cases // run.cases_per_step)
+    choices, times = timed.choose(choices, preset)
+    steps = timed.steps_per_epoch(choices)
     epochs, seconds = training_length(minutes, steps, times)
     choices += choose_duration(minutes, epochs, steps, times)
-    write_plan(path, location, choices, splits, layout)
+    write_plan(path, timed.location, choices, splits, layout)
     return Plan(
         layout=layout,
         cases=len(fingerprints),
         problems=problems,
         choices=choices,
-        seconds=seconds,
+        seconds=min(seconds, 60 * minutes),
+        warnings=time_warnings(minutes, times),
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TimedPlan:
+    """What the times of a run depend on besides its settings.
+
+    Attributes:
+        location: the settings `bundle` and `dataset` of the run.
+        cases: a few cases to time steps on.
+        training_cases: number of cases that a fold trains on.
+        validation_cases: number of cases that it holds out.
+        minutes: time limit of the run, minutes.
+    """
+
+    location: dict[str, Any]
+    cases: list[Case]
+    training_cases: int
+    validation_cases: int
+    minutes: float
+
+    def choose(
+        self, choices: list[Choice], preset: PresetName
+    ) -> tuple[list[Choice], TrainingTimes]:
+        """Return the choices with as large a network as the time allows, and its times."""
+        times = self._time(choices)
+        steps = steps_in_time(self.minutes, times)
+        larger = choose_larger_network(choices, steps, preset)
+        if larger != choices:
+            times = self._time(larger, [times.precision])
+        return larger, times
+
+    def steps_per_epoch(self, choices: Sequence[Choice]) -> int:
+        run = self._run(choices)
+        return max(1, self.training_cases * run.repeats // run.cases_per_step)
+
+    def _run(self, choices: Sequence[Choice]) -> Run:
+        # `epochs` is required, but follows from the times that are measured with this run
+        content = {**nested_values(choices, "run."), **self.location, "epochs": 1}
+        return parse_config(Run, content, "run")
+
+    def _time(
+        self, choices: Sequence[Choice], precisions: Sequence[TrainingPrecision] = ()
+    ) -> TrainingTimes:
+        return time_training(
+            parse_config(Spec, nested_values(choices, "spec."), "spec"),
+            self._run(choices),
+            self.cases,
+            training_cases=self.training_cases,
+            validation_cases=self.validation_cases,
+            precisions=precisions,
+        )
 
 
 def problem_table(problems: Sequence[Problem]) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
 from monai.data import CacheDataset
+from monai.transforms import SpatialPad
 
 from pipeline.bundle import WIRING, read_wiring, template
 from pipeline.config import TRAINING_PRECISIONS, BundlePaths, Run, Spec, TrainingPrecision
@@ -21,14 +23,25 @@ from pipeline.errors import unwrapped_errors
 from pipeline.inference import resolve_device
 from pipeline.io import write_atomically
 from pipeline.training.precision import emulates_bfloat16
-from pipeline.transforms import IMAGE
+from pipeline.transforms import IMAGE, crop_size
 from pipeline.types import Case
 
 # the first steps are slower, because torch chooses algorithms and allocates memory
 WARM_UP_STEPS, TIMED_STEPS = 2, 3
+# no further step is timed after this many seconds in one precision: slow steps vary less
+PROBE_SECONDS = 6.0
 # a precision is not timed further after a step that takes this many times as long as the slowest
 # step of the fastest precision so far
 CLEARLY_SLOWER = 3.0
+# The convolution that tells whether a precision is emulated: its channels, and voxels per side. It
+# takes milliseconds, an emulated training step can take half a minute
+TRIED_CHANNELS, TRIED_VOXELS = 16, 24
+TRIALS = 3
+# the final validation is timed on one case if it takes at most this many windows, and else on one
+# window
+TIMED_WINDOWS = 8
+# prediction of a case: inversion and scores take about this fraction of the network's time
+AFTER_NETWORK = 0.3
 STARTUP_SECONDS = 8.0  # time of a run before its first case is read and after its last step
 # the wiring's handlers that do work in each step; the others write files
 STEP_HANDLERS = ["@train::average", "@train::budget", "@train::schedule_handler"]
@@ -66,11 +79,12 @@ def time_training(
     *,
     training_cases: int,
     validation_cases: int,
+    precisions: Sequence[TrainingPrecision] = (),
 ) -> TrainingTimes:
     """Return how long the parts of a run take, measured by a few training steps on this machine.
 
     The steps are those of the trainer that the bundle's wiring builds, in each precision that the
-    processor supports.
+    processor does not emulate. Timing takes seconds: it stops at the first slow step.
 
     Args:
         spec: the planned spec.
@@ -78,6 +92,7 @@ def time_training(
         cases: a few cases of the dataset.
         training_cases: number of cases that the run trains on.
         validation_cases: number of cases that the run is validated on.
+        precisions: precisions to time; empty for all that the processor does not emulate.
     """
     device = resolve_device("auto")
     run = replace(run, epochs=1, minutes=None)
@@ -87,18 +102,52 @@ def time_training(
         parser = _step_wiring(root, spec, run, device)
         reading, dataset = _time_reading(parser, cases, run)
         steps: dict[TrainingPrecision, list[float]] = {}
-        for precision in TRAINING_PRECISIONS:
-            if precision == "bfloat16" and emulates_bfloat16(device):
-                continue
+        for precision in precisions or usable_precisions(device):
             parser = _step_wiring(root, spec, replace(run, precision=precision), device)
             parser["train::dataset"] = dataset
             steps[precision] = _time_steps(parser, longest=_longest_step(steps.values()))
-        prediction = reading + _time_network(parser, cases[0], device)
+        prediction = reading + _time_prediction(parser, cases[0], device)
     return TrainingTimes(
         steps={precision: _typical_step(seconds) for precision, seconds in steps.items()},
         validation=validation_cases * prediction,
         around=STARTUP_SECONDS + training_cases * reading,
     )
+
+
+def usable_precisions(device: torch.device) -> list[TrainingPrecision]:
+    """Return the precisions that a device does not emulate.
+
+    What the processor states is asked first; then one small convolution is timed in each precision,
+    for processors that torch knows nothing about.
+    """
+    usable: list[TrainingPrecision] = []
+    fastest = float("inf")
+    for precision in TRAINING_PRECISIONS:
+        if precision == "bfloat16" and emulates_bfloat16(device):
+            continue
+        seconds = _time_convolution(precision, device)
+        if seconds <= CLEARLY_SLOWER * fastest:
+            usable.append(precision)
+        fastest = min(fastest, seconds)
+    return usable
+
+
+def _time_convolution(precision: TrainingPrecision, device: torch.device) -> float:
+    """Return the shortest time of a small convolution, seconds."""
+    # constant weights, because drawing random ones would change the caller's random numbers
+    convolution = torch.nn.Conv3d(TRIED_CHANNELS, TRIED_CHANNELS, 3, padding=1, device="meta")
+    convolution = convolution.to_empty(device=device)
+    for parameter in convolution.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    image = torch.ones((1, TRIED_CHANNELS, *(TRIED_VOXELS,) * 3), device=device)
+    seconds = []
+    for _ in range(TRIALS):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            result = convolution(image)
+        float(result.detach().float().mean())  # the device is done once the value can be read
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def _write_wiring(root: Path) -> None:
@@ -135,7 +184,11 @@ def _time_reading(
 
 
 def _time_steps(parser: ConfigParser, longest: float) -> list[float]:
-    """Return the seconds of each training step; stop after one that takes longer than `longest`."""
+    """Return the seconds of each training step.
+
+    Timing stops after a step that takes longer than `longest` or `PROBE_SECONDS`, and when all
+    steps together have taken that long.
+    """
     parser.get_parsed_content("initialize")
     trainer: Engine = parser.get_parsed_content("train::trainer")
     starts: list[float] = []
@@ -147,7 +200,8 @@ def _time_steps(parser: ConfigParser, longest: float) -> list[float]:
     def end_step(engine: Engine) -> None:
         float(engine.state.output[0]["loss"])  # the step is finished once the loss can be read
         seconds.append(time.perf_counter() - starts[-1])
-        if seconds[-1] > longest:
+        enough = len(seconds) > WARM_UP_STEPS and sum(seconds) > PROBE_SECONDS
+        if seconds[-1] > longest or enough or seconds[-1] > PROBE_SECONDS:
             engine.terminate()
 
     trainer.add_event_handler(Events.GET_BATCH_STARTED, start_step)
@@ -171,13 +225,31 @@ def _typical_step(seconds: Sequence[float]) -> float:
     return median(seconds[WARM_UP_STEPS:] or seconds)
 
 
-def _time_network(parser: ConfigParser, case: Case, device: torch.device) -> float:
-    """Return the seconds that inference on the whole image of one case takes, without reading."""
+def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> float:
+    """Return the seconds that the prediction of one case takes after it has been read.
+
+    If the case has many windows, one of them is timed.
+    """
+    spec: Spec = parser.get_parsed_content("spec")
     image = parser.get_parsed_content("preprocessing")({IMAGE: case["image"]})[IMAGE]
     network: torch.nn.Module = parser.get_parsed_content("network")
     inferer = parser.get_parsed_content("inferer")
     network.eval()
+    windows = _count_windows(image.shape[1:], spec)
+    if windows > TIMED_WINDOWS:
+        size = crop_size(spec)
+        image = SpatialPad(size)(image)[(..., *(slice(0, voxels) for voxels in size))]
     started = time.perf_counter()
     with torch.inference_mode():
         inferer(image[None].to(device), network)
-    return time.perf_counter() - started
+    seconds = (time.perf_counter() - started) * (1 + AFTER_NETWORK)
+    return seconds * windows if windows > TIMED_WINDOWS else seconds
+
+
+def _count_windows(shape: Sequence[int], spec: Spec) -> int:
+    """Return how many windows cover a volume of a shape on the network's grid."""
+    windows = 1
+    for size, voxels in zip(crop_size(spec), shape, strict=True):
+        step = max(1, int(size * (1 - spec.overlap))) if size > 1 else 1
+        windows *= max(1, ceil((voxels - size) / step) + 1)
+    return windows
