@@ -25,12 +25,10 @@ from pipeline.cli.progress import case_line, progress_bar
 if TYPE_CHECKING:
     from pipeline.evaluation import SummaryRow
 
-SHOWN_METRICS = ("dice", "nsd", "hd95_mm")  # summary.json has all metrics
-
 
 @command()
 @click.argument("bundle")
-@click.argument("dataset")
+@click.argument("dataset", nargs=-1, required=True)
 @click.option(
     "-o",
     "--output",
@@ -65,7 +63,7 @@ SHOWN_METRICS = ("dice", "nsd", "hd95_mm")  # summary.json has all metrics
 @json_option("Print the summary as JSON on stdout.")
 def evaluate(
     bundle: str,
-    dataset: str,
+    dataset: tuple[str, ...],
     output: Path,
     splits: str | None,
     fold: int,
@@ -76,11 +74,15 @@ def evaluate(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Segment the labelled cases of a dataset and score them against their labels.
+    """Segment the labelled cases of a DATASET and score them against their labels.
 
-    Writes the same files as `segment`, and scores.csv (one row per case and label), summary.json
-    (means with bootstrap 95 % intervals), dice.png and worst.png. A case that failed is scored as
-    one in which nothing was found.
+    DATASET is one folder, a folder of images and one of labels, or a CSV with the columns case, one
+    per channel, and label.
+
+    Writes the same files as `segment`, and scores.csv (one row per case and label), summary.csv and
+    summary.json (means with bootstrap 95 % intervals, medians, counts of misses), dice.png and
+    worst.png. A case that could not be segmented is scored as one in which nothing was found; one
+    whose label map cannot be used is listed and not scored. Either gives the exit status 1.
     """
     with usage_errors():
         from pipeline.bundle import open_bundle
@@ -102,6 +104,8 @@ def evaluate(
         click.echo(json.dumps([row.columns() for row in evaluation.summary], indent=2))
     else:
         print_summary(evaluation.summary)
+    for case, reason in evaluation.failed.items():
+        click.echo(f"failed: {case}: {reason}", err=True)
     sys.exit(SOME_FAILED if evaluation.failed else DONE)
 
 
@@ -117,25 +121,49 @@ def evaluate(
 def compare(ours: Path, theirs: Path, metric: str) -> None:
     """Compare two folders with results of `evaluate`, case by case.
 
-    Prints per label both means over the cases that both folders score, and the p-value of a paired
-    Wilcoxon signed-rank test.
+    Prints per label both means over the cases that both folders score, the mean difference with its
+    95 % bootstrap interval, and the p-value of a paired Wilcoxon signed-rank test.
     """
     with usage_errors():
         from pipeline.evaluation import compare_scores, read_scores
 
         our_scores, their_scores = (read_scores(path / "scores.csv") for path in (ours, theirs))
-        for row in compare_scores(our_scores, their_scores, metric):
-            means = f"{row.ours:.4f} against {row.theirs:.4f}"
-            click.echo(
-                f"{row.label}: {metric} {means} over {row.cases} cases, p = {row.p_value:.3g}"
-            )
+        compared = compare_scores(our_scores, their_scores, metric)
+    for row in compared:
+        means = f"{row.ours:.4f} against {row.theirs:.4f}"
+        difference = f"{row.difference:+.4f} [{row.low:+.4f}, {row.high:+.4f}]"
+        left_out = f" ({row.left_out} left out: infinite)" if row.left_out else ""
+        click.echo(
+            f"{row.label}: {metric} {means}, difference {difference} "
+            f"over {row.cases} cases{left_out}, p = {row.p_value:.3g}"
+        )
 
 
 def print_summary(summary: Sequence[SummaryRow]) -> None:
-    """Print, for each label, the means of `SHOWN_METRICS` over cases with their 95 % intervals."""
-    for row in summary:
-        parts = []
-        for metric in SHOWN_METRICS:
-            value = row.metrics[metric]
-            parts.append(f"{metric} {value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]")
-        click.echo(f"{row.label}: {', '.join(parts)} over {row.cases} cases")
+    """Print a table with one line per label: means with 95 % intervals, medians and misses."""
+    header = ["label", "cases", "dice [95 %]", "median", "nsd", "hd95_mm", "median", "missed"]
+    lines = [[*header, "invented"], *(_summary_cells(row) for row in summary)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        # the first column is text, the others are numbers
+        cells = [f"{line[0]:<{widths[0]}}"]
+        cells += [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)]
+        click.echo("  ".join(cells).rstrip())
+    if any(row.metrics["hd95_mm"].infinite for row in summary):
+        click.echo("hd95_mm: mean over finite values, with the number of infinite ones")
+
+
+def _summary_cells(row: SummaryRow) -> list[str]:
+    dice, distance = row.metrics["dice"], row.metrics["hd95_mm"]
+    infinite = f" (+{distance.infinite} inf)" if distance.infinite else ""
+    return [
+        row.label,
+        str(row.cases),
+        f"{dice.mean:.4f} [{dice.low:.4f}, {dice.high:.4f}]",
+        f"{dice.median:.4f}",
+        f"{row.metrics['nsd'].mean:.4f}",
+        f"{distance.mean:.2f}{infinite}",
+        f"{distance.median:.2f}",
+        str(row.missed),
+        str(row.invented),
+    ]

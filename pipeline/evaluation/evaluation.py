@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.batch import Progress, output_path, segment_cases
+from pipeline.config import Spec
+from pipeline.errors import PipelineError
 from pipeline.evaluation.figures import draw_dice
 from pipeline.evaluation.metrics import TOLERANCE_MM
 from pipeline.evaluation.overlays import ComparedCase, draw_worst_cases
 from pipeline.evaluation.scores import (
     ScoreRow,
     SummaryRow,
+    mean_dice_of_cases,
     score_case,
     summarise_scores,
     worst_cases,
     write_scores,
 )
 from pipeline.inference import Model
-from pipeline.io import read, write_json
+from pipeline.io import read, read_channels, write_csv, write_json
 from pipeline.types import Case, PathOrStr
 
 WORST_CASES = 3  # cases in worst.png: what goes wrong most, on one page
@@ -30,10 +33,10 @@ class Evaluation:
     """Scores of a model on labelled cases.
 
     Attributes:
-        scores: one row per case and label; a case that failed is scored as if its prediction were
-            empty.
+        scores: one row per case and label; a case that could not be segmented is scored as if its
+            prediction were empty, one without a usable label map is not scored.
         summary: one row per label and, with several labels, one for their mean.
-        failed: name of the case → why it could not be segmented.
+        failed: name of the case → why it could not be segmented or scored.
         tolerance_mm: tolerance of the surface Dice (`nsd`) in `scores`, mm.
     """
 
@@ -56,8 +59,8 @@ def evaluate(
 
     Predictions are compared with the label maps as read from their files. Written to `output_dir`,
     besides what `segment_cases` writes there, are scores.csv (one row per case and label),
-    summary.json (means with bootstrap 95 % intervals), dice.png (Dice of each case) and worst.png
-    (the cases with the lowest Dice).
+    summary.csv and summary.json (means with bootstrap 95 % intervals, medians, counts), dice.png
+    and worst.png (the cases with the lowest Dice).
 
     Args:
         model: opened bundle.
@@ -69,7 +72,6 @@ def evaluate(
 
     Raises:
         ConfigError: the folder contains results of another model.
-        GeometryError: an image and its label map are on different grids.
     """
     output = Path(output_dir)
     evaluation = segment_and_score(
@@ -80,16 +82,16 @@ def evaluate(
         overwrite=overwrite,
         progress=progress,
     )
+    table = [row.columns() for row in evaluation.summary]
     write_scores(output / "scores.csv", evaluation.scores)
+    write_csv(output / "summary.csv", table)
     write_json(
         output / "summary.json",
-        {
-            "tolerance_mm": tolerance_mm,
-            "labels": [row.columns() for row in evaluation.summary],
-        },
+        {"tolerance_mm": tolerance_mm, "failed": dict(evaluation.failed), "labels": table},
     )
-    draw_dice(evaluation.scores, output / "dice.png", title=Path(model.root).resolve().name)
-    _draw_worst(cases, evaluation.scores, output, model.spec.labels)
+    if evaluation.scores:
+        draw_dice(evaluation.scores, output / "dice.png", title=Path(model.root).resolve().name)
+        _draw_worst(cases, evaluation, output, model.spec)
     return evaluation
 
 
@@ -116,41 +118,48 @@ def segment_and_score(
 
     Raises:
         ConfigError: the folder contains results of another model.
-        GeometryError: an image and its label map are on different grids.
     """
     output = Path(output_dir)
     results = segment_cases(model, cases, output, overwrite=overwrite, progress=progress)
+    failed = {row.case: row.error for row in results if row.is_failure}
     scores: list[ScoreRow] = []
     for case in cases:
-        prediction = output_path(output, case["case"])
-        scores += score_case(case, prediction, model.spec.labels, tolerance_mm=tolerance_mm)
+        name = case["case"]
+        # an older prediction may still be there, which is not this model's
+        prediction = None if name in failed else output_path(output, name)
+        try:
+            scores += score_case(
+                case,
+                prediction,
+                model.spec.values_of,
+                ignore_label=model.spec.ignore_label,
+                tolerance_mm=tolerance_mm,
+            )
+        except PipelineError as error:
+            failed[name] = f"{failed[name]}; {error}" if name in failed else str(error)
     return Evaluation(
         scores=scores,
         summary=summarise_scores(scores),
-        failed={row.case: row.error for row in results if row.is_failure},
+        failed=failed,
         tolerance_mm=tolerance_mm,
     )
 
 
-def _draw_worst(
-    cases: Sequence[Case], scores: Sequence[ScoreRow], output: Path, names: Mapping[str, int]
-) -> None:
+def _draw_worst(cases: Sequence[Case], evaluation: Evaluation, output: Path, spec: Spec) -> None:
     """Write worst.png with the segmented cases of lowest Dice; write nothing if none is scored."""
-    segmented = {}
-    for case in cases:
-        if output_path(output, case["case"]).is_file():
-            segmented[case["case"]] = case
+    segmented = {case["case"]: case for case in cases if case["case"] not in evaluation.failed}
+    rows = [row for row in evaluation.scores if row.case in segmented]
+    dice_of_case = mean_dice_of_cases(rows)
     drawn = []
-    for name in worst_cases([row for row in scores if row.case in segmented], WORST_CASES):
-        image = segmented[name]["image"]
-        first_channel = image[0] if isinstance(image, list | tuple) else image
+    for name in worst_cases(rows, WORST_CASES):
+        case = segmented[name]
         drawn.append(
             ComparedCase(
-                title=name,
-                image=read(first_channel),
+                title=f"{name}, mean Dice {dice_of_case[name]:.3f}",
+                image=read_channels(case["image"], len(spec.channels))[0],
                 prediction=read(output_path(output, name)),
-                reference=read(segmented[name]["label"]),
+                reference=read(case["label"]),
             )
         )
     if drawn:
-        draw_worst_cases(drawn, names, output / "worst.png")
+        draw_worst_cases(drawn, spec.labels, output / "worst.png", ignore_label=spec.ignore_label)

@@ -104,7 +104,13 @@ def draw_overlay(
     save_figure(figure, path, dpi=110 if slices == 1 else 70)
 
 
-def draw_worst_cases(cases: Sequence[ComparedCase], names: Mapping[str, int], path: Path) -> None:
+def draw_worst_cases(
+    cases: Sequence[ComparedCase],
+    names: Mapping[str, int],
+    path: Path,
+    *,
+    ignore_label: int | None = None,
+) -> None:
     """Draw predictions as coloured areas and references as outlines, and write a PNG file.
 
     There is one row per case, with one slice per plane: the one in which most voxels differ. Area
@@ -114,25 +120,32 @@ def draw_worst_cases(cases: Sequence[ComparedCase], names: Mapping[str, int], pa
         cases: the cases, in the order of the rows.
         names: name of the label → its value in the label maps; other values are not drawn.
         path: the PNG file.
+        ignore_label: value in the references of voxels that do not count; None if there is none.
     """
     table = _structures(names)
     figure = _figure(len(cases), len(PLANES))
     grid = figure.subplots(len(cases), len(PLANES), squeeze=False)
-    predictions = []
+    drawn: list[Array] = []
     for row, case in zip(grid, cases, strict=True):
         scan = nib.Nifti1Image(np.asarray(case.image.array, dtype=np.float32), case.image.affine)
         volume = _ras_volume(scan, case.prediction.array)
-        reference = _known_labels(_ras_labels(case.reference.array, case.image.affine), table)
+        values = _ras_labels(case.reference.array, case.image.affine)
+        reference = _known_labels(values, table)
         differs = _known_labels(volume.labels, table) != reference
-        predictions.append(volume.labels.ravel())
+        if ignore_label is not None:
+            differs &= values != ignore_label
+        drawn += [volume.labels.ravel(), reference.ravel()]
         for axis, panel in enumerate(row):
             other_axes = tuple(other for other in range(3) if other != axis)
             position = int(differs.sum(axis=other_axes).argmax())
             _draw_slice(panel, volume, table, axis, position)
             _draw_outlines(panel, reference.take(position, axis=axis), table)
             panel.set_title(f"{case.title}\n{panel.get_title()}", fontsize=9)
-    legend = _legend_of_labels(np.concatenate(predictions), table)
-    _add_legend(figure, [*legend, Line2D([], [], color="black", label="outline: reference")])
+    legend = _legend_of_labels(np.concatenate(drawn), table)
+    outline = Line2D(
+        [], [], color="white", label="area: prediction\nline: reference", path_effects=_outlined(3)
+    )
+    _add_legend(figure, [*legend, outline])
     save_figure(figure, path, dpi=80)
 
 
@@ -257,7 +270,9 @@ def _draw_outlines(panel: Axes, labels: Array, table: Sequence[LabelColor]) -> N
     for label in table:
         mask = labels == label.value
         if mask.any():
-            panel.contour(mask.T, levels=[0.5], colors=[_opaque(label)], linewidths=1.0)
+            lines = panel.contour(mask.T, levels=[0.5], colors=[_opaque(label)], linewidths=1.2)
+            # seen on the area of the same colour and on tissue of any brightness
+            lines.set_path_effects(_outlined(2.4))
 
 
 def _legend_of_labels(labels: Array, table: Sequence[LabelColor]) -> list[Patch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline.io.reader import read
 from pipeline.types import Affine, Array, PathOrStr
 
 MAX_LABEL_VALUES = 4096  # a file with more values is an image
+MAX_COUNTED_RANGE = 2**20  # of the values, for which one count each is held
 NAMED_VALUES = 5  # unknown values that a message names
 
 
@@ -22,7 +23,7 @@ class LabelImage:
     """A label map, as read.
 
     Attributes:
-        array: (X, Y, Z) int64 label values.
+        array: (X, Y, Z) int64 or int32 label values.
         affine: voxel index → RAS+ world, mm.
         voxels: value → number of its voxels, the background, 0, included where it occurs.
     """
@@ -46,14 +47,11 @@ def read_label_map(path: PathOrStr, values: Collection[int] | None = None) -> La
     """
     image = read(str(path))
     name = printable(path)
-    found, counts = np.unique(np.asarray(image.array), return_counts=True)
-    _check_whole(found, int(counts[~np.isfinite(found)].sum()), name)
+    array = _whole_numbers(np.asarray(image.array), name)
+    voxels = _count_values(array, name)
     if values is not None:
-        _check_known(found, values, name)
-    voxels = {int(value): int(count) for value, count in zip(found, counts, strict=True)}
-    return LabelImage(
-        array=np.asarray(image.array).astype(np.int64), affine=image.affine, voxels=voxels
-    )
+        _check_known(list(voxels), values, name)
+    return LabelImage(array=array, affine=image.affine, voxels=voxels)
 
 
 def check_label_grid(path: PathOrStr, label: LabelImage, image: Image) -> None:
@@ -80,27 +78,52 @@ def check_label_grid(path: PathOrStr, label: LabelImage, image: Image) -> None:
         )
 
 
-def _check_whole(found: Array, not_finite: int, name: str) -> None:
-    """Raise VolumeError unless these distinct values are whole numbers, and not too many."""
-    if not_finite:
-        raise VolumeError(
-            f"{name}: {not_finite} voxels are not a number (nan or infinite), expected whole "
-            "numbers for labels; write 0 for the background"
-        )
-    fractions = found[found != np.rint(found)]
-    if len(fractions):
-        raise VolumeError(
-            f"{name}: expected whole numbers for labels, "
-            f"got {len(found)} values such as {fractions[0]:g}"
-        )
+def _whole_numbers(array: Array, name: str) -> Array:
+    """Return label values as integers.
+
+    Raises:
+        VolumeError: some are fractions, nan or infinite.
+    """
+    if array.dtype.kind == "f":
+        not_finite = int(np.count_nonzero(~np.isfinite(array)))
+        if not_finite:
+            raise VolumeError(
+                f"{name}: {not_finite} voxels are not a number (nan or infinite), expected whole "
+                "numbers for labels; write 0 for the background"
+            )
+        fractions = array[array != np.rint(array)]
+        if len(fractions):
+            raise VolumeError(
+                f"{name}: expected whole numbers for labels, "
+                f"got {len(np.unique(array))} values such as {fractions[0]:g}"
+            )
+    largest = max(abs(int(array.min())), abs(int(array.max())))
+    whole: Array = array.astype(np.int32 if largest <= np.iinfo(np.int32).max else np.int64)
+    return whole
+
+
+def _count_values(array: Array, name: str) -> dict[int, int]:
+    """Return value → number of its voxels.
+
+    Raises:
+        VolumeError: there are too many values for labels.
+    """
+    low, high = int(array.min()), int(array.max())
+    if high - low < MAX_COUNTED_RANGE:  # counting is much faster than the sorting of np.unique
+        all_counts = np.bincount((array - low).ravel())
+        found = np.flatnonzero(all_counts)
+        counts, found = all_counts[found], found + low
+    else:
+        found, counts = np.unique(array, return_counts=True)
     if len(found) > MAX_LABEL_VALUES:
         raise VolumeError(
             f"{name}: expected labels, got {len(found)} different values; is this an image?"
         )
+    return {int(value): int(count) for value, count in zip(found, counts, strict=True)}
 
 
-def _check_known(found: Array, values: Collection[int], name: str) -> None:
-    unknown = [f"{value:g}" for value in found.tolist() if value not in values]
+def _check_known(found: Sequence[int], values: Collection[int], name: str) -> None:
+    unknown = [str(value) for value in found if value not in values]
     if unknown:
         more = f" and {len(unknown) - NAMED_VALUES} more" if len(unknown) > NAMED_VALUES else ""
         raise VolumeError(

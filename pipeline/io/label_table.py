@@ -11,14 +11,17 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
-from itertools import count
+from itertools import count, product
+
+import numpy as np
 
 from pipeline.io.tables import read_csv
+from pipeline.types import Array
 
 Rgb = tuple[int, int, int]
 
@@ -35,10 +38,18 @@ PALETTE: tuple[Rgb, ...] = (
     (188, 189, 34),
     (23, 190, 207),
 )
+# further colours are chosen from these: hues around the circle, at each lightness and saturation
+HUES = 36
+LIGHTNESS = (0.3, 0.42, 0.55, 0.68, 0.8)
+SATURATION = (0.45, 0.7, 1.0)
+# CIELAB distance below which two colours are hard to tell apart in thin outlines
+CLOSE = 12.0
 # steps of the golden ratio around the circle of hues never come back to the same place
 HUE_STEP = 0.618034
-LIGHTNESS = (0.55, 0.4, 0.7)  # alternates, because neighbours in hue alone are hard to tell apart
-SATURATION = 0.75
+# sRGB → CIE XYZ at the white of D65
+XYZ_FROM_RGB = np.array(
+    [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+)
 
 # words that FreeSurfer's names abbreviate; "proper" was dropped from the thalamus in version 7
 FULL_WORDS = {
@@ -117,19 +128,54 @@ def _normalised(name: str) -> str:
 
 
 def _distinct_colors(taken: Collection[Rgb]) -> Iterator[Rgb]:
-    """Yield colours without end, none twice and none of `taken`."""
-    used = {BACKGROUND_COLOR, *taken}
-    for color in _candidate_colors():
+    """Yield colours without end, none twice and none of `taken`.
+
+    First come those of the palette, then, one by one, the candidate that is farthest from all
+    colours so far.
+    """
+    used = [BACKGROUND_COLOR, *dict.fromkeys(taken)]
+    for color in PALETTE:
+        if _distances([color], used).min() >= CLOSE:
+            used.append(color)
+            yield color
+    candidates = _candidate_colors()
+    nearest = _distances(candidates, used).min(axis=1)
+    while nearest.max() > 0:
+        color = candidates[int(nearest.argmax())]
+        nearest = np.minimum(nearest, _distances(candidates, [color])[:, 0])
+        used.append(color)
+        yield color
+    for number in count():  # thousands of labels, which no eye can tell apart
+        color = _rgb((number * HUE_STEP) % 1.0, 0.5, 0.75 + 0.2 * (number % 7) / 7)
         if color not in used:
-            used.add(color)
+            used.append(color)
             yield color
 
 
-def _candidate_colors() -> Iterator[Rgb]:
-    """Yield the colours of the palette, then further hues without end."""
-    yield from PALETTE
-    for number in count():
-        hue = (number * HUE_STEP) % 1.0
-        lightness = LIGHTNESS[number % len(LIGHTNESS)]
-        red, green, blue = hls_to_rgb(hue, lightness, SATURATION)
-        yield round(255 * red), round(255 * green), round(255 * blue)
+def _candidate_colors() -> list[Rgb]:
+    return [
+        _rgb(number / HUES, lightness, saturation)
+        for number, lightness, saturation in product(range(HUES), LIGHTNESS, SATURATION)
+    ]
+
+
+def _rgb(hue: float, lightness: float, saturation: float) -> Rgb:
+    red, green, blue = hls_to_rgb(hue, lightness, saturation)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _distances(first: Sequence[Rgb], second: Sequence[Rgb]) -> Array:
+    """Return (len(first), len(second)) distances in CIELAB, which are about those of the eye."""
+    difference = _lab(first)[:, np.newaxis] - _lab(second)
+    distances: Array = np.linalg.norm(difference, axis=-1)
+    return distances
+
+
+def _lab(colors: Sequence[Rgb]) -> Array:
+    """Return (N, 3) CIELAB coordinates of sRGB colours, for the white of D65."""
+    rgb = np.array(colors) / 255
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ XYZ_FROM_RGB.T / XYZ_FROM_RGB.sum(axis=1)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    lab: Array = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+    return lab

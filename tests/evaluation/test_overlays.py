@@ -133,7 +133,7 @@ def test_worst_cases_show_where_the_maps_differ_most(
     assert [panel.get_title() for panel in figure.axes[:1]] == ["sub-01\nsagittal, slice 12"]
     assert len(figure.axes) == 6
     assert all(panel.collections for panel in figure.axes[:1])
-    assert legend_of(figure) == ["hippocampus", "lesion", "outline: reference"]
+    assert legend_of(figure) == ["hippocampus", "lesion", "area: prediction\nline: reference"]
 
 
 def test_an_overlay_is_written_as_png(labels: Array, tmp_path: Path) -> None:

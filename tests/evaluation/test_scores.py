@@ -10,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from phantom import SPACING, oblique, save
-from scipy.stats import wilcoxon
+from scipy.spatial.distance import dice as dice_dissimilarity
+from scipy.stats import bootstrap, wilcoxon
 
-from pipeline.errors import ConfigError, GeometryError, ReadError
+from pipeline.errors import ConfigError, GeometryError, ReadError, VolumeError
 from pipeline.evaluation.metrics import METRICS, LabelScore, score_masks
 from pipeline.evaluation.scores import (
     ScoreRow,
@@ -26,7 +27,7 @@ from pipeline.evaluation.scores import (
 from pipeline.io.tables import read_csv, write_csv
 from pipeline.types import Array, Case
 
-NAMES = {"background": 0, "one": 1, "three": 3, "absent": 9}
+NAMES = {"background": 0, "one": 1, "two": 2, "three": 3, "absent": 9}
 
 
 def row(case: str, label: str, dice: float, **metrics: float) -> ScoreRow:
@@ -51,12 +52,54 @@ def test_a_case_is_scored_against_its_label_file(
     rows = score_case(case, file, NAMES)
     assert [(row.case, row.label) for row in rows] == [
         ("x", "one"),
+        ("x", "two"),
         ("x", "three"),
         ("x", "absent"),
     ]
     assert rows[0].score.dice == score_masks(prediction == 1, reference == 1, SPACING).dice
-    missing = score_case(case, tmp_path / "none.nii.gz", NAMES)
-    assert [row.score.dice for row in missing[:2]] == [0, 0]
+    for none in (tmp_path / "none.nii.gz", None):
+        missing = score_case(case, none, NAMES)
+        assert [row.score.dice for row in missing[:2]] == [0, 0]
+
+
+def test_a_reference_with_other_values_is_refused(
+    case: Case, label_maps: tuple[Array, Array], tmp_path: Path
+) -> None:
+    """Values that no label has, fractions and nan are named."""
+    file = save(tmp_path / "prediction.nii.gz", nib.Nifti1Image(label_maps[1], oblique()))
+    with pytest.raises(VolumeError, match=r"has the values 2, expected only \[0, 1, 3\]"):
+        score_case(case, file, {"background": 0, "one": 1, "three": 3})
+    for value, says in ((0.5, "got 2 values such as 0.5"), (np.nan, "1 voxels are not a number")):
+        array = np.ones((7, 8, 9), dtype=np.float32)
+        array[0, 0, 0] = value
+        label = save(tmp_path / "bad.nii.gz", nib.Nifti1Image(array, oblique()))
+        with pytest.raises(VolumeError, match=says):
+            score_case({"case": "x", "label": str(label)}, file, NAMES)
+
+
+def test_regions_are_all_of_their_values(
+    case: Case, label_maps: tuple[Array, Array], tmp_path: Path
+) -> None:
+    """In both maps; scipy's Dice of the masks."""
+    reference, prediction = label_maps
+    file = save(tmp_path / "prediction.nii.gz", nib.Nifti1Image(prediction, oblique()))
+    rows = score_case(case, file, {"whole": (1, 2, 3), "core": (2, 3)})
+    for row, values in zip(rows, ((1, 2, 3), (2, 3)), strict=True):
+        masks = [np.isin(array, values).ravel() for array in (prediction, reference)]
+        assert row.score.dice == pytest.approx(1 - dice_dissimilarity(*masks))
+
+
+def test_ignored_voxels_count_in_neither_map(
+    case: Case, label_maps: tuple[Array, Array], tmp_path: Path
+) -> None:
+    """Volumes and overlap are those of the other voxels."""
+    reference, prediction = label_maps
+    file = save(tmp_path / "prediction.nii.gz", nib.Nifti1Image(prediction, oblique()))
+    row = score_case(case, file, {"one": 1, "three": 3}, ignore_label=2)[0]
+    counted = reference != 2
+    masks = [((array == 1) & counted) for array in (prediction, reference)]
+    assert row.score.dice == pytest.approx(1 - dice_dissimilarity(*(m.ravel() for m in masks)))
+    assert row.score.volume_ml == pytest.approx(masks[0].sum() * np.prod(SPACING) / 1000)
 
 
 def test_a_prediction_on_another_grid_is_refused(
@@ -67,10 +110,10 @@ def test_a_prediction_on_another_grid_is_refused(
     affine = oblique()
     affine[:3, 3] += 1.0
     shifted = save(tmp_path / "shifted.nii.gz", nib.Nifti1Image(prediction, affine))
-    with pytest.raises(GeometryError, match=r"x: prediction and label lie up to 1\.73 mm apart"):
+    with pytest.raises(GeometryError, match=r"label\.nii\.gz: lies up to 1\.73 mm from its image"):
         score_case(case, shifted, NAMES)
     cropped = save(tmp_path / "cropped.nii.gz", nib.Nifti1Image(prediction[1:], oblique()))
-    with pytest.raises(GeometryError, match="compare them on one grid"):
+    with pytest.raises(GeometryError, match=r"has shape .* expected the same grid"):
         score_case(case, cropped, NAMES)
 
 
@@ -158,9 +201,34 @@ def test_the_interval_of_a_mean_is_that_of_the_bootstrap() -> None:
     error = values.std() / np.sqrt(len(values))
     assert mean.low == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
     assert mean.high == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
-    missed = [row("a", "x", 0.0, hd95_mm=inf), row("b", "x", 0.9, hd95_mm=1.0)]
-    distance = summarise_scores(missed)[0].metrics["hd95_mm"]
-    assert (distance.mean, distance.low, distance.high) == (inf, 1.0, inf)
+
+
+def test_infinite_distances_are_counted_and_not_averaged() -> None:
+    """Mean over the finite values, median over all; inf where no value is finite."""
+    distances = [inf, 1.0, 3.0, inf, 2.0]
+    rows = [row(str(i), "x", 0.5, hd95_mm=mm) for i, mm in enumerate(distances)]
+    rows += [row(str(i), "y", 0.5, hd95_mm=inf) for i in range(5)]
+    x, y, mean = (found.metrics["hd95_mm"] for found in summarise_scores(rows))
+    assert (x.mean, x.median, x.infinite) == (2.0, 3.0, 2)
+    assert 1.0 <= x.low < 2.0 < x.high <= 3.0
+    assert (y.mean, y.low, y.high, y.median, y.infinite) == (inf, inf, inf, inf, 5)
+    assert (mean.mean, mean.infinite) == (2.0, 7)
+    columns = summarise_scores(rows)[0].columns()
+    assert (columns["hd95_mm_median"], columns["hd95_mm_infinite"]) == (3.0, 2)
+
+
+def test_missed_and_invented_labels_are_counted() -> None:
+    """Of each label over cases, and of all labels together."""
+    rows = [
+        row("a", "x", 0.0, reference_ml=2.0, volume_ml=0.0),
+        row("b", "x", 0.0, reference_ml=2.0, volume_ml=1.0),  # found, but elsewhere
+        row("c", "x", 0.0, reference_ml=0.0, volume_ml=1.0),
+        row("d", "x", 0.9, reference_ml=2.0, volume_ml=2.0),
+        row("e", "x", nan, reference_ml=0.0, volume_ml=0.0),
+        *(row(case, "y", 0.0, reference_ml=1.0, volume_ml=0.0) for case in "abcde"),
+    ]
+    counts = {found.label: (found.missed, found.invented) for found in summarise_scores(rows)}
+    assert counts == {"x": (2, 1), "y": (5, 0), "mean": (7, 1)}
 
 
 def test_a_label_that_no_case_has_has_no_mean() -> None:
@@ -173,11 +241,12 @@ def test_a_label_that_no_case_has_has_no_mean() -> None:
 
 
 def test_a_row_of_a_summary_is_written_flat() -> None:
-    """summary.json has the mean of each metric under its name, then its interval."""
+    """summary.json has the mean of each metric under its name, then interval and median."""
     (summary,) = summarise_scores([row("a", "x", 0.5)])
     columns = summary.columns()
-    assert list(columns)[:5] == ["label", "cases", "dice", "dice_low", "dice_high"]
-    assert len(columns) == 2 + 3 * len(METRICS)
+    assert list(columns)[:4] == ["label", "cases", "missed", "invented"]
+    assert list(columns)[4:8] == ["dice", "dice_low", "dice_high", "dice_median"]
+    assert len(columns) == 4 + 4 * len(METRICS) + 3  # three metrics can be infinite
     assert (columns["dice"], columns["dice_low"], columns["dice_high"]) == (0.5, 0.5, 0.5)
 
 
@@ -194,6 +263,32 @@ def test_two_results_are_compared_over_their_common_cases() -> None:
     assert found.theirs == pytest.approx(b.mean())
     assert found.difference == pytest.approx((a - b).mean())
     assert found.p_value == pytest.approx(wilcoxon(a, b).pvalue)
+    interval = bootstrap(
+        (a - b,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx(interval, abs=2e-4)
+    assert found.left_out == 0
+
+
+def test_infinite_values_are_left_out_of_a_comparison_and_counted() -> None:
+    """A label without a finite pair is compared by their number only."""
+    ours = [row("a", "x", 0.5, hd95_mm=1.0), row("b", "x", 0.5, hd95_mm=inf)]
+    theirs = [row("a", "x", 0.5, hd95_mm=3.0), row("b", "x", 0.5, hd95_mm=2.0)]
+    (found,) = compare_scores(ours, theirs, "hd95_mm")
+    assert (found.cases, found.left_out, found.difference) == (1, 1, -2.0)
+    (none,) = compare_scores(ours[1:], theirs[1:], "hd95_mm")
+    assert (none.cases, none.left_out) == (0, 1)
+    assert isnan(none.difference)
+
+
+def test_several_labels_are_compared_by_their_mean_too() -> None:
+    """The mean over the labels that both results score in a case."""
+    ours = [row("a", "x", 0.5), row("a", "y", 0.7), row("b", "x", 0.4), row("b", "y", nan)]
+    theirs = [row("a", "x", 0.4), row("a", "y", 0.2), row("b", "x", 0.3), row("b", "y", 0.9)]
+    found = {row.label: row for row in compare_scores(ours, theirs)}
+    assert list(found) == ["x", "y", "mean"]
+    assert found["mean"].ours == pytest.approx((0.6 + 0.4) / 2)
+    assert found["mean"].theirs == pytest.approx((0.3 + 0.3) / 2)
 
 
 def test_p_values_that_the_test_does_not_define() -> None:
@@ -209,5 +304,7 @@ def test_results_that_cannot_be_compared_are_refused() -> None:
     rows = [row("a", "x", 0.5)]
     with pytest.raises(ConfigError, match="metric nonsense: no such metric; expected one of dice,"):
         compare_scores(rows, rows, "nonsense")
-    with pytest.raises(ConfigError, match="no case and label in common with a finite dice"):
+    with pytest.raises(ConfigError, match=r"no case in common with a value of dice \(a, … ag"):
         compare_scores(rows, [row("b", "x", 0.5)])
+    with pytest.raises(ConfigError, match="no label in common: x against y"):
+        compare_scores(rows, [row("a", "y", 0.5)])

@@ -15,8 +15,10 @@ from pipeline.report import bundle_page
 def summary(cases: int, dice: float) -> list[SummaryRow]:
     rows = []
     for label in ("front", "back", "mean"):
-        mean = Mean(mean=dice, low=dice - 0.1, high=dice + 0.1)
-        rows.append(SummaryRow(label=label, cases=cases, metrics={"dice": mean}))
+        mean = Mean(mean=dice, low=dice - 0.1, high=dice + 0.1, median=dice, infinite=0)
+        rows.append(
+            SummaryRow(label=label, cases=cases, missed=0, invented=0, metrics={"dice": mean})
+        )
     return rows
 
 
