@@ -24,6 +24,7 @@ from pipeline.errors import PipelineError, RunStoppedError
 IN_FLIGHT = 3  # items per worker: one is read, one computed, one written
 POLL_SECONDS = 0.25
 GRACE_SECONDS = 30.0  # for a worker that was asked to end: it finishes what it writes
+END_AGAIN_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 I = TypeVar("I", bound="Item")  # noqa: E741
@@ -359,6 +360,7 @@ def _worker_main(
     # Ctrl-C goes to all processes of a terminal; the supervisor decides what ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
+    sys.unraisablehook = _end_later
     _die_with(parent)
     sending = threading.Lock()
 
@@ -390,6 +392,14 @@ def _next_item(connection: Connection) -> Any:
 
 def _end(number: int, frame: object) -> None:
     raise WorkerEnd(128 + number)
+
+
+def _end_later(unraisable: Any) -> None:
+    """End a worker where Python has dropped the exception that should, as in a `__del__`."""
+    if isinstance(unraisable.exc_value, WorkerEnd):
+        threading.Timer(END_AGAIN_SECONDS, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _die_with(parent: int) -> None:

@@ -274,6 +274,42 @@ def test_what_the_tick_raises_ends_the_run_and_all_workers() -> None:
     assert source.deaths == []
 
 
+class Stubborn:
+    """Takes its time to be deleted, and what is raised meanwhile is dropped by Python."""
+
+    def __del__(self) -> None:
+        time.sleep(3)
+
+
+@dataclass
+class DeletesSlowly(Work):
+    """Is asked to end while an object is deleted."""
+
+    def run(self, items: Iterator[Job], emit: Callable[[Hashable, Any], None]) -> None:
+        for job in items:
+            emit(job.name, (job.name, ""))
+            stubborn = Stubborn()
+            del stubborn
+            time.sleep(60)
+
+
+def test_a_worker_ends_although_its_end_is_dropped_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Python ignores what is raised in a `__del__`; nothing is printed about it."""
+    source = Jobs([Job(number) for number in range(2)])
+
+    def tick() -> None:
+        if source.results:
+            raise KeyboardInterrupt
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(source, jobs=1, work=DeletesSlowly(), tick=tick)
+    assert time.monotonic() - begun < 15
+    assert capfd.readouterr().err == ""
+
+
 def test_workers_ignore_the_terminals_interrupt() -> None:
     """Ctrl-C goes to all processes of a terminal; the supervisor decides."""
     source = Jobs([Job(number, "SIGINT") for number in range(5)])
