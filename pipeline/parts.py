@@ -21,6 +21,7 @@ from pipeline.networks import build_loss, build_network
 from pipeline.training import (
     Budget,
     CheckpointHandler,
+    EncoderFreeze,
     History,
     TrainingInferer,
     Validation,
@@ -31,6 +32,7 @@ from pipeline.training import (
     initialise,
     prepare_batch,
     start_from,
+    training_dataset,
     training_loader,
     weight_average,
 )
@@ -39,6 +41,7 @@ from pipeline.transforms import preprocessing, training_transform
 __all__ = [
     "Budget",
     "CheckpointHandler",
+    "EncoderFreeze",
     "History",
     "LabelInversion",
     "Model",
@@ -63,6 +66,7 @@ __all__ = [
     "start_from",
     "streaming_iteration",
     "training_cases",
+    "training_dataset",
     "training_loader",
     "training_transform",
     "validation_cases",

@@ -2,6 +2,8 @@
 
 - `trainer`: one run, from its YAML to a complete bundle.
 - `optimisation`: initialisation, optimizer, learning rate, time limit, average of the weights.
+- `transfer`: weights of another network to start from, and a frozen encoder.
+- `case_cache`: the training cases that stay in memory.
 - `precision`: float32 or bfloat16 arithmetic.
 - `checkpoint`: resuming an interrupted run.
 - `validation`: scores of whole cases during a run.
@@ -11,6 +13,7 @@
 - `planning/`: a spec and a run for a new dataset.
 """
 
+from pipeline.training.case_cache import CaseCache, training_dataset
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.cross_validation import cross_validate
 from pipeline.training.distributed import data_parallel, is_first_process, training_loader
@@ -22,16 +25,18 @@ from pipeline.training.optimisation import (
     compile_network,
     initialise,
     prepare_batch,
-    start_from,
     weight_average,
 )
 from pipeline.training.precision import TrainingInferer, emulates_bfloat16
 from pipeline.training.trainer import read_run, train, train_bundle
+from pipeline.training.transfer import EncoderFreeze, start_from
 from pipeline.training.validation import Validation
 
 __all__ = [
     "Budget",
+    "CaseCache",
     "CheckpointHandler",
+    "EncoderFreeze",
     "EpochRow",
     "History",
     "TrainingInferer",
@@ -49,6 +54,7 @@ __all__ = [
     "start_from",
     "train",
     "train_bundle",
+    "training_dataset",
     "training_loader",
     "weight_average",
 ]

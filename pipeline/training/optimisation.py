@@ -17,13 +17,19 @@ from monai.utils import convert_to_tensor
 from torch import nn
 
 from pipeline.config import Run
-from pipeline.errors import ConfigError, ReadError
-from pipeline.networks import channels_last, read_state
-from pipeline.training.distributed import from_first_process, is_single_process
+from pipeline.errors import ConfigError
+from pipeline.log import LOGGER
+from pipeline.networks import channels_last
+from pipeline.training.distributed import from_first_process, is_first_process, is_single_process
+from pipeline.training.transfer import encoder_parameters
 from pipeline.transforms import IMAGE, LABEL, WEIGHT
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Time before a run's clock starts (importing torch and MONAI) and after its final validation
+# (writing files): seconds, and at most this fraction of the time limit
+AROUND_SECONDS, AROUND = 8.0, 0.1
+SHORT = 0.25  # a run with less than this fraction of its time for training steps gets a warning
 COMPILERS = ("g++", "clang++", "c++")
 # Ignite's EMAHandler requires a momentum below 1. This one rounds to 1 in float32, so that the
 # "average" is the last weights.
@@ -57,64 +63,6 @@ def initialise(network: nn.Module, run: Run) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def start_from(network: nn.Module, run: Run) -> None:
-    """Load the weights file `run.start` into the network; do nothing if it is None.
-
-    Args:
-        network: network whose weights are replaced.
-        run: gives `start`, and `grow` for weights of a U-Net with one level less.
-
-    Raises:
-        ConfigError: the file does not exist, or its weights do not fit the network.
-    """
-    if run.start is None:
-        return
-    try:
-        state = read_state(run.start)
-        if run.grow:
-            state = with_added_level(state, network.state_dict())
-        network.load_state_dict(state)
-    except (ReadError, RuntimeError) as error:
-        # the first line names the reason; torch then lists every weight that does not fit
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"run.start: {run.start} holds no weights of this network: {reason}"
-        ) from error
-
-
-def with_added_level(
-    state: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Return weights of a U-Net that start from those of a U-Net with one level less.
-
-    The levels of the smaller network become the lower levels of the larger one, level i becoming
-    level i + 1; the new level is the top one, with the highest resolution. The smaller network's
-    output layer becomes the first layer of deep supervision, `deep_outputs.0`.
-
-    Args:
-        state: state dict of the smaller network.
-        into: state dict of the larger network; its entries are kept where the smaller network has
-            no entry of that name and shape.
-    """
-    renamed = {_name_one_level_down(name): tensor for name, tensor in state.items()}
-    weights = dict(into)
-    for name, tensor in renamed.items():
-        if name in into and into[name].shape == tensor.shape:
-            weights[name] = tensor
-    return weights
-
-
-def _name_one_level_down(name: str) -> str:
-    """Return the name that an entry of a state dict has in a U-Net with one more level on top."""
-    module, _, rest = name.partition(".")
-    if module == "output":
-        return f"deep_outputs.0.{rest}"
-    if module == "bottleneck":
-        return name
-    level, _, rest = rest.partition(".")
-    return f"{module}.{int(level) + 1}.{rest}"
-
-
 def compile_network(network: nn.Module, run: Run) -> None:
     """Apply `torch.compile` to the network in place if the run has `compile: true`.
 
@@ -136,25 +84,40 @@ def compile_network(network: nn.Module, run: Run) -> None:
 
 
 def build_optimizer(network: nn.Module, run: Run) -> torch.optim.Optimizer:
-    """Return the run's optimizer, AdamW or SGD with momentum, over all weights of the network."""
+    """Return the run's optimizer, AdamW or SGD with momentum, over all weights of the network.
+
+    If the encoder learns at a rate of its own (`freeze_encoder`, `encoder_rate`), its parameters
+    are a second group.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(network.parameters())}]
+    if run.freeze_encoder or run.encoder_rate != 1:
+        encoder = encoder_parameters(network, run)
+        own = {id(parameter) for parameter in encoder}
+        others = [parameter for parameter in network.parameters() if id(parameter) not in own]
+        groups = [
+            {"params": others},
+            {"params": encoder, "lr": run.learning_rate * run.encoder_rate},
+        ]
     if run.optimizer == "sgd":
         return torch.optim.SGD(
-            network.parameters(),
-            lr=run.learning_rate,
-            momentum=run.momentum,
-            weight_decay=run.weight_decay,
+            groups, lr=run.learning_rate, momentum=run.momentum, weight_decay=run.weight_decay
         )
-    return torch.optim.AdamW(
-        network.parameters(), lr=run.learning_rate, weight_decay=run.weight_decay
-    )
+    return torch.optim.AdamW(groups, lr=run.learning_rate, weight_decay=run.weight_decay)
 
 
 class Budget:
-    """An Ignite handler that ends training when its time limit is reached.
+    """An Ignite handler that ends training so early that the whole run keeps its time limit.
+
+    The clock starts when the object is made, before the cases are read. Time is kept for what comes
+    after the last step: the final validation (`reserve`), and the start and end of the process.
 
     Args:
-        minutes: largest wall time of training; None sets no limit.
+        minutes: largest wall time of the whole run; None sets no limit.
         now: function that returns the time in seconds; tests pass their own.
+
+    Attributes:
+        limit: time limit of the run, seconds; None for none.
+        reserved: seconds that are kept for the time after the last step.
     """
 
     def __init__(self, minutes: float | None, now: Callable[[], float] = time.monotonic) -> None:
@@ -162,15 +125,43 @@ class Budget:
         self.now = now
         self.seconds_before_resume = 0.0
         self.seconds_of_first_process = 0.0
-        self.started: float | None = None
+        self.reserved = 0.0
+        # seconds of the process before the clock starts, and after the final validation
+        self.around = 0.0 if self.limit is None else min(AROUND_SECONDS, AROUND * self.limit)
+        self.clock_started = now()
+        self.spent_before_steps = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Register the event handlers with the trainer; MONAI's `Workflow` calls this."""
-        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.STARTED, self.start_steps)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._stop_at_limit)
 
+    def reserve(self, seconds: float) -> None:
+        """Keep seconds for the final validation; with several processes, those of the first one.
+
+        Every process has to call this.
+        """
+        self.reserved = from_first_process(seconds)
+
+    def warn_if_short(self) -> None:
+        """Log a warning if what is reserved leaves little of the time limit for training steps."""
+        if self.limit is None or not is_first_process():
+            return
+        other = self.spent() + self.reserved + self.around
+        if self.limit - other < SHORT * self.limit:
+            LOGGER.warning(
+                "run.minutes: %.1f minutes are too short: reading the cases took %.0f s and the "
+                "final validation takes %.0f s, which leaves %.0f s for training; take %.1f "
+                "minutes or more, or set validate_every: 0",
+                self.limit / 60,
+                self.spent(),
+                self.reserved,
+                max(0.0, self.limit - other),
+                other / (1 - SHORT) / 60,
+            )
+
     def spent(self) -> float:
-        """Return the seconds of training so far, including those before the run was resumed.
+        """Return the seconds of the run so far, including those before it was resumed.
 
         With several processes, the clock of the first one counts in all of them, so that they have
         the same learning rate and end after the same step.
@@ -179,14 +170,25 @@ class Budget:
         return self.seconds_before_resume + own
 
     def used(self) -> float:
-        """Return the fraction of the time limit that is spent, 0 to 1; 0 without a limit."""
-        return 0.0 if self.limit is None else min(1.0, self.spent() / self.limit)
+        """Return the fraction of the time for training steps that is spent, 0 to 1.
+
+        It is 0 without a limit.
+        """
+        if self.limit is None:
+            return 0.0
+        time_for_steps = self.limit - self.reserved - self.around - self.spent_before_steps
+        if time_for_steps <= 0:
+            return 1.0
+        return min(1.0, max(0.0, self.spent() - self.spent_before_steps) / time_for_steps)
 
     def _elapsed(self) -> float:
-        return 0.0 if self.started is None else self.now() - self.started
+        return self.now() - self.clock_started
 
-    def _start(self) -> None:
-        self.started = self.now()
+    def start_steps(self) -> None:
+        """Note that the first step begins now: what was spent before is no time for steps."""
+        self.seconds_of_first_process = from_first_process(self._elapsed())
+        # of a resumed run, the steps before count as time for steps
+        self.spent_before_steps = self.spent() - self.seconds_before_resume
 
     def _stop_at_limit(self, engine: Engine) -> None:
         self.seconds_of_first_process = from_first_process(self._elapsed())
@@ -199,24 +201,36 @@ class Schedule(WarmupCosineSchedule):
 
     The progress along this curve is the fraction of the steps that are done, or the fraction of the
     time limit that is spent, whichever is larger. The learning rate is therefore 0 at the end of
-    training, whether the steps or the time limit ends it.
+    training, whether the steps or the time limit ends it. Of a second group of parameters, the
+    encoder's, it is 0 in the first `frozen_steps`.
 
     Args:
         optimizer: optimizer whose learning rate is set; its own is the highest of the curve.
         warmup_steps: number of steps over which the learning rate rises.
         t_total: number of steps of the whole run (MONAI's name).
         budget: time limit of the run.
+        frozen_steps: number of steps in which the encoder is frozen.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, warmup_steps: int, t_total: int, budget: Budget
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup_steps: int,
+        t_total: int,
+        budget: Budget,
+        frozen_steps: int = 0,
     ) -> None:
-        self.budget = budget
+        self.budget, self.frozen_steps = budget, frozen_steps
         super().__init__(optimizer, warmup_steps=warmup_steps, t_total=t_total)
+        self.lr_lambdas[1:] = [self.encoder_lambda for _ in optimizer.param_groups[1:]]
 
     def lr_lambda(self, step: int) -> float:
         """Return the factor on the highest learning rate at a step, 0 to 1."""
         return float(super().lr_lambda(max(step, self.budget.used() * self.t_total)))
+
+    def encoder_lambda(self, step: int) -> float:
+        """Return the factor on the encoder's highest learning rate at a step, 0 to 1."""
+        return 0.0 if step < self.frozen_steps else self.lr_lambda(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for the checkpoint; of the budget only the seconds spent."""
@@ -236,7 +250,7 @@ def build_schedule(
 
     Args:
         optimizer: optimizer whose learning rate is set.
-        run: gives `epochs` and `warmup`.
+        run: gives `epochs`, `warmup` and `freeze_encoder`.
         steps_per_epoch: number of training steps in an epoch.
         budget: time limit of the run, which the schedule follows too.
 
@@ -249,7 +263,13 @@ def build_schedule(
             "gives; take a smaller batch_size"
         )
     steps = run.epochs * steps_per_epoch
-    return Schedule(optimizer, max(1, round(run.warmup * steps)), steps, budget)
+    return Schedule(
+        optimizer,
+        max(1, round(run.warmup * steps)),
+        steps,
+        budget,
+        run.freeze_encoder * steps_per_epoch,
+    )
 
 
 def prepare_batch(
@@ -277,6 +297,19 @@ def prepare_batch(
     return image, label.to(device=device, non_blocking=non_blocking)
 
 
+class WarmUpAverage(EMAHandler):
+    """Ignite's moving average of weights, with a lower decay in the first steps.
+
+    After t steps the decay is at most (1 + t) / (10 + t). The average of a short run is then one
+    over a fraction of its own steps, not mostly the random initial weights.
+    """
+
+    def _update_ema_model(self, engine: Engine, name: str) -> None:
+        step = engine.state.iteration
+        setattr(engine.state, name, max(self.momentum, 9 / (10 + step)))
+        super()._update_ema_model(engine, name)
+
+
 def weight_average(network: nn.Module, run: Run) -> EMAHandler:
     """Return the handler that keeps the exponential moving average (EMA) of the weights.
 
@@ -288,4 +321,4 @@ def weight_average(network: nn.Module, run: Run) -> EMAHandler:
         run: gives `ema_decay`; 0 keeps the weights of the last step.
     """
     momentum = min(1 - run.ema_decay, LARGEST_MOMENTUM)
-    return EMAHandler(channels_last(network), momentum=momentum, handle_buffers="copy")
+    return WarmUpAverage(channels_last(network), momentum=momentum, handle_buffers="copy")

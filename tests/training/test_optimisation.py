@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -20,8 +18,6 @@ from pipeline.training.optimisation import (
     build_optimizer,
     build_schedule,
     initialise,
-    start_from,
-    with_added_level,
 )
 
 RUN = Run(bundle="b", dataset="d", epochs=10, batch_size=2, learning_rate=0.1)
@@ -105,38 +101,3 @@ def test_what_cannot_be_is_refused() -> None:
         replace(RUN, border_sigma_mm=0.0)
     with pytest.raises(ConfigError, match=r"elastic_grid: expected 2 points"):
         replace(RUN, augment=Augment(elastic_grid=1))
-
-
-def test_a_coarser_network_becomes_the_lower_levels(tmp_path: Path) -> None:
-    """The larger network's first deep output equals the coarser one's output."""
-    torch.manual_seed(0)
-    small = UNet(3, 1, 3, (6, 8, 10), norm="instance", deep_supervision=1)
-    large = UNet(3, 1, 3, (4, 6, 8, 10), norm="instance", deep_supervision=2)
-    before = {name: tensor.clone() for name, tensor in large.state_dict().items()}
-    torch.save(small.state_dict(), tmp_path / "small.pt")
-    start_from(large, replace(RUN, start=str(tmp_path / "small.pt"), grow=True))
-    new = ("encoder.0.", "up.0.", "decoder.0.", "output.")
-    assert all(
-        torch.equal(tensor, before[name])
-        for name, tensor in large.state_dict().items()
-        if name.startswith(new)
-    )
-    for ours, theirs in (
-        (large.bottleneck, small.bottleneck),
-        (large.up[1], small.up[0]),
-        (large.decoder[2], small.decoder[1]),
-    ):
-        assert all(
-            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-        )
-    large.encoder[1] = small.encoder[0]
-    large.encoder[0], large.pool[0] = (
-        nn.Identity(),
-        nn.Identity(),
-    )  # the image reaches the second level as it is
-    image = torch.rand(1, 1, 8, 16, 8)
-    large.up[0], large.decoder[0] = nn.Identity(), nn.Conv3d(7, 4, 1)
-    np.testing.assert_allclose(large(image)[1].detach(), small(image)[0].detach(), atol=1e-5)
-    assert (
-        with_added_level(small.state_dict(), large.state_dict()).keys() == large.state_dict().keys()
-    )
