@@ -17,6 +17,7 @@ from pipeline.io import write_atomically
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.distributed import barrier, is_first_process, process_group
 from pipeline.training.history import EpochRow, History
+from pipeline.training.validation import CaseDone, Validation
 from pipeline.types import PathOrStr
 
 EpochDone = Callable[[EpochRow], None]
@@ -30,6 +31,7 @@ def train(
     restart: bool = False,
     trust: bool = False,
     progress: EpochDone | None = None,
+    case_done: CaseDone | None = None,
 ) -> Path:
     """Train the bundle that a run's YAML file names.
 
@@ -40,6 +42,8 @@ def train(
         restart: whether an interrupted run is discarded.
         trust: whether wiring of the bundle that volseg did not write may run.
         progress: called after each epoch with its row of the history.
+        case_done: called after each case of a validation with its number from 1, the number of
+            cases, and its name.
 
     Returns:
         Folder of the bundle.
@@ -50,7 +54,7 @@ def train(
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     run, content = read_run(config, changes)
-    train_bundle(run, content, progress, resume=resume, restart=restart, trust=trust)
+    train_bundle(run, content, progress, case_done, resume=resume, restart=restart, trust=trust)
     return Path(run.bundle)
 
 
@@ -99,6 +103,7 @@ def train_bundle(
     run: Run,
     content: dict[str, Any],
     epoch_done: EpochDone | None = None,
+    case_done: CaseDone | None = None,
     *,
     resume: bool = False,
     restart: bool = False,
@@ -114,6 +119,7 @@ def train_bundle(
         run: settings of the training run.
         content: content of the YAML file that `run` was parsed from.
         epoch_done: called after each epoch with its row of the history.
+        case_done: called after each case of a validation; see `train`.
         resume: whether an interrupted run is continued after its last complete epoch.
         restart: whether an interrupted run is discarded.
         trust: whether wiring of the bundle that volseg did not write may run.
@@ -134,7 +140,7 @@ def train_bundle(
         if device is not None:
             parser["device"] = device
         with unwrapped_errors():
-            _run_wiring(parser, epoch_done, resume=resume)
+            _run_wiring(parser, epoch_done, case_done, resume=resume)
 
 
 def _check_bundle(paths: BundlePaths, *, may_be_unfinished: bool) -> None:
@@ -150,7 +156,13 @@ def _check_bundle(paths: BundlePaths, *, may_be_unfinished: bool) -> None:
         )
 
 
-def _run_wiring(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: bool) -> None:
+def _run_wiring(
+    parser: ConfigParser,
+    epoch_done: EpochDone | None,
+    case_done: CaseDone | None,
+    *,
+    resume: bool,
+) -> None:
     """Initialise, run and finalise the trainer of a wiring, as `monai.bundle run` does."""
     parser.get_parsed_content("initialize")
     trainer: Engine = parser.get_parsed_content("train::trainer")
@@ -158,6 +170,9 @@ def _run_wiring(parser: ConfigParser, epoch_done: EpochDone | None, *, resume: b
         history: History = parser.get_parsed_content("train::history")
         # added after the wiring's handlers, so that the history has the epoch's row already
         trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: epoch_done(history.rows[-1]))
+    if case_done is not None:
+        validation: Validation = parser.get_parsed_content("train::validation")
+        validation.case_done = case_done
     if resume:
         checkpoint: CheckpointHandler = parser.get_parsed_content("train::checkpoint")
         checkpoint.load(trainer)

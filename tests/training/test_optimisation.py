@@ -80,20 +80,6 @@ def test_training_ends_with_its_time_and_the_rate_with_it(
     assert seen[-1] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_resumed_run_has_spent_its_time() -> None:
-    clock = [5.0]
-    budgets = [Budget(10.0, now=lambda: clock[0]) for _ in range(2)]
-    rates = [
-        build_schedule(build_optimizer(UNet(2, 1, 2, (2, 4)), RUN), RUN, 4, budget)
-        for budget in budgets
-    ]
-    budgets[0]._start()
-    clock[0] += 240
-    rates[1].load_state_dict(rates[0].state_dict())
-    assert budgets[1].used() == pytest.approx(0.4)
-    assert rates[1].lr_lambda(0) == rates[0].lr_lambda(0)
-
-
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"run\.minutes: expected more than 0"):
         replace(RUN, minutes=0.0)
