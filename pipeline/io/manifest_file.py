@@ -62,7 +62,8 @@ def read_rows(path: Path, text: str) -> Iterator[Row]:
                 )
             yield reader.line_num, {name.strip(): (row[name] or "").strip() for name in row}
     except csv.Error as error:
-        raise ConfigError(f"{printable(path)}, line {reader.line_num}: {error}") from error
+        line = reader.reader.line_num  # the DictReader's own counts whole rows only
+        raise ConfigError(f"{printable(path)}, line {line}: {error}") from error
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Row]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,21 @@ def test_channels_are_grouped_by_name_and_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["a_T1w", "a_FLAIR", "b_FLAIR"], "b: no file for channel T1w; found .*b_FLAIR.nii.gz"),
+        (["a_FLAIR"], "a: no file for channel T1w; found .*a_FLAIR.nii.gz"),
         (["a_T1w", "a_0000"], "a: two files for channel T1w, .*a_0000.nii.gz and .*; keep one"),
-        (["a_0002"], "a_0002: which channel is it"),
+        (["a_0002"], "a_0002: which channel is .*a_0002.nii.gz. Expected a name that ends in one"),
     ],
 )
-def test_incomplete_channels_are_refused(tmp_path: Path, names: list[str], says: str) -> None:
-    """The message names the case and the files."""
-    for name in names:
+def test_incomplete_channels_are_problems_of_their_case(
+    tmp_path: Path, names: list[str], says: str
+) -> None:
+    """The message names the case and the files; the other cases are found."""
+    for name in [*names, "z_T1w", "z_FLAIR"]:
         save(tmp_path / f"{name}.nii.gz")
-    with pytest.raises(ConfigError, match=says):
-        find_cases([tmp_path], parse_spec(channels=CHANNELS))
+    bad, good = find_cases([tmp_path], parse_spec(channels=CHANNELS))
+    assert re.search(says, bad["problem"])
+    assert good["case"] == "z"
+    assert "problem" not in good
 
 
 def test_the_fallback_channel_replaces_missing_files(tmp_path: Path) -> None:
@@ -42,8 +47,8 @@ def test_the_fallback_channel_replaces_missing_files(tmp_path: Path) -> None:
     path = str(save(tmp_path / "sub" / "c.nii.gz"))
     assert find_cases([tmp_path], spec) == [{"case": "sub/c", "image": [path, path]}]
     save(tmp_path / "d_FLAIR.nii.gz")
-    with pytest.raises(ConfigError, match="d: no file for channel T1w"):
-        find_cases([tmp_path], spec)
+    bad, _ = find_cases([tmp_path], spec)
+    assert "d: no file for channel T1w" in bad["problem"]
 
 
 def test_repeated_inputs_are_one_case(tmp_path: Path) -> None:
@@ -53,7 +58,7 @@ def test_repeated_inputs_are_one_case(tmp_path: Path) -> None:
         len(find_cases([tmp_path / "in", path, str(tmp_path / "in" / "*.gz")], parse_spec())) == 1
     )
     other = save(tmp_path / "other" / "a.nii")
-    with pytest.raises(ConfigError, match=r"1 outputs .*, a_seg.nii.gz for one, from .* and .*"):
+    with pytest.raises(ConfigError, match=r"1 outputs .*, for one a_seg.nii.gz from .* and .*"):
         find_cases([path, other], parse_spec())
 
 
@@ -75,6 +80,20 @@ def test_inputs_without_images_are_refused(tmp_path: Path) -> None:
             find_cases([item], parse_spec())
     with pytest.raises(ConfigError, match="no such file or folder"):
         find_cases([tmp_path / "none.nii"], parse_spec())
+
+
+def test_nothing_usable_is_refused_and_one_problem_is_not(tmp_path: Path) -> None:
+    """Beside a good file, what cannot be used is a case with a problem."""
+    good = save(tmp_path / "a.nii.gz")
+    (tmp_path / "b.nii.gz").symlink_to(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"this link leads to .*none: No such file"):
+        find_cases([tmp_path / "b.nii.gz"], parse_spec())
+    cases = find_cases([good, tmp_path / "b.nii.gz", tmp_path / "c.nii.gz"], parse_spec())
+    assert [case.get("problem", "").partition(": ")[2][:16] for case in cases] == [
+        "",
+        "this link leads ",
+        "no such file or ",
+    ]
 
 
 def test_a_case_is_named_by_its_first_file() -> None:
