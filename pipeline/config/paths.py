@@ -54,6 +54,11 @@ class BundlePaths:
         return self.configs / "splits.json"
 
     @property
+    def plan(self) -> Path:
+        """The settings that `volseg plan` chose, each with its reason."""
+        return self.configs / "plan.json"
+
+    @property
     def metadata(self) -> Path:
         """MONAI's metadata, generated from the spec and the card."""
         return self.configs / "metadata.json"
@@ -97,6 +102,16 @@ class BundlePaths:
     def training(self) -> Path:
         """The folder of the history (table and figure) of the training run."""
         return self.folder / "train"
+
+    @property
+    def training_report(self) -> Path:
+        """The report of the training run, for people."""
+        return self.training / "report.md"
+
+    @property
+    def validation_scores(self) -> Path:
+        """The Dice of each validation case with the weights that the run kept."""
+        return self.training / "validation.csv"
 
     @property
     def cross_validation(self) -> Path:

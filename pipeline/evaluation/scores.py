@@ -353,9 +353,10 @@ def _bootstrap_mean(values: Array, random: np.random.Generator) -> Mean:
 
 def _median(values: Array) -> float:
     """Return the median; of an even number of values with infinite ones, the lower middle one."""
+    if np.isfinite(values).all():
+        return float(np.median(values))
     # the mean of the two in the middle would be inf where only one of them is
-    middle = "linear" if np.isfinite(values).all() else "lower"
-    return float(np.percentile(values, 50, method=middle))
+    return float(np.sort(values)[(len(values) - 1) // 2])
 
 
 def _bootstrap_interval(values: Array, random: np.random.Generator) -> tuple[float, float]:

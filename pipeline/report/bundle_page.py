@@ -1,11 +1,15 @@
-"""The README of a cross-validated bundle, in Markdown (docs/README.md)."""
+"""The README of a trained or cross-validated bundle, in Markdown (docs/README.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.config import Card
-from pipeline.evaluation import SummaryRow
+from pipeline.config import Card, Spec
+from pipeline.evaluation import ScoreRow, SummaryRow, summarise_scores
+from pipeline.report.markdown import markdown_table
+
+# the last line of a README that the next training may replace
+GENERATED = "<!-- Written by `volseg train`; remove this line to keep your changes. -->"
 
 
 def bundle_page(
@@ -22,11 +26,7 @@ def bundle_page(
         by_fold: fold number → summary of its held-out cases, with the same labels.
     """
     return f"""\
-# {card.name}
-
-{card.description}
-
-**Intended use.** {card.intended_use}
+{_introduction(card)}
 
 ## Scores
 
@@ -45,19 +45,88 @@ Data: {card.data_source}.
 """
 
 
+def trained_page(card: Card, spec: Spec, scores: Sequence[ScoreRow], bundle: str) -> str:
+    """Return the README of a bundle that a single run has trained, as Markdown.
+
+    Args:
+        card: description of the bundle.
+        spec: its inputs and outputs.
+        scores: Dice of the held-out cases; empty if the run scored none.
+        bundle: name of its folder.
+    """
+    return f"""\
+{_introduction(card)}
+
+```bash
+volseg segment scans/ -o out --bundle {bundle}
+```
+
+## Input and output
+
+Channels: {", ".join(spec.channels)}. The network sees voxels of {_spacing(spec)}, and label maps
+have the grid of the scan.
+
+{_label_table(spec)}
+
+## Scores
+
+{_single_run_scores(scores)}
+
+The report of the training is [train/report.md](../train/report.md), its settings are in
+`configs/run.yaml`. To repeat it:
+
+```bash
+volseg train configs/run.yaml
+```
+
+Data: {card.data_source}.
+
+{GENERATED}
+"""
+
+
+def _introduction(card: Card) -> str:
+    return f"# {card.name}\n\n{card.description}\n\n**Intended use.** {card.intended_use}"
+
+
+def _spacing(spec: Spec) -> str:
+    sizes = ["the scan's own" if mm is None else f"{mm:g}" for mm in spec.spacing]
+    return f"{' × '.join(sizes)} mm along {', '.join(spec.orientation)}"
+
+
+def _label_table(spec: Spec) -> str:
+    lines = []
+    for name, value in spec.labels.items():
+        made_of = ", ".join(map(str, spec.regions[name])) if name in spec.regions else ""
+        lines.append([value, name, made_of] if spec.regions else [value, name])
+    header = ["value", "label"]
+    if spec.regions:
+        header.append("values in training label maps")
+    return markdown_table(header, lines)
+
+
+def _single_run_scores(scores: Sequence[ScoreRow]) -> str:
+    if not scores:
+        return "Not scored yet: `volseg evaluate` scores it on labelled cases."
+    lines = []
+    for row in summarise_scores(scores):
+        dice = row.metrics["dice"]
+        interval = f"{dice.mean:.4f} [{dice.low:.4f}, {dice.high:.4f}]"
+        lines.append([row.label, row.cases, interval, f"{dice.median:.4f}"])
+    table = markdown_table(["label", "cases", "mean Dice", "median"], lines)
+    return f"Dice of the held-out cases of one fold, with bootstrap 95 % intervals.\n\n{table}"
+
+
 def _dice_table(summary: Sequence[SummaryRow], by_fold: Mapping[int, Sequence[SummaryRow]]) -> str:
-    labels = [row.label for row in summary]
-    lines = [f"| fold | cases | {' | '.join(labels)} |", "|---" * (len(labels) + 2) + "|"]
-    for fold, rows in by_fold.items():
-        lines.append(_dice_line(str(fold), rows))
+    lines = [_dice_line(str(fold), rows) for fold, rows in by_fold.items()]
     lines.append(_dice_line("all", summary))
-    return "\n".join(lines)
+    return markdown_table(["fold", "cases", *(row.label for row in summary)], lines)
 
 
-def _dice_line(name: str, rows: Sequence[SummaryRow]) -> str:
+def _dice_line(name: str, rows: Sequence[SummaryRow]) -> list[str]:
     cells = []
     for row in rows:
         dice = row.metrics["dice"]
         cells.append(f"{dice.mean:.4f} [{dice.low:.4f}, {dice.high:.4f}]")
     # the last row is the mean over labels: it counts all cases in which any label is scored
-    return f"| {name} | {rows[-1].cases} | {' | '.join(cells)} |"
+    return [name, str(rows[-1].cases), *cells]

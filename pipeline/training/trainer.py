@@ -14,6 +14,7 @@ from pipeline.bundle import read_wiring, refresh_bundle
 from pipeline.config import BundlePaths, Run, parse_config, read_yaml
 from pipeline.errors import ConfigError, unwrapped_errors
 from pipeline.io import write_atomically
+from pipeline.report import write_training_report
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.distributed import barrier, is_first_process, process_group
 from pipeline.training.history import EpochRow, History
@@ -109,7 +110,7 @@ def train_bundle(
     restart: bool = False,
     trust: bool = False,
 ) -> None:
-    """Train the weights of a run's bundle, and refresh its generated files.
+    """Train the weights of a run's bundle, refresh its generated files and write its report.
 
     The bundle needs configs/spec.yaml and configs/card.yaml; the run is written to
     configs/run.yaml. In several processes, as `torchrun` starts them, this is a single run; each
@@ -141,6 +142,8 @@ def train_bundle(
             parser["device"] = device
         with unwrapped_errors():
             _run_wiring(parser, epoch_done, case_done, resume=resume)
+        if is_first_process():
+            write_training_report(paths.folder)
 
 
 def _check_bundle(paths: BundlePaths, *, may_be_unfinished: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from ignite.engine import Engine, Events
 from pipeline.config import BundlePaths, Run
 from pipeline.evaluation import dice
 from pipeline.inference import Model, predict_case
-from pipeline.io import read, write_atomically
+from pipeline.io import read, write_atomically, write_csv
 from pipeline.networks import save_weights
 from pipeline.training.distributed import from_first_process, is_first_process
 from pipeline.training.optimisation import Budget
@@ -26,6 +26,7 @@ DICE = "dice"
 VALIDATION_SECONDS = "validation_seconds"
 
 CaseDone = Callable[[int, int, str], None]
+CaseScored = Callable[[str, Mapping[str, float]], None]
 
 
 class Validation:
@@ -33,9 +34,10 @@ class Validation:
 
     Every `validate_every` epochs and at the end of the run, each case is predicted on its file's
     own grid and compared with its label as read. The trainer's metrics get `dice`, the mean over
-    labels, `dice <label>`, and `validation_seconds`, the wall time. With `keep: best`, the weights
-    are saved each time that `dice` is higher than before; with `patience`, the run ends when it has
-    stopped rising.
+    labels, `dice <label>`, and `validation_seconds`, the wall time; train/validation.csv of the
+    bundle has the Dice of each case and label with the weights that the run keeps. With
+    `keep: best`, the weights are saved each time that `dice` is higher than before; with
+    `patience`, the run ends when it has stopped rising.
 
     Before the final validation the weights are written to the bundle: a run that is killed during
     it has lost its scores only. A run with a time limit predicts one case before its first step, so
@@ -89,15 +91,22 @@ class Validation:
             return
         self.last_iteration = engine.state.iteration
         seconds = 0.0
+        rows: list[dict[str, Any]] = []
+
+        def keep(case: str, scores: Mapping[str, float]) -> None:
+            rows.extend({"case": case, "label": name, DICE: scores[name]} for name in scores)
+
         if is_first_process():
             started = time.monotonic()
-            engine.state.metrics |= mean_dice(self.model, self.cases, self.case_done)
+            engine.state.metrics |= mean_dice(self.model, self.cases, self.case_done, keep)
             seconds = time.monotonic() - started
             engine.state.metrics[VALIDATION_SECONDS] = seconds
         # the other processes have no scores, but have to stop after the same step
         mean = from_first_process(engine.state.metrics.get(DICE, 0.0))
         if self.budget is not None:
             self.budget.reserve(seconds)
+        if rows and (self.run.keep == "last" or mean > self.best_dice):
+            write_csv(BundlePaths(self.model.root).validation_scores, rows)
         if mean > self.best_dice:
             self.best_dice, self.validations_without_gain = mean, 0
             if self.run.keep == "best" and is_first_process():
@@ -162,6 +171,7 @@ def mean_dice(
     model: Model,
     cases: Sequence[Case],
     case_done: CaseDone = lambda number, count, name: None,
+    case_scored: CaseScored = lambda name, scores: None,
 ) -> dict[str, float]:
     """Return the mean Dice of a model on labelled cases, 0 to 1.
 
@@ -169,6 +179,8 @@ def mean_dice(
         model: model that predicts the cases.
         cases: labelled cases, each with `image` and `label`.
         case_done: called after each case with its number from 1, the number of cases, and its name.
+        case_scored: called after each case with its name, and label → Dice, nan for a label that
+            neither map has.
 
     Returns:
         `dice`, the mean over labels, 0 if no label occurs, and `dice <label>` for each label that
@@ -183,9 +195,12 @@ def mean_dice(
             predicted, true = np.isin(prediction, values), np.isin(reference, values)
             if counted is not None:
                 predicted, true = predicted & counted, true & counted
-            score = dice(predicted, true)
-            if not isnan(score):
-                scores[name].append(score)
+            scores[name].append(dice(predicted, true))
+        case_scored(case["case"], {name: found[-1] for name, found in scores.items()})
         case_done(number, len(cases), case["case"])
-    means = {f"{DICE} {name}": fmean(found) for name, found in scores.items() if found}
+    means = {}
+    for name, found in scores.items():
+        scored = [score for score in found if not isnan(score)]
+        if scored:
+            means[f"{DICE} {name}"] = fmean(scored)
     return {DICE: fmean(means.values()) if means else 0.0, **means}

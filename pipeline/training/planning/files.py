@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from pipeline.config import BundlePaths
-from pipeline.io import Layout, write_atomically, write_json
+from pipeline.io import Layout, Problem, write_atomically, write_json
 from pipeline.training.planning.choices import Choice, nested_values
 
 LINE_WIDTH = 110  # characters
@@ -21,8 +21,9 @@ def write_plan(
     choices: Sequence[Choice],
     splits: list[dict[str, list[str]]],
     layout: Layout,
+    problems: Sequence[Problem] = (),
 ) -> None:
-    """Write the YAML file of the run, and spec.yaml, card.yaml and splits.json of its bundle.
+    """Write the YAML file of the run, and spec, card, splits and plan.json of its bundle.
 
     Args:
         path: YAML file of the run.
@@ -30,6 +31,7 @@ def write_plan(
         choices: all other settings of spec and run.
         splits: case names of each fold, from `make_folds`.
         layout: layout of the dataset; the card names it, and the licence.
+        problems: why other cases and files are not used; plan.json lists them.
     """
     paths = BundlePaths(run["bundle"])
     reasons = {choice.name.partition(".")[2]: choice.explanation for choice in choices}
@@ -41,6 +43,18 @@ def write_plan(
         "The inputs and outputs of these weights. Changing any of it makes them invalid.",
     )
     write_json(paths.splits, splits)
+    write_json(
+        paths.plan,
+        {
+            "dataset": layout.kind,
+            "cases": len(splits[0]["train"]) + len(splits[0]["val"]),
+            "left_out": {problem.case: problem.message for problem in problems},
+            "choices": [
+                {"name": choice.name, "value": choice.value, "reason": choice.explanation}
+                for choice in choices
+            ],
+        },
+    )
     _write_yaml(
         paths.card, _card(paths, spec, layout), {}, "For readers of the bundle: complete it."
     )

@@ -120,7 +120,7 @@ def plan_training(
     steps = timed.steps_per_epoch(choices)
     epochs, seconds = training_length(minutes, steps, times)
     choices += choose_duration(minutes, epochs, steps, times)
-    write_plan(path, timed.location, choices, splits, layout)
+    write_plan(path, timed.location, choices, splits, layout, problems)
     return Plan(
         layout=layout,
         cases=len(fingerprints),
