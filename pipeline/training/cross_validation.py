@@ -4,50 +4,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from math import isnan, nan
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
 from pipeline.batch import output_path
 from pipeline.bundle import open_bundle, refresh_bundle
-from pipeline.config import BundlePaths, Card, Run, Spec, load_config, load_spec, read_yaml
+from pipeline.config import BundlePaths, Card, Run, load_config, load_spec, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.evaluation import (
     ScoreRow,
     SummaryRow,
-    dice,
     draw_dice,
     segment_and_score,
     summarise_scores,
 )
-from pipeline.inference import largest_components
-from pipeline.io import fold_cases, read, read_splits, write_atomically, write_csv, write_json
+from pipeline.io import fold_cases, read_splits, write_atomically, write_csv, write_json
 from pipeline.networks import member_states, read_state, save_state
 from pipeline.report import bundle_page
+from pipeline.training.postprocessing import (
+    HeldOutCase,
+    Postprocessing,
+    Rule,
+    choose_postprocessing,
+)
 from pipeline.training.trainer import EpochDone, train_bundle
-from pipeline.types import Array, Case
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LargestComponentGain:
-    """What removing all but the largest connected component of each label does to Dice.
-
-    It is measured on held-out cases: each is segmented by the fold that was not trained on it.
-
-    Attributes:
-        gain: label → mean Dice with the largest component only, minus mean Dice as predicted; nan
-            for a label that is not scored in any case.
-        kept: whether the ensemble's spec asks for the largest components only.
-    """
-
-    gain: Mapping[str, float]
-    kept: bool
+from pipeline.types import Case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,10 +94,12 @@ def cross_validate(
     # With `only`, folds that an earlier call trained are scored and joined as well.
     trained = [fold for fold in range(count) if _is_trained(paths.fold(fold))]
     out_of_fold = _score_folds(paths, run, trained)
-    largest = _largest_component_gain(paths, run, trained)
-    _write_scores(paths, out_of_fold, largest)
+    postprocessing = choose_postprocessing(
+        load_spec(_single_fold_spec(paths)), _held_out_predictions(paths, run, out_of_fold)
+    )
+    _write_scores(paths, out_of_fold, postprocessing)
     _write_card_and_page(paths, out_of_fold)
-    _join_folds(paths, trained, keep_largest=largest.kept)
+    _join_folds(paths, trained, postprocessing)
     return out_of_fold.summary
 
 
@@ -193,7 +180,7 @@ def _score_folds(paths: BundlePaths, run: Run, folds: Sequence[int]) -> OutOfFol
 
 
 def _write_scores(
-    paths: BundlePaths, out_of_fold: OutOfFold, largest: LargestComponentGain
+    paths: BundlePaths, out_of_fold: OutOfFold, postprocessing: Postprocessing
 ) -> None:
     """Write scores.csv, summary.json and dice.png of all folds together."""
     folder = paths.cross_validation
@@ -212,76 +199,24 @@ def _write_scores(
             "folds": out_of_fold.folds,
             "labels": [row.columns() for row in out_of_fold.summary],
             "by_fold": by_fold,
-            "largest_component": asdict(largest),
+            "postprocessing": postprocessing.columns(),
         },
     )
     draw_dice(all_rows, folder / "dice.png", title=f"{paths.folder.name}, out of fold")
 
 
-def _largest_component_gain(
-    paths: BundlePaths, run: Run, folds: Sequence[int]
-) -> LargestComponentGain:
-    """Return what Dice gains on held-out cases if only the largest component of a label is kept.
-
-    The rule is nnU-Net's (Isensee et al., Nature Methods 18, 203-211, 2021): only the largest
-    components are kept if no label loses by it and at least one gains. It does not apply where the
-    spec already has a `largest_component`.
-    """
-    spec = load_spec(_single_fold_spec(paths))
-    values = _structures(spec)
-    before: dict[str, list[float]] = {label: [] for label in values}
-    after: dict[str, list[float]] = {label: [] for label in values}
-    for fold in folds:
+def _held_out_predictions(
+    paths: BundlePaths, run: Run, out_of_fold: OutOfFold
+) -> list[HeldOutCase]:
+    """Return the held-out cases of the trained folds that were segmented and scored."""
+    found = []
+    for fold, rows in out_of_fold.scores.items():
+        scored = {row.case for row in rows}
         for case in _held_out_cases(run, fold):
             prediction = output_path(_predictions(paths, fold), case["case"])
-            if not prediction.is_file():  # the case failed
-                continue
-            for label, (dice_before, dice_after) in _dice_pairs(case, prediction, values).items():
-                before[label].append(dice_before)
-                after[label].append(dice_after)
-    gain = {}
-    for label in values:
-        gain[label] = fmean(after[label]) - fmean(before[label]) if before[label] else nan
-    no_loss = all(change >= 0 for change in gain.values())
-    some_gain = any(change > 0 for change in gain.values())
-    return LargestComponentGain(
-        gain=gain, kept=no_loss and some_gain and not spec.largest_component
-    )
-
-
-def _dice_pairs(
-    case: Case, prediction: Path, values: Mapping[str, int]
-) -> dict[str, tuple[float, float]]:
-    """Return label → its Dice in one case, as predicted and with its largest component only.
-
-    Labels that neither map has are left out.
-    """
-    predicted = np.asarray(read(prediction).array)
-    true = np.rint(read(case["label"]).array)
-    largest = _largest_component_of_each(predicted, values)
-    pairs = {}
-    for label, value in values.items():
-        before = dice(predicted == value, true == value)
-        if not isnan(before):
-            pairs[label] = (before, dice(largest == value, true == value))
-    return pairs
-
-
-def _structures(spec: Spec) -> dict[str, int]:
-    """Return label → output value, without the background."""
-    return {label: value for label, value in spec.labels.items() if value != 0}
-
-
-def _largest_component_of_each(predicted: Array, values: Mapping[str, int]) -> Array:
-    """Return (X, Y, Z) output values with only the largest connected component of each label."""
-    # `largest_components` takes class numbers 1, 2, …, which output values need not be.
-    numbers = np.zeros(predicted.shape, dtype=np.int32)
-    for number, value in enumerate(values.values(), start=1):
-        numbers[predicted == value] = number
-    kept = largest_components(torch.from_numpy(numbers)).numpy()
-    value_of_number = np.array([0, *values.values()])
-    largest: Array = value_of_number[kept]
-    return largest
+            if case["case"] in scored and prediction.is_file():
+                found.append(HeldOutCase(case=case, prediction=prediction, fold=fold))
+    return found
 
 
 def _write_card_and_page(paths: BundlePaths, out_of_fold: OutOfFold) -> None:
@@ -297,8 +232,8 @@ def _write_card_and_page(paths: BundlePaths, out_of_fold: OutOfFold) -> None:
     write_atomically(paths.readme, page.encode())
 
 
-def _join_folds(paths: BundlePaths, folds: Sequence[int], *, keep_largest: bool) -> None:
-    """Make the bundle an ensemble of the networks of its folds."""
+def _join_folds(paths: BundlePaths, folds: Sequence[int], postprocessing: Postprocessing) -> None:
+    """Make the bundle an ensemble of the networks of its folds, with the rules of its labels."""
     content = read_yaml(_single_fold_spec(paths), "spec")
     if not paths.single_fold_spec.is_file():
         # spec.yaml becomes the ensemble's below; folds trained later need that of a single network
@@ -308,12 +243,21 @@ def _join_folds(paths: BundlePaths, folds: Sequence[int], *, keep_largest: bool)
         state = read_state(paths.fold(fold).weights)
         networks += member_states(state)  # several where a fold is itself an ensemble
     content["network"]["ensemble"] = len(networks)
-    if keep_largest:
-        content["largest_component"] = ["each"]
+    content |= _rules_of_spec(postprocessing.rules)
     _write_yaml(paths.spec, content)
     shutil.copyfile(paths.fold(folds[0]).run, paths.run)
     save_state(_ensemble_state(networks), paths.weights)
     refresh_bundle(paths.folder)
+
+
+def _rules_of_spec(rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Return the keys of spec.yaml for the rules of some labels; no key without a rule."""
+    keys = {
+        "largest_component": [label for label, rule in rules.items() if rule.largest],
+        "min_component_ml": {label: rule.min_ml for label, rule in rules.items() if rule.min_ml},
+        "fill_holes": [label for label, rule in rules.items() if rule.fill],
+    }
+    return {key: value for key, value in keys.items() if value}
 
 
 def _ensemble_state(networks: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ from phantom import CARD, nifti, oblique, save, smooth, spec_content
 from pipeline.bundle.check import check_bundle
 from pipeline.cli.app import main
 from pipeline.io.tables import read_csv, sha256
-from pipeline.training.cross_validation import _largest_component_of_each
 
 NAMES = [f"case_{i}" for i in range(6)]
 
@@ -95,7 +94,9 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     assert not any(check_bundle(root).values())
     spec = yaml.safe_load((root / "configs" / "spec.yaml").read_text())
     assert spec["network"]["ensemble"] == 3
-    assert (spec.get("largest_component") == ["each"]) == summary["largest_component"]["kept"]
+    for key in ("largest_component", "min_component_ml", "fill_holes"):
+        chosen = {name for name, rule in summary["postprocessing"].items() if rule[key]}
+        assert set(spec.get(key, ())) == chosen
     state = torch.load(root / "models" / "model.pt", weights_only=True)
     for fold in range(3):
         own = torch.load(root / "folds" / str(fold) / "models" / "model.pt", weights_only=True)
@@ -151,15 +152,3 @@ def test_folds_of_ensembles_join_to_one(run_file: Path, tmp_path: Path) -> None:
             for name in names
         )
     assert not any(check_bundle(root).values())
-
-
-def test_the_largest_component_of_each_label_is_kept() -> None:
-    """Output values need not be consecutive; a lone part becomes background."""
-    predicted = np.zeros((9, 8, 7), dtype=np.uint16)
-    predicted[1:3, 1:4, 1:5] = 300
-    predicted[5:7, 2:5, 2:4] = 7
-    expected = predicted.copy()
-    predicted[8, 7, 6] = 300
-    predicted[0, 7, 0] = 7
-    found = _largest_component_of_each(predicted, {"front": 7, "back": 300})
-    np.testing.assert_array_equal(found, expected)
