@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import inference
 from pipeline.batch import case_worker
 from pipeline.io import writer
 
@@ -35,7 +36,7 @@ class WhileReading:
     once: str = ""
 
     def __call__(self) -> None:
-        original = case_worker.prepare
+        original = inference.prepare
 
         def prepare(model: Any, image: Any) -> Any:
             name = Path(image).name.partition(".")[0]
@@ -43,7 +44,7 @@ class WhileReading:
                 self._act(Path(image))
             return original(model, image)
 
-        case_worker.prepare = prepare
+        vars(case_worker)["prepare"] = prepare
 
     def _is_due(self) -> bool:
         if not self.once:
@@ -92,8 +93,8 @@ class WhileWriting:
                 raise OSError(self.number, os.strerror(self.number))
             original(source, target)
 
-        os.replace = replace
-        writer.RETRY_SECONDS = (0.01, 0.01, 0.01)
+        vars(os)["replace"] = replace
+        vars(writer)["RETRY_SECONDS"] = (0.01, 0.01, 0.01)
 
 
 @dataclass(frozen=True)

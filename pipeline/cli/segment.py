@@ -271,8 +271,11 @@ class _Workers:
 
 def _print_rows(records: Sequence[CaseRecord]) -> None:
     from pipeline.batch import case_columns
+    from pipeline.io import printable
 
-    click.echo(json.dumps([case_columns(record) for record in records], indent=2))
+    # sorted as in cases.csv: several processes end in any order
+    ordered = sorted(records, key=lambda record: printable(record.case))
+    click.echo(json.dumps([case_columns(record) for record in ordered], indent=2))
 
 
 def _show_outcome(summary: BatchSummary, output: Path) -> int:

@@ -78,7 +78,7 @@ def test_the_claim_of_a_living_process_holds_however_old(out: OutputFolder, ours
     assert ours.take("a") is False
 
 
-DEAD = {
+DEAD: dict[str, tuple[dict[str, Any], bool]] = {
     "process is gone": ({"pid": -1}, False),
     "number is used again": ({"born": "1"}, False),
     "machine was started again": ({"boot": "another"}, True),

@@ -4,8 +4,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -62,10 +61,17 @@ def test_stages_do_not_overlap_where_memory_is_limited() -> None:
             events.append(f"take {item}")
             yield item
 
-    def stage(name: str) -> Any:
-        return lambda item: (events.append(f"{name} {item}"), item)[1]
+    def stage(name: str) -> Callable[[int], int]:
+        def step(item: int) -> int:
+            events.append(f"{name} {item}")
+            return item
 
-    run_stages(items(), stage("read"), stage("compute"), stage("write"), concurrent=False)
+        return step
+
+    def write(item: int) -> None:
+        stage("write")(item)
+
+    run_stages(items(), stage("read"), stage("compute"), write, concurrent=False)
     assert events == [
         f"{step} {item}" for item in range(3) for step in ("take", "read", "compute", "write")
     ]

@@ -146,8 +146,7 @@ def test_links_and_odd_names_have_rows(volseg: Volseg, common: list[Any], tmp_pa
     good = ["a b", "ö é ✓", "new\nline", "sub dir/x", "y" * 200]
     for name in good:
         save(into / f"{name}.nii.gz", image)
-    latin = os.fsencode(into) + b"/\xfcber.nii.gz"
-    shutil.copy(elsewhere, latin)
+    shutil.copy(elsewhere, into / os.fsdecode(b"\xfcber.nii.gz"))
     (into / "folder").symlink_to(elsewhere.parent)
     (into / "file.nii.gz").symlink_to(elsewhere)
     (into / "dangling.nii.gz").symlink_to(tmp_path / "nowhere.nii.gz")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -11,7 +13,11 @@ from typing import Any
 import pytest
 from command import Volseg
 from injected import Together, WhileReading, WhileWriting
+from phantom import load_script
 
+from pipeline.batch import local_executor, run_batch
+from pipeline.inference import Model
+from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
 
 pytestmark = [
@@ -19,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="needs fork and signals"),
 ]
 NAMES = "abcdef"
+PRIOR = int(os.environ.get("VOLSEG_STRESS_CASES", "10000"))
+MOMENTS = int(os.environ.get("VOLSEG_STRESS_MOMENTS", "20"))
 VARYING = {"read_s", "preprocess_s", "network_s", "invert_s", "write_s", "peak_memory_mb", "reason"}
 
 
@@ -242,19 +250,52 @@ class _DeafWorkers:
         pool._end = lambda number, frame: None
 
 
+def finished_before(folder: Path, model: Model, count: int) -> Path:
+    """Return an output folder with the records of many cases, whose inputs are in `in/many`."""
+    script = load_script("stress_batch")
+    script.make_inputs(folder / "in" / "many", count)
+    with script.nothing_to_read():
+        cases = find_cases([folder / "in" / "many"], model.spec)
+        for case in cases:  # the names that they have below `in`
+            case["case"] = f"many/{case['case']}"
+        run_batch(model, cases, folder / "out", local_executor, predict=script.predict)
+    return folder / "out"
+
+
 @pytest.mark.stress
+@pytest.mark.parametrize("prior", [0, PRIOR])
 def test_kills_at_any_moment_lose_nothing(
-    volseg: Volseg, common: list[Any], folder: Path, expected: Path
+    prior: int,
+    volseg: Volseg,
+    common: list[Any],
+    folder: Path,
+    expected: Path,
+    model_3d: Model,
 ) -> None:
-    """Twenty runs are killed at a random moment each, and finished by the next."""
+    """Runs are killed at random moments, in folders that hold up to 10,000 results already.
+
+    Each is finished by the next run, and its rows, maps and tables are those of undisturbed runs.
+    """
     source = random.Random(11)
-    out = folder / "out"
-    for number in range(20):
-        common[common.index("-o") + 1] = folder / f"out{number}"
+    out, began = folder / "out", folder / "began"
+    if prior:
+        finished_before(folder, model_3d, prior).rename(began)
+    for _ in range(MOMENTS):
+        shutil.rmtree(out, ignore_errors=True)
+        if prior:
+            shutil.copytree(began, out)  # the times of files are kept
         running = volseg.start(*common, "--jobs", 2, fault=WhileReading((), "sleep", 0.05))
-        time.sleep(source.uniform(0.0, 2.5))
+        time.sleep(source.uniform(0.0, 2.5 + prior / 1000))
         running.kill()
         status, text = volseg(*common)
         assert status == 0, text
-        check_whole(folder / f"out{number}", expected)
-    assert not out.exists()
+        if prior:
+            found = statuses(out)
+            assert len(found) == prior + len(NAMES)
+            assert set(found.values()) == {"done"}
+            assert len(read_csv(out / "volumes.csv")) == prior + len(NAMES)
+            for path in expected.glob("*_seg.nii.gz"):
+                assert (out / path.name).read_bytes() == path.read_bytes()
+            check_clean(out)
+        else:
+            check_whole(out, expected)

@@ -9,8 +9,8 @@ import pytest
 from phantom import nifti, save
 
 from pipeline.errors import ConfigError
-from pipeline.io import discovery
 from pipeline.io.discovery import NamedFile, named_files
+from pipeline.io.formats import image_suffix
 from pipeline.io.writer import as_nibabel, write_labels
 
 NAMES = [
@@ -96,7 +96,7 @@ def test_every_image_below_a_folder_is_found_once(seed: int, tmp_path: Path) -> 
         for name in names:
             path = Path(folder) / name
             hidden = name.startswith(".") or name.endswith(".img")
-            if discovery.image_suffix(path) and not hidden:
+            if image_suffix(path) and not hidden:
                 expected.add(path)
     assert set(found(root)) == expected
 

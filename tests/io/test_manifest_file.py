@@ -19,7 +19,7 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-FORMS = {
+FORMS: dict[str, str | bytes] = {
     "comma.csv": "case,image,site\nsub/a,x/a.nii.gz,A\nb,/data/b.nii,\n",
     "mark.csv": b"\xef\xbb\xbfcase,image,site\r\nsub/a,x/a.nii.gz,A\r\nb,/data/b.nii,\r\n",
     "spaces.csv": "case , image, site\n sub/a , x/a.nii.gz , A\nb,/data/b.nii,\n",
@@ -69,7 +69,7 @@ def test_a_row_without_a_path_is_a_case_with_a_problem(tmp_path: Path) -> None:
     assert "problem" not in second
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str | bytes, str]] = {
     "empty.csv": ("", "lists no case"),
     "header.csv": ("case,image\n", "lists no case"),
     "blank.jsonl": ("\n\n", "lists no case"),
