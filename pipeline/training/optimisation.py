@@ -169,6 +169,12 @@ class Budget:
         own = self._elapsed() if is_single_process() else self.seconds_of_first_process
         return self.seconds_before_resume + own
 
+    def is_over(self) -> bool:
+        """Return whether the whole time limit is spent, by the clock of this process."""
+        if self.limit is None:
+            return False
+        return self.seconds_before_resume + self._elapsed() >= self.limit - self.around / 2
+
     def used(self) -> float:
         """Return the fraction of the time for training steps that is spent, 0 to 1.
 

@@ -17,10 +17,11 @@ from pipeline.config import BundlePaths, Run
 from pipeline.evaluation import dice
 from pipeline.inference import Model, predict_case
 from pipeline.io import read, write_atomically, write_csv
+from pipeline.log import LOGGER
 from pipeline.networks import save_weights
 from pipeline.training.distributed import from_first_process, is_first_process
 from pipeline.training.optimisation import Budget
-from pipeline.types import Case, PathOrStr
+from pipeline.types import Array, Case, PathOrStr
 
 DICE = "dice"
 VALIDATION_SECONDS = "validation_seconds"
@@ -41,7 +42,8 @@ class Validation:
 
     Before the final validation the weights are written to the bundle: a run that is killed during
     it has lost its scores only. A run with a time limit predicts one case before its first step, so
-    that its budget keeps the time of the final validation.
+    that its budget keeps the time of the final validation. A validation that takes longer stops
+    when the limit is reached, and its scores are those of the cases so far.
 
     Args:
         model: model whose network has the averaged weights.
@@ -98,13 +100,17 @@ class Validation:
 
         if is_first_process():
             started = time.monotonic()
-            engine.state.metrics |= mean_dice(self.model, self.cases, self.case_done, keep)
+            engine.state.metrics |= mean_dice(
+                self.model, self.cases, self.case_done, keep, self._is_over
+            )
             seconds = time.monotonic() - started
             engine.state.metrics[VALIDATION_SECONDS] = seconds
         # the other processes have no scores, but have to stop after the same step
         mean = from_first_process(engine.state.metrics.get(DICE, 0.0))
         if self.budget is not None:
             self.budget.reserve(seconds)
+        if self._was_cut_short(len({row["case"] for row in rows})):
+            mean = float("-inf")  # of other cases than before: it is no reason to keep weights
         if rows and (self.run.keep == "last" or mean > self.best_dice):
             write_csv(BundlePaths(self.model.root).validation_scores, rows)
         if mean > self.best_dice:
@@ -115,6 +121,21 @@ class Validation:
         self.validations_without_gain += 1
         if self.run.patience is not None and self.validations_without_gain >= self.run.patience:
             engine.terminate()
+
+    def _is_over(self) -> bool:
+        return self.budget is not None and self.budget.is_over()
+
+    def _was_cut_short(self, scored: int) -> bool:
+        """Return whether the time limit ended a validation before its last case; warn of it."""
+        cut = is_first_process() and scored < len(self.cases)
+        if cut:
+            LOGGER.warning(
+                "run.minutes: the time was over after %d of %d validation cases; the scores are "
+                "those of these cases",
+                scored,
+                len(self.cases),
+            )
+        return bool(from_first_process(float(cut)))
 
     def _reserve_time(self) -> None:
         """Let the budget keep the time of the final validation, by predicting one case."""
@@ -172,6 +193,7 @@ def mean_dice(
     cases: Sequence[Case],
     case_done: CaseDone = lambda number, count, name: None,
     case_scored: CaseScored = lambda name, scores: None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Return the mean Dice of a model on labelled cases, 0 to 1.
 
@@ -181,6 +203,7 @@ def mean_dice(
         case_done: called after each case with its number from 1, the number of cases, and its name.
         case_scored: called after each case with its name, and label → Dice, nan for a label that
             neither map has.
+        is_over: asked after each case whether the time is over; the other cases are then left out.
 
     Returns:
         `dice`, the mean over labels, 0 if no label occurs, and `dice <label>` for each label that
@@ -192,15 +215,23 @@ def mean_dice(
         reference = np.rint(read(case["label"]).array)
         counted = None if model.spec.ignore_label is None else reference != model.spec.ignore_label
         for name, values in model.spec.values_of.items():
-            predicted, true = np.isin(prediction, values), np.isin(reference, values)
+            predicted, true = _mask(prediction, values), _mask(reference, values)
             if counted is not None:
                 predicted, true = predicted & counted, true & counted
             scores[name].append(dice(predicted, true))
         case_scored(case["case"], {name: found[-1] for name, found in scores.items()})
         case_done(number, len(cases), case["case"])
+        if is_over():
+            break
     means = {}
     for name, found in scores.items():
         scored = [score for score in found if not isnan(score)]
         if scored:
             means[f"{DICE} {name}"] = fmean(scored)
     return {DICE: fmean(means.values()) if means else 0.0, **means}
+
+
+def _mask(labels: Array, values: Sequence[int]) -> Array:
+    """Return where a label map has one of some values; for a single value that is much faster."""
+    mask: Array = labels == values[0] if len(values) == 1 else np.isin(labels, values)
+    return mask

@@ -265,6 +265,20 @@ def test_air_is_skipped_where_no_label_is_dark() -> None:
         assert "spec.foreground_threshold" not in chosen([other] * 3)
 
 
+def test_rare_labels_are_drawn_as_often_as_common_ones() -> None:
+    """Where a patch does not hold all of them anyway, and weighed in the loss if there are many."""
+    labels = {"background": 0} | {f"structure {chr(97 + i)}": i + 1 for i in range(20)}
+    voxels = {value: 200 * 2**value for value in range(1, 21)}
+    brain = [print_of((192, 256, 256), box=(145, 180, 145), label_voxels=voxels)] * 4
+    found = chosen(brain, labels=labels)
+    assert found["run.sampling"] == "balanced"
+    assert found["run.balance"] == 0.75
+    assert "run.balance" not in chosen(brain, "gpu", labels=labels)
+    small = chosen([print_of((35, 50, 36), label_voxels={1: 10, 2: 5000})] * 4)
+    assert "run.sampling" not in small
+    assert "run.balance" not in small
+
+
 @pytest.mark.parametrize("training_cases", [1, 2, 3, 5, 32, 208])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_batch_needs_no_more_cases_than_there_are(training_cases: int, dims: int) -> None:

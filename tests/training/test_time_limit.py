@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ from phantom import nifti, parse_spec, save, smooth
 
 from pipeline.config import Run
 from pipeline.inference import Model
+from pipeline.io import read
 from pipeline.networks import UNet
 from pipeline.training import validation as validation_module
 from pipeline.training.history import EpochRow, History
@@ -206,6 +208,37 @@ def test_a_run_with_a_limit_reserves_the_time_of_its_final_validation(
     assert trainer.state.metrics[VALIDATION_SECONDS] == 15.0
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_validation_ends_with_the_time_limit(
+    keep: Literal["last", "best"],
+    tmp_path: Path,
+    cases: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each case takes 5 of 10 minutes here: the score is that of two, and is said to be."""
+    clock = Clock()
+
+    def predict(model: Model, image: str) -> SimpleNamespace:
+        clock.now += 300
+        return SimpleNamespace(labels=np.rint(read(image.replace("images", "labels")).array))
+
+    monkeypatch.setattr(validation_module, "predict_case", predict)
+    run = replace(RUN, validate_every=1, keep=keep, splits="s.json")
+    validation = validation_of(tmp_path, cases, run, Budget(10.0, now=clock))
+    validation.best_dice = 0.5
+    shown: list[str] = []
+    validation.case_done = lambda number, count, name: shown.append(name)
+    trainer = Engine(lambda engine, batch: None)
+    trainer.state.metrics = {}
+    with caplog.at_level(logging.WARNING, logger="volseg"):
+        validation.validate(trainer)
+    assert shown == ["case_0", "case_1"]
+    assert "after 2 of 3 validation cases" in caplog.text
+    assert trainer.state.metrics["dice"] == 1.0
+    assert validation.best_dice == 0.5, "a score of other cases is no better one"
+
+
 def test_each_case_of_a_validation_is_shown(tmp_path: Path, cases: list[Case]) -> None:
     shown: list[tuple[int, int, str]] = []
     validation = validation_of(tmp_path, cases, replace(RUN, minutes=None, validate_every=1))
@@ -218,9 +251,6 @@ def test_ignored_voxels_do_not_count(
     tmp_path: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prediction that is right but for voxels that nobody labelled has a Dice of 1."""
-    from types import SimpleNamespace
-
-    from pipeline.io import read
 
     def predict(model: Model, image: str) -> SimpleNamespace:
         label = np.rint(read(image.replace("images", "labels")).array).astype(int)

@@ -53,6 +53,10 @@ CLIPPED_BELOW, CLIPPED_ABOVE = 0.1, 99.9
 MOSTLY_AIR, LABELLED_AIR = 0.3, 0.02
 # along R, mm: smaller volumes are crops, which may show one side of the body only
 BODY_MM = 100.0
+# the largest label has this many times the voxels of the smallest: patches are drawn by label
+RARE = 20
+# with more labels than this, a short run weighs them in the loss (`balance`)
+MANY_LABELS, BALANCE = 8, 0.75
 MAX_FEATURES = 320  # nnU-Net's limit of a 3D network
 # channels of the network's first level: on a CPU, a network of this size takes enough steps in an
 # hour
@@ -169,6 +173,7 @@ def choose_settings(
         *_choose_foreground(fingerprints),
         _choose_network(grid.patch, processor, options),
         *_choose_batch(grid.patch, dims, training_cases or len(fingerprints)),
+        *_choose_sampling(fingerprints, grid.patch, processor),
         _choose_mirror(problem, grid),
     ]
     if slice_axis is not None:
@@ -465,6 +470,29 @@ def _choose_batch(patch: Patch, dims: int, training_cases: int) -> list[Choice]:
         choices.append(
             Choice(name="run.repeats", value=repeats, reason=reason, nnunet="250 steps per epoch")
         )
+    return choices
+
+
+def _choose_sampling(
+    fingerprints: Sequence[Fingerprint], patch: Patch, processor: Processor
+) -> list[Choice]:
+    """Choose balanced sampling for rare labels, and a balanced loss for many of them."""
+    voxels: dict[int, list[int]] = {}
+    for one in fingerprints:
+        for value, count in one.label_voxels.items():
+            voxels.setdefault(value, []).append(count)
+    sizes = [median(counts) for counts in voxels.values()]
+    choices = []
+    if not patch.is_whole and max(sizes, default=1) > RARE * min(sizes, default=1):
+        reason = (
+            f"the largest label has {max(sizes) / min(sizes):.0f} times the voxels of the "
+            "smallest: each is as often in the middle of a patch"
+        )
+        nnunet = "draws a label of the case first, too"
+        choices.append(Choice(name="run.sampling", value="balanced", reason=reason, nnunet=nnunet))
+    if len(voxels) > MANY_LABELS and processor == "cpu":
+        reason = f"with {len(voxels)} labels and few steps, small ones would be learnt too late"
+        choices.append(Choice(name="run.balance", value=BALANCE, reason=reason))
     return choices
 
 

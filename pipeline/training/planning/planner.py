@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipeline.training.planning.timing import TrainingTimes, time_training
 from pipeline.types import Case
 
 TIMED_CASES = 4  # number of cases that training steps are timed on
+BUSY = 1.5  # load per core above which the measured times are those of a busy machine
 MIN_CASES = 2  # one to train on, one to validate on
 
 
@@ -127,7 +129,7 @@ def plan_training(
         problems=problems,
         choices=choices,
         seconds=min(seconds, 60 * minutes),
-        warnings=time_warnings(minutes, times),
+        warnings=time_warnings(minutes, times) + _load_warnings(),
     )
 
 
@@ -180,6 +182,20 @@ class _TimedPlan:
             validation_cases=self.validation_cases,
             precisions=precisions,
         )
+
+
+def _load_warnings() -> list[str]:
+    """Return a warning if other processes use the processor: then all times are too long."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return []
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    # planning itself loads all cores
+    if load <= BUSY * cores:
+        return []
+    return [
+        f"this machine is busy (load {load:.0f} on {cores} cores): the times above are longer than "
+        "on a quiet one; plan again when it is quiet, or train under the same load"
+    ]
 
 
 def problem_table(problems: Sequence[Problem]) -> str:

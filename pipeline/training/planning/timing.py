@@ -239,9 +239,11 @@ def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> 
     if windows > TIMED_WINDOWS:
         size = crop_size(spec)
         image = SpatialPad(size)(image)[(..., *(slice(0, voxels) for voxels in size))]
+    # without its meta: MONAI cannot decollate the operations of one image as if they were a batch's
+    batch = image.as_tensor()[None].to(device)
     started = time.perf_counter()
     with torch.inference_mode():
-        inferer(image[None].to(device), network)
+        inferer(batch, network)
     seconds = (time.perf_counter() - started) * (1 + AFTER_NETWORK)
     return seconds * windows if windows > TIMED_WINDOWS else seconds
 
