@@ -271,6 +271,7 @@ def test_kills_at_any_moment_lose_nothing(
     folder: Path,
     expected: Path,
     model_3d: Model,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Runs are killed at random moments, in folders that hold up to 10,000 results already.
 
@@ -278,6 +279,7 @@ def test_kills_at_any_moment_lose_nothing(
     """
     source = random.Random(11)
     out, began = folder / "out", folder / "began"
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     if prior:
         finished_before(folder, model_3d, prior).rename(began)
     for _ in range(MOMENTS):
