@@ -140,7 +140,9 @@ def _local_cluster(jobs: int, guard: Guard) -> Iterator[Any]:
     from distributed import LocalCluster
 
     folder = tempfile.mkdtemp(prefix="volseg-dask-")
-    with dask.config.set({"temporary_directory": folder}):
+    # the profiler looks at the stacks of all threads a hundred times a second
+    options = {"temporary_directory": folder, "distributed.worker.profile.enabled": False}
+    with dask.config.set(options):
         cluster = LocalCluster(
             n_workers=jobs,
             threads_per_worker=1,

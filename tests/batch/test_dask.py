@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from phantom import make_bundle, nifti, save, smooth
+from same_results import assert_same_results
 
 from pipeline.batch.case_worker import Task
 from pipeline.batch.claims import claims_of_run
@@ -27,6 +29,7 @@ from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import CaseRecord, read_record
 from pipeline.batch.runner import Guard, run_batch, segment_cases
 from pipeline.batch.tables import write_tables
+from pipeline.cli.app import main
 from pipeline.errors import ConfigError, InterruptedRunError, RunStoppedError
 from pipeline.inference.model import Model, Prediction, PreparedCase
 from pipeline.io.cases import find_cases
@@ -36,9 +39,7 @@ from pipeline.types import Case
 distributed = pytest.importorskip("distributed")
 from pipeline.batch import dask_worker  # noqa: E402
 
-VARYING = {"read_s", "preprocess_s", "network_s", "invert_s", "write_s", "peak_memory_mb", "reason"}
 SMALL = (9, 11, 8)  # one window of the tiny network
-DEADLY, SLOW = 1000.0, 2000.0  # mean intensity of images that kill their worker, or take long
 
 
 def inputs(folder: Path, count: int) -> Path:
@@ -47,25 +48,6 @@ def inputs(folder: Path, count: int) -> Path:
         image = nifti(smooth((9 + number % 3, 11, 8), seed=number))
         save(folder / "in" / f"sub-{number:02d}.nii.gz", image)
     return folder / "in"
-
-
-def assert_same_results(out: Path, plain: Path) -> None:
-    """Label maps are equal byte by byte, tables but for times, memory and reasons."""
-    maps = sorted(path.name for path in plain.glob("*_seg.nii.gz"))
-    assert maps and maps == sorted(path.name for path in out.glob("*_seg.nii.gz"))
-    for name in (*maps, "volumes.csv"):
-        assert (out / name).read_bytes() == (plain / name).read_bytes(), name
-    rows, expected = (
-        [{k: v for k, v in row.items() if k not in VARYING} for row in read_csv(x / "cases.csv")]
-        for x in (out, plain)
-    )
-    assert rows == expected
-    run, other = (json.loads((folder / "run.json").read_text()) for folder in (out, plain))
-    for key in set(run) - {"command", "started", "ended"}:
-        assert run[key] == other[key], key
-    assert not (out / ".volseg" / "begun").exists()
-    assert not list((out / ".volseg" / "staging").iterdir())
-    assert not list((out / ".volseg" / "suspects").iterdir())
 
 
 @pytest.fixture
@@ -104,7 +86,7 @@ def test_local_workers_leave_what_a_plain_run_leaves(
 
 
 def deadly_predict(tmp_path: Path, deaths: int) -> Callable[[Model, PreparedCase], Prediction]:
-    """A step that kills its process for images of high intensity, at most so many times."""
+    """A step that kills its process at one of the cases, at most so many times."""
 
     def predict(model: Any, prepared: Any) -> Any:
         import os  # the function is sent to the workers by value
@@ -212,7 +194,7 @@ def test_ctrl_c_and_again(settings: dict[str, Any], model_3d: Model, tmp_path: P
 
     The same command then continues.
     """
-    folder, out = inputs(tmp_path, 120), tmp_path / "out"
+    folder, out = inputs(tmp_path, 50), tmp_path / "out"
     command = (folder, settings["bundle"], out, "--dask", "local", "--jobs", "2")
     process = start_segment(*command)
     wait_for(lambda: len(records(out)) >= 3)
@@ -220,13 +202,13 @@ def test_ctrl_c_and_again(settings: dict[str, Any], model_3d: Model, tmp_path: P
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130, stderr
     done = len(records(out))
-    assert 3 <= done < 120
+    assert 3 <= done < 50
     assert "Error: interrupted (SIGINT); " in stderr and "start the same command again" in stderr
     assert "Traceback" not in stderr and "distributed" not in stderr, stderr
     assert not list((out / ".volseg" / "claims").glob("*/*"))
     wait_for(lambda: not is_alive(process.pid), 10)
     process = start_segment(*command)
-    stderr = process.communicate(timeout=240)[1]
+    stderr = process.communicate(timeout=600)[1]
     assert process.returncode == 0, stderr
     assert f"{done} of them from an earlier run" in stderr
     segment_cases(model_3d, find_cases([folder], model_3d.spec), tmp_path / "plain")
@@ -265,7 +247,7 @@ def test_workers_of_a_scheduler_and_one_is_killed(
     scheduler: str, settings: dict[str, Any], model_3d: Model, tmp_path: Path
 ) -> None:
     """Workers start in another folder and join after the run; one is killed with its nanny."""
-    folder, out = inputs(tmp_path, 60), tmp_path / "out"
+    folder, out = inputs(tmp_path, 40), tmp_path / "out"
     process = start_segment(folder, settings["bundle"], out, "--dask", scheduler)
     workers = []
     for name in ("first", "second"):
@@ -279,7 +261,7 @@ def test_workers_of_a_scheduler_and_one_is_killed(
 
         wait_for(under_way)
         workers[0].kill()
-        stderr = process.communicate(timeout=240)[1]
+        stderr = process.communicate(timeout=600)[1]
     finally:
         for worker in workers:
             worker.kill()
@@ -680,3 +662,19 @@ def test_dask_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'volseg\[dask\]'"):
         dask_executor("local", {"bundle": "x"})
+
+
+@pytest.mark.parametrize("option", [["--jobs", "2"], ["--max-memory", "2G"]])
+def test_options_of_local_workers_do_not_fit_a_scheduler(option: list[str], tmp_path: Path) -> None:
+    arguments = ["segment", "x.nii", "-o", str(tmp_path / "out"), "--dask", "tcp://127.0.0.1:1"]
+    result = CliRunner().invoke(main, [*arguments, *option])
+    assert result.exit_code == 2
+    assert f"{option[0]} is for workers that volseg starts on this machine" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_distributed_is_imported_when_used() -> None:
+    """It costs a second."""
+    code = "import sys, pipeline.batch; sys.exit('distributed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
