@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.locks import locked
 from pipeline.batch.outputs import ENDINGS, RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
 from pipeline.bundle import code_hash, wiring_origin
@@ -75,18 +76,29 @@ def settle_identity(out: OutputFolder, model: Model, *, overwrite: bool) -> dict
         ConfigError: the folder holds results of another model or setting.
     """
     wanted = results_identity(model)
+    if overwrite:
+        _remove_others(out, model, wanted)
     found = _stored(out)
     if found == wanted:
         return wanted
-    if found is not None and not overwrite:
-        raise ConfigError(_difference(out, found, wanted))
     if found is not None:
-        _remove_results(out)
+        raise ConfigError(_difference(out, found, wanted))
     if not _write_new(out, out.identity, wanted):
         found = _stored(out)  # another run was first
         if found != wanted:
             raise ConfigError(_difference(out, found or {}, wanted))
     return wanted
+
+
+def _remove_others(out: OutputFolder, model: Model, wanted: Mapping[str, str]) -> None:
+    """Remove the results of another model, setting or runtime, and make the folder the model's."""
+    try:
+        with locked(out.lock):  # or two shards would remove each other's new results
+            if _stored(out) not in (None, wanted) or _asks_for_another_runtime(out, model):
+                _remove_results(out)
+                _write_new(out, out.identity, wanted)
+    except OSError as error:
+        raise ConfigError(f"{out.root}: its results cannot be removed: {error.strerror}") from error
 
 
 def settle_runtime(out: OutputFolder, model: Model) -> Mapping[str, Any] | None:
@@ -132,6 +144,14 @@ def _follow(network: Runtime, decided: Mapping[str, str], out: OutputFolder) -> 
         setattr(network, key, decided[key])
 
 
+def _asks_for_another_runtime(out: OutputFolder, model: Model) -> bool:
+    """Return whether a model is to be computed in another way than a folder's results."""
+    decided = _stored_runtime(out)
+    if decided is None or not isinstance(model.network, Runtime):
+        return False
+    return any(getattr(model.network, key) not in ("auto", decided[key]) for key in decided)
+
+
 def _words(choice: Mapping[str, str]) -> str:
     return f"{choice['runtime']} in {choice['precision']}"
 
@@ -144,8 +164,8 @@ def _stored(out: OutputFolder) -> dict[str, str] | None:
     """
     if out.identity.exists():
         try:
-            stored: dict[str, str] = read_json(out.identity)
-            return stored
+            stored = read_json(out.identity)
+            return dict(stored) if isinstance(stored, Mapping) else {}
         except ConfigError:
             return {}
     if (out.root / RUN).exists() or next(record_files(out), None) is not None:
