@@ -1,4 +1,4 @@
-"""Planning: fingerprints, problems, choices, folds, and the whole plan."""
+"""Planning: fingerprints, problems and folds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-import yaml
-from click.testing import CliRunner, Result
-from dataset_folders import LAYOUTS, decathlon, image, label
+from dataset_folders import decathlon, image, label
 from phantom import SPACING, oblique, reorient, save, smooth
 
-from pipeline.bundle.check import check_bundle
-from pipeline.cli.app import main
 from pipeline.io.layouts import find_pairs
 from pipeline.training.planning.fingerprint import take_fingerprints
 from pipeline.training.planning.folds import make_folds
@@ -96,41 +91,3 @@ def test_folds_keep_subjects_together() -> None:
         assert abs(len(fold["val"]) - len(names) / 5) <= 3
     assert make_folds(list(reversed(names))) == found
     assert len(make_folds(["a", "b", "c"])) == 3
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments))
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.slow
-def test_plan_train_evaluate(name: str, tmp_path: Path) -> None:
-    """Three commands lead from a folder to a bundle that passes its checks and has a score."""
-    places = [str(place) for place in LAYOUTS[name][0](tmp_path / "data")]
-    config = tmp_path / "mine.yaml"
-    threads = torch.get_num_threads()
-    planned = run("plan", *places, "-o", str(config), "--minutes", "0.2")
-    assert planned.exit_code == 0, planned.output
-    assert "spec.spacing: [0.9, 1.3, 2.1]  (that of all cases)" in planned.stdout
-    written = yaml.safe_load(config.read_text())
-    assert f"run.epochs: {written['epochs']}  (" in planned.stdout
-    assert run("plan", *places, "-o", str(config)).exit_code == 2  # what is there is not lost
-    trained = run(
-        "train", str(config), "epochs=1", "batch_size=2", "patches_per_case=1", "validate_every=1"
-    )
-    torch.set_num_threads(threads)
-    assert trained.exit_code == 0, trained.output
-    assert not any(check_bundle(tmp_path / "mine").values())
-    if len(places) == 1:
-        evaluated = run(
-            "evaluate",
-            str(tmp_path / "mine"),
-            places[0],
-            "-o",
-            str(tmp_path / "out"),
-            "--splits",
-            written["splits"],
-            "--fold",
-            "1",
-        )
-        assert evaluated.exit_code == 0, evaluated.output
