@@ -140,7 +140,7 @@ def make_target(bundle: Path, run: Run, arguments: argparse.Namespace) -> Path:
         authors="scripts/bench_transfer.py",
         copyright="see the data",
         intended_use="a comparison",
-        data_source=str(run.dataset),
+        data_source="the data set of the run",
         data_type="volumes",
         references=(),
         eval_metrics={},

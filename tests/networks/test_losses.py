@@ -224,17 +224,19 @@ def test_ignored_voxels_change_nothing(loss: str, output: str) -> None:
 
 
 def test_ignored_voxels_are_monais_ignore_index() -> None:
-    """Its own implementation of Dice, and torch's of the cross-entropy."""
+    """Its own implementation of Dice, and torch's of the cross-entropy; gradient included."""
     torch.manual_seed(0)
     target = torch.randint(0, 3, (2, 1, 8, 9)).float()
     target[torch.rand(2, 1, 8, 9) < 0.3] = IGNORED
-    logits = torch.randn(2, 3, 8, 9)
-    dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, ignore_index=IGNORED)(
-        logits, target
+    logits = torch.randn(2, 3, 8, 9, requires_grad=True)
+    dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True, ignore_index=IGNORED)
+    theirs = dice(logits, target) + nn.functional.cross_entropy(
+        logits, target[:, 0].long(), ignore_index=IGNORED
     )
-    theirs = dice + nn.functional.cross_entropy(logits, target[:, 0].long(), ignore_index=IGNORED)
+    ours = build_loss(specs_with_ignored()["softmax"], RUN)(logits, target)
+    torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
-        build_loss(specs_with_ignored()["softmax"], RUN)(logits, target), theirs
+        torch.autograd.grad(ours, logits), torch.autograd.grad(theirs, logits)
     )
 
 

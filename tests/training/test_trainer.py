@@ -353,7 +353,15 @@ def test_the_wiring_has_the_paths_of_a_bundle(dataset: Path, tmp_path: Path) -> 
     parser = read_wiring(root)
     paths = BundlePaths(root)
     parts = {}
-    for name in ("average", "budget", "validation", "history", "checkpoint", "schedule_handler"):
+    for name in (
+        "encoder_freeze",
+        "average",
+        "budget",
+        "validation",
+        "history",
+        "checkpoint",
+        "schedule_handler",
+    ):
         parts[name] = parser.get_parsed_content(f"train::{name}")
     assert parser.get_parsed_content("train::handlers") == list(parts.values())
     assert parts["validation"].path == paths.best_weights
