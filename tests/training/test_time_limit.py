@@ -194,7 +194,7 @@ def test_a_run_with_a_limit_reserves_the_time_of_its_final_validation(
         return {"dice": 0.5}
 
     monkeypatch.setattr(validation_module, "mean_dice", slow)
-    monkeypatch.setattr(validation_module.time, "monotonic", clock)
+    monkeypatch.setattr("pipeline.training.validation.time.monotonic", clock)
     budget = Budget(10.0, now=clock)
     reserved: list[float] = []
     validation = validation_of(tmp_path, cases, replace(RUN, validate_every=1), budget)
