@@ -234,7 +234,9 @@ def scheduler(tmp_path: Path) -> Iterator[str]:
 def start_worker(address: str, folder: Path, *options: str) -> subprocess.Popen[bytes]:
     """A worker with a nanny."""
     command = [sys.executable, "-m", "distributed.cli.dask_worker", address]
-    local = ["--host", "127.0.0.1", "--no-dashboard", "--local-directory", str(folder)]
+    # without an address its server of HTTP would listen to all networks
+    loopback = ["--host", "127.0.0.1", "--no-dashboard", "--dashboard-address", "127.0.0.1:0"]
+    local = [*loopback, "--local-directory", str(folder)]
     return subprocess.Popen(
         [*command, *local, "--nthreads", "1", "--memory-limit", "0", *options],
         stderr=subprocess.DEVNULL,

@@ -146,7 +146,9 @@ def test_workers_of_dask_on_slurm(
     logs.mkdir()
     options = ["--bundle", bundle, "--device", "cpu"]
     script = [str(SCRIPTS / "slurm_dask.sh"), str(folder), str(out)]
-    job = run(slurm, "sbatch", "--parsable", f"--chdir={logs}", *script, *options).strip()
+    # Dask asks nobody who they are: only this machine may reach it
+    loopback = slurm | {"DASK_INTERFACE": "lo"}
+    job = run(loopback, "sbatch", "--parsable", f"--chdir={logs}", *script, *options).strip()
     assert job.isdigit(), job
 
     def state() -> str:
@@ -164,7 +166,9 @@ def test_workers_of_dask_on_slurm(
                     return int(match[1])
         return 0
 
-    os.kill(wait_for(computing, 300, log), signal.SIGKILL)
+    victim = wait_for(computing, 300, log)
+    assert set(re.findall(r"tcp://([\d.]+):", log())) == {"127.0.0.1"}
+    os.kill(victim, signal.SIGKILL)
     wait_for(lambda: state() in ("COMPLETED\n", "FAILED\n"), 600, log)
     assert state() == "COMPLETED\n", log()
     assert "a process died with 1 cases: Dask's worker" in (out / "volseg.log").read_text()
