@@ -62,6 +62,7 @@ class Coordinator:
         self.progress = progress
         self.counts: dict[str, int] = {}
         self.stopped = False
+        self.unplanned = 0  # cases that were not looked at yet
         self._queue: deque[Task] = deque()
         self._last: deque[Task] = deque()  # those that must be alone come last
         self._waiting: deque[_Waiting] = deque()
@@ -78,7 +79,7 @@ class Coordinator:
         """Cases that are not done yet."""
         with self._lock:
             waiting = len(self._queue) + len(self._last) + len(self._waiting)
-            return waiting + len(self._under_way)
+            return self.unplanned + waiting + len(self._under_way)
 
     @property
     def exhausted(self) -> bool:
@@ -223,6 +224,8 @@ class Coordinator:
             if suspect.is_given_up:
                 if self.claims.take(task.name) is True:
                     self.give_up(task, suspect)
+                else:
+                    self._waiting.append(_Waiting(task, time.monotonic()))
                 return None
             self.add([replace(task, alone=True)])
             return None

@@ -215,22 +215,22 @@ def _plan(
 ) -> None:
     """Give the coordinator what is to be done, and report what is done already."""
     suspects = read_suspects(out)
-    tasks: list[Task] = []
-    for case in cases:
+    for number, case in enumerate(cases):
+        coordinator.unplanned = len(cases) - number
         guard.tick()
         named = _with_name(case)
         if overwrite:
-            tasks.append(_overwritten(out, named))
+            coordinator.add([_overwritten(out, named)])
             continue
         suspect = suspects.get(named["case"])
         planned = plan_case(out, named, suspect, check_hashes=hashes)
         if planned.state == "to do":
-            tasks += _to_do(planned, suspect, coordinator)
+            coordinator.add(_to_do(planned, suspect, coordinator))
         elif planned.record is not None:
             done = planned.state == "done"
             record = planned.record
             coordinator.report(replace(record, status="skipped") if done else record)
-    coordinator.add(tasks)
+    coordinator.unplanned = 0
 
 
 def _to_do(planned: PlannedCase, suspect: Suspect | None, coordinator: Coordinator) -> list[Task]:
@@ -271,7 +271,8 @@ def local_executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -
                 return
             yield task
 
-    worker.run(tasks(), finish)
+    while not coordinator.exhausted:  # again where another run has taken over the last case
+        worker.run(tasks(), finish)
     guard.tick()
 
 

@@ -11,7 +11,7 @@ from batch_folders import record_of
 
 from pipeline.batch import coordinator as module
 from pipeline.batch.case_worker import Task
-from pipeline.batch.claims import Claims
+from pipeline.batch.claims import Claims, Death
 from pipeline.batch.coordinator import Coordinator
 from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_time, write_record
@@ -207,6 +207,19 @@ def test_a_signal_ends_a_wait_for_other_runs(
         assert list(ours.tasks()) == []
         assert time.monotonic() - begun < 5
     assert ours.remaining == 1
+
+
+def test_a_case_that_another_run_gives_up_is_waited_for(
+    out: OutputFolder, ours: Coordinator, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not forgotten where both find the death at the same moment."""
+    for _ in range(MAX_LOST - 1):
+        count_death(out, "a", "the whole run died", lost=True)
+    answers = iter([Death(by_restart=False), False])
+    monkeypatch.setattr(claims, "take", lambda case: next(answers))
+    ours.add([task("a")])
+    assert ours.take() is None
+    assert (ours.remaining, ours.exhausted) == (1, False)
 
 
 def test_dropped_tasks_can_be_claimed_by_others(out: OutputFolder, ours: Coordinator) -> None:
