@@ -293,6 +293,7 @@ class DeletesSlowly(Work):
             time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_although_its_end_is_dropped_once(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
