@@ -95,7 +95,10 @@ def _introduction(record: TrainingRecord) -> str:
     ]
     if record.run.get("minutes"):
         lines.append(f"- Time limit: {record.run['minutes']} minutes.")
-    lines.append("- To repeat it: `volseg train configs/run.yaml`, in the folder of the bundle.")
+    lines.append(
+        f"- To repeat it: `volseg train {record.run['bundle']}/configs/run.yaml`, in the folder "
+        "that its paths are relative to."
+    )
     return "\n".join(lines)
 
 
@@ -176,7 +179,9 @@ def _plan_text(record: TrainingRecord) -> str:
 
 def _shown(value: Any) -> str:
     """Return the value of a setting as text, cut where it is long."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, sort_keys=False, width=10_000, allow_unicode=True
+    )
     # PyYAML writes a line "..." after a scalar, the end of its document
     text = text.removesuffix("...\n").strip()
     return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
