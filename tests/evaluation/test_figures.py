@@ -56,6 +56,45 @@ def test_dice_has_one_panel_per_label_and_one_bar_per_scored_case(
     assert not y.patches
 
 
+def test_many_labels_have_a_line_each_the_worst_first(drawn: list[Figure], tmp_path: Path) -> None:
+    """At most forty, in a picture of one page; each names its mean and its worst case."""
+    scores: list[ScoreRow] = []
+    for number in range(138):
+        scores += rows(f"label {number}", {"a": 0.99 - number / 200, "b": 0.9 - number / 200})
+    scores += rows("unscored", {"a": nan})
+    draw_dice(scores, tmp_path / "dice.png", title="many")
+    (figure,) = drawn
+    panel, means = figure.axes
+    names = [text.get_text() for text in panel.get_yticklabels()]
+    assert names == [f"label {number}" for number in range(137, 97, -1)]
+    assert panel.get_ylim()[0] > panel.get_ylim()[1]  # the first line is at the top
+    assert means.get_yticklabels()[0].get_text() == "mean 0.260 of 2, worst 0.21 in b"
+    assert panel.get_title() == "the 40 labels with the lowest mean; 98 more in summary.csv"
+    assert max(figure.get_size_inches()) < 12
+
+
+def test_bars_are_of_the_worst_cases(drawn: list[Figure], tmp_path: Path) -> None:
+    """Mean and median are those of all cases."""
+    draw_dice(rows("x", {f"c{i:03}": i / 400 for i in range(400)}), tmp_path / "dice.png")
+    (panel,) = drawn[0].axes
+    assert len(panel.patches) == figures.BAR_CASES
+    assert panel.get_title() == "x, worst 120 of 400 cases"
+    assert legend_of(panel) == ["mean 0.499", "median 0.499"]
+
+
+def test_the_time_of_validation_is_drawn_apart(drawn: list[Figure], tmp_path: Path) -> None:
+    """Only where an epoch was validated, also as read back from history.csv."""
+    history: list[dict[str, float | str]] = [
+        {"epoch": 1, "loss": 1.0, "learning_rate": 0.1, "seconds": 3.0, "validation_seconds": 0},
+        {"epoch": 2, "loss": 1.0, "learning_rate": 0.1, "seconds": 3.0, "validation_seconds": 9},
+        {"epoch": 3, "loss": 1.0, "learning_rate": 0.1, "seconds": 3.0, "validation_seconds": ""},
+    ]
+    draw_training_curves(history, tmp_path / "progress.png")
+    training, validation = drawn[0].axes[1].get_lines()
+    np.testing.assert_array_equal(training.get_ydata(), [3, 3, 3])
+    np.testing.assert_array_equal(validation.get_xdata(), [2])
+
+
 def test_training_curves_draw_dice_where_epochs_were_validated(
     drawn: list[Figure], tmp_path: Path
 ) -> None:

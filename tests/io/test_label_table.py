@@ -3,7 +3,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from skimage.color import rgb2lab
 
 from pipeline.config.spec import load_spec
 from pipeline.io.label_table import PALETTE, label_table
@@ -64,6 +66,16 @@ def test_other_labels_have_distinct_colours() -> None:
     assert table == label_table(labels)
     assert all(0 <= part <= 255 for row in table for part in row.color)
     assert [row.color for row in table[2:11]] == list(PALETTE)
+
+
+def test_colours_of_other_labels_look_different() -> None:
+    """By scikit-image's CIELAB: far apart for 40 labels, and not too close for 138."""
+    for count, distance in ((40, 25.0), (138, 14.0)):
+        table = label_table({"background": 0} | {f"part {i}": 2000 + i for i in range(count)})
+        colors = np.array([[row.color for row in table[1:]]]) / 255
+        lab = rgb2lab(colors)[0]
+        apart = np.linalg.norm(lab[:, None] - lab, axis=-1)
+        assert apart[~np.eye(count, dtype=bool)].min() > distance
 
 
 def test_the_table_is_whole() -> None:
