@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +101,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool, t
     run that was interrupted continues with --resume; its weights are those of a run without an
     interruption.
     """
+    started = time.monotonic()  # the imports take seconds, which count for the time limit
     with usage_errors():
         from pipeline.training import is_first_process, read_run
         from pipeline.training import train as train_run
@@ -114,6 +116,7 @@ def train(config: Path, changes: tuple[str, ...], resume: bool, restart: bool, t
                 trust=trust,
                 progress=lambda row: advance(epoch_line(row, run.epochs)),
                 case_done=validation_line,
+                started=started,
             )
     if is_first_process():
         click.echo(f"trained; the weights are in {folder}/models", err=True)

@@ -18,6 +18,7 @@ from pipeline.report import write_training_report
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.distributed import barrier, is_first_process, process_group
 from pipeline.training.history import EpochRow, History
+from pipeline.training.optimisation import Budget
 from pipeline.training.validation import CaseDone, Validation
 from pipeline.types import PathOrStr
 
@@ -33,6 +34,7 @@ def train(
     trust: bool = False,
     progress: EpochDone | None = None,
     case_done: CaseDone | None = None,
+    started: float | None = None,
 ) -> Path:
     """Train the bundle that a run's YAML file names.
 
@@ -45,6 +47,8 @@ def train(
         progress: called after each epoch with its row of the history.
         case_done: called after each case of a validation with its number from 1, the number of
             cases, and its name.
+        started: `time.monotonic()` at which the run's time limit begins, such as the start of the
+            program; None for now.
 
     Returns:
         Folder of the bundle.
@@ -55,7 +59,16 @@ def train(
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     run, content = read_run(config, changes)
-    train_bundle(run, content, progress, case_done, resume=resume, restart=restart, trust=trust)
+    train_bundle(
+        run,
+        content,
+        progress,
+        case_done,
+        resume=resume,
+        restart=restart,
+        trust=trust,
+        started=started,
+    )
     return Path(run.bundle)
 
 
@@ -109,6 +122,7 @@ def train_bundle(
     resume: bool = False,
     restart: bool = False,
     trust: bool = False,
+    started: float | None = None,
 ) -> None:
     """Train the weights of a run's bundle, refresh its generated files and write its report.
 
@@ -124,6 +138,7 @@ def train_bundle(
         resume: whether an interrupted run is continued after its last complete epoch.
         restart: whether an interrupted run is discarded.
         trust: whether wiring of the bundle that volseg did not write may run.
+        started: time at which the run's time limit begins; see `train`.
 
     Raises:
         ConfigError: there is no spec, the dataset cannot be used, there is an interrupted run and
@@ -141,6 +156,9 @@ def train_bundle(
         if device is not None:
             parser["device"] = device
         with unwrapped_errors():
+            if started is not None:
+                budget: Budget = parser.get_parsed_content("train::budget")
+                budget.clock_started = started
             _run_wiring(parser, epoch_done, case_done, resume=resume)
         if is_first_process():
             write_training_report(paths.folder)

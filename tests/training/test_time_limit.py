@@ -91,6 +91,16 @@ def test_a_resumed_run_has_spent_its_time() -> None:
     assert rates[1].lr_lambda(0) == rates[0].lr_lambda(0)
 
 
+def test_what_came_before_the_clock_counts() -> None:
+    """A command that has been importing for a minute has spent it."""
+    clock = Clock()
+    budget = Budget(10.0, now=clock)
+    budget.clock_started = clock.now - 60
+    assert budget.spent() == 60
+    clock.now += 540
+    assert budget.is_over()
+
+
 def test_a_run_without_a_limit_reserves_nothing() -> None:
     budget = Budget(None)
     budget.reserve(1e9)
