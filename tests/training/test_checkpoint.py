@@ -105,7 +105,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -
     before = sha256(BundlePaths(bundle).weights)
     with pytest.raises(
         PipelineError,
-        match=r"the loss became nan in epoch \d, expected a finite number: .*volseg plan.*lower learning_rate",
+        match=r"the loss became nan in epoch \d, expected a finite number: "
+        r".*volseg plan.*lower learning_rate",
     ):
         train(bundle, dataset, learning_rate="1.0e+30")
     assert sha256(BundlePaths(bundle).weights) == before
