@@ -17,11 +17,9 @@ import torch
 
 from pipeline.batch.identity import remove_output, settle_runtime
 from pipeline.batch.outputs import (
-    ENDINGS,
     OutputFolder,
     name_problem,
-    output_path,
-    uncertainty_path,
+    wanted_endings,
 )
 from pipeline.batch.peak_memory import PeakMemory
 from pipeline.batch.records import (
@@ -50,11 +48,16 @@ from pipeline.inference import (
     prepare,
 )
 from pipeline.io import (
+    LABELS_ENDING,
+    PROBABILITIES_ENDING,
+    RESULT_ENDINGS,
+    UNCERTAINTY_ENDING,
     as_nibabel,
     fractions_as_nibabel,
     is_readable,
     is_written_by_volseg,
     printable,
+    probabilities_as_nibabel,
     retry_io,
     source_files,
     source_list,
@@ -176,10 +179,8 @@ class CaseWorker:
         problem = name_problem(task.name)
         if problem:
             raise WriteError(f"{printable(task.name)}: {problem}")
-        paths = [output_path(self.out.root, task.name)]
-        if self.model.inversion.uncertainty:
-            paths.append(uncertainty_path(self.out.root, task.name))
-        for path in paths:
+        for ending in wanted_endings(self.model.inversion):
+            path = self.out.root / f"{task.name}{ending}"
             if path.exists() and not self.overwrite and not self._may_replace(path, task.name):
                 raise WriteError(
                     f"{printable(path)}: exists and was not written by volseg; move it away, or "
@@ -289,11 +290,15 @@ class CaseWorker:
         affine, header = prediction.affine, prediction.header
         images = {}
         if prediction.uncertainty is not None:
-            path = uncertainty_path(self.out.root, name)
-            images[path] = fractions_as_nibabel(prediction.uncertainty, affine, header)
-        images[output_path(self.out.root, name)] = as_nibabel(prediction.labels, affine, header)
+            image = fractions_as_nibabel(prediction.uncertainty, affine, header)
+            images[UNCERTAINTY_ENDING] = image
+        if prediction.probabilities is not None:
+            image = probabilities_as_nibabel(prediction.probabilities, affine, header)
+            images[PROBABILITIES_ENDING] = image
+        images[LABELS_ENDING] = as_nibabel(prediction.labels, affine, header)
         states = []
-        for path, image in images.items():
+        for ending, image in images.items():
+            path = self.out.root / f"{name}{ending}"
             self.out.check(path)
             write_labels(path, image, staging=self.out.staging)
             states.append(state_of(path, path.relative_to(self.out.root).as_posix()))
@@ -303,7 +308,7 @@ class CaseWorker:
         """Remove the outputs of an earlier run of a case that failed now."""
         if name_problem(name):
             return
-        for ending in ENDINGS:  # a file that somebody put in their place stays
+        for ending in RESULT_ENDINGS:  # a file that somebody put in their place stays
             path = self.out.root / f"{name}{ending}"
             if path.is_file() and self._may_replace(path, name):
                 remove_output(self.out, f"{name}{ending}")

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batch.locks import locked
-from pipeline.batch.outputs import ENDINGS, RUN, OutputFolder
+from pipeline.batch.outputs import RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
 from pipeline.bundle import code_hash, wiring_origin
 from pipeline.config import BundlePaths, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference import Model, Runtime
 from pipeline.io import (
+    RESULT_ENDINGS,
     TEMPORARY_SUFFIX,
     host_code,
     is_written_by_volseg,
@@ -46,7 +47,6 @@ def results_identity(model: Model) -> dict[str, str]:
         "overlap": str(getattr(model.inferer, "overlap", "")),
         "volume": str(reader.volume),
         "labels_spacing": str(reader.labels_spacing),
-        "uncertainty": str(model.inversion.uncertainty),
         "results_version": str(RESULTS_VERSION),
     }
 
@@ -202,7 +202,7 @@ def _remove_results(out: OutputFolder) -> None:
     for folder, _, names in os.walk(out.root):
         for name in names:
             path = Path(folder) / name
-            if name.endswith(ENDINGS) and is_written_by_volseg(path):
+            if name.endswith(RESULT_ENDINGS) and is_written_by_volseg(path):
                 path.unlink(missing_ok=True)
     for path in (out.identity, out.runtime, *out.suspects.glob("*.json")):
         path.unlink(missing_ok=True)

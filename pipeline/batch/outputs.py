@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ConfigError, RunStoppedError
+from pipeline.inference import LabelInversion
+from pipeline.io import (
+    LABELS_ENDING,
+    PROBABILITIES_ENDING,
+    RESULT_ENDINGS,
+    UNCERTAINTY_ENDING,
+)
 
 CASES, VOLUMES, RUN, LOG = "cases.csv", "volumes.csv", "run.json", "volseg.log"
 STATE = ".volseg"
-LABELS_ENDING, UNCERTAINTY_ENDING = "_seg.nii.gz", "_uncertainty.nii.gz"
-ENDINGS = (LABELS_ENDING, UNCERTAINTY_ENDING)
 NAME_BYTES = 255  # of a file name on ext4, XFS, APFS and NTFS
 KEY_LETTERS = 32  # hexadecimal letters of a case's key: collisions are out of the question
 # names that Windows reserves for devices, with any suffix
@@ -29,6 +34,16 @@ def output_path(output_dir: Path, case: str) -> Path:
 def uncertainty_path(output_dir: Path, case: str) -> Path:
     """Return where a case's uncertainty is written, if it is asked for."""
     return output_dir / f"{case}{UNCERTAINTY_ENDING}"
+
+
+def wanted_endings(inversion: LabelInversion) -> tuple[str, ...]:
+    """Return the endings of the files that each case gets."""
+    endings = [LABELS_ENDING]
+    if inversion.uncertainty:
+        endings.append(UNCERTAINTY_ENDING)
+    if inversion.probabilities:
+        endings.append(PROBABILITIES_ENDING)
+    return tuple(endings)
 
 
 def name_problem(case: str, *, windows: bool = sys.platform == "win32") -> str:
@@ -47,7 +62,7 @@ def name_problem(case: str, *, windows: bool = sys.platform == "win32") -> str:
         return f"the name is another way to write {PurePosixPath(case)}: give that"
     if parts[0] == STATE:
         return f"the name begins with {STATE}, which is where volseg keeps its records"
-    longest = max(len(ending) for ending in ENDINGS)
+    longest = max(len(ending) for ending in RESULT_ENDINGS)
     for part in parts[:-1]:
         if len(os.fsencode(part)) > NAME_BYTES:
             return f"a folder's name has {len(os.fsencode(part))} bytes, at most {NAME_BYTES} fit"

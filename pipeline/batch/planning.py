@@ -82,6 +82,7 @@ def plan_case(
     case: Case,
     suspect: Suspect | None,
     *,
+    endings: Sequence[str],
     check_hashes: bool,
 ) -> PlannedCase:
     """Return what is to be done with a case.
@@ -90,6 +91,7 @@ def plan_case(
         out: the output folder.
         case: with its name.
         suspect: the deaths during the case so far, if there were any.
+        endings: endings of the files that a case gets; one that lacks any is done again.
         check_hashes: whether files are compared by hash even if size and time are the same.
     """
     path = out.record(case["case"])
@@ -101,13 +103,22 @@ def plan_case(
     elif record.status == "quarantined":
         return PlannedCase(task=Task(case=case), state="quarantined", record=record)
     elif record.status == "done":
-        reason = _again(out, record, case, check_hashes=check_hashes)
+        reason = _missing(record, endings)
+        reason = reason or _again(out, record, case, check_hashes=check_hashes)
         if not reason:
             return PlannedCase(task=Task(case=case), state="done", record=record)
     else:
         reason = "it failed before"
     task = Task(case=case, reason=reason, alone=suspect is not None, record_time=time)
     return PlannedCase(task=task, state="to do", record=record)
+
+
+def _missing(record: CaseRecord, endings: Sequence[str]) -> str:
+    written = [state.path for state in record.outputs]
+    for ending in endings:
+        if f"{record.case}{ending}" not in written:
+            return f"it has no {ending.lstrip('_')} yet"
+    return ""
 
 
 def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: bool) -> str:

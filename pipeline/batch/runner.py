@@ -21,7 +21,7 @@ from pipeline.batch.case_worker import CaseWorker, Predict, Task
 from pipeline.batch.claims import Claims, claims_of_run, holds_claim
 from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
 from pipeline.batch.identity import remove_output, settle_identity
-from pipeline.batch.outputs import CASES, OutputFolder
+from pipeline.batch.outputs import CASES, OutputFolder, wanted_endings
 from pipeline.batch.planning import PlannedCase, plan_case
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
 from pipeline.batch.records import CaseRecord, read_record
@@ -173,7 +173,15 @@ def run_batch(
         guard = Guard(out, coordinator, claims)
         with _signals(guard):
             try:
-                _plan(out, cases, coordinator, guard, overwrite=overwrite, hashes=check_hashes)
+                _plan(
+                    out,
+                    cases,
+                    coordinator,
+                    guard,
+                    endings=wanted_endings(model.inversion),
+                    overwrite=overwrite,
+                    hashes=check_hashes,
+                )
                 executor(coordinator, worker, guard)
                 out.check(out.root / CASES)
                 write_tables(out.root)
@@ -210,6 +218,7 @@ def _plan(
     coordinator: Coordinator,
     guard: Guard,
     *,
+    endings: Sequence[str],
     overwrite: bool,
     hashes: bool,
 ) -> None:
@@ -223,7 +232,7 @@ def _plan(
             coordinator.add([_overwritten(out, named)])
             continue
         suspect = suspects.get(named["case"])
-        planned = plan_case(out, named, suspect, check_hashes=hashes)
+        planned = plan_case(out, named, suspect, endings=endings, check_hashes=hashes)
         if planned.state == "to do":
             coordinator.add(_to_do(planned, suspect, coordinator))
         elif planned.record is not None:

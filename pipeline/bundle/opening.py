@@ -56,6 +56,7 @@ def open_bundle(
     precision: str = "auto",
     max_memory: int | None = None,
     uncertainty: bool = False,
+    probabilities: bool = False,
     labels_spacing: float | None = None,
     trust: bool = False,
 ) -> Model:
@@ -73,6 +74,7 @@ def open_bundle(
         precision: auto, float32, bfloat16 or int8; see `pipeline.inference.Runtime`.
         max_memory: bytes of resident memory that the process may use; None for no limit.
         uncertainty: whether the uncertainty of each voxel is computed.
+        probabilities: whether the probability of each output is computed in each voxel.
         labels_spacing: voxel size of the label maps, mm; each file's own by default.
         trust: whether wiring that volseg did not write may run.
 
@@ -87,7 +89,7 @@ def open_bundle(
         parser["dataset"]["data"] = []
         parser["inferer"]["overlap"] = overlap
         parser["preprocessing"].update(volume=volume, labels_spacing=labels_spacing)
-        parser["inversion"]["uncertainty"] = uncertainty
+        parser["inversion"].update(uncertainty=uncertainty, probabilities=probabilities)
         if (runtime, precision) != ("auto", "auto"):
             if "runtime" not in parser:
                 raise ConfigError(

@@ -105,6 +105,11 @@ MIB, GIB = 2**20, 2**30
     help="Write <name>_uncertainty.nii.gz as well: the entropy of the scores, 0 to 1.",
 )
 @click.option(
+    "--probabilities",
+    is_flag=True,
+    help="Write <name>_probabilities.nii.gz as well: a 4D file with the probability of each label.",
+)
+@click.option(
     "--labels-spacing",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MM",

@@ -34,7 +34,14 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
-from pipeline.io.discovery import is_readable, is_written_by_volseg
+from pipeline.io.discovery import (
+    LABELS_ENDING,
+    PROBABILITIES_ENDING,
+    RESULT_ENDINGS,
+    UNCERTAINTY_ENDING,
+    is_readable,
+    is_written_by_volseg,
+)
 from pipeline.io.formats import printable
 from pipeline.io.grid import Grid
 from pipeline.io.header import read_header, source_files
@@ -51,14 +58,19 @@ from pipeline.io.writer import (
     as_nibabel,
     fractions_as_nibabel,
     host_code,
+    probabilities_as_nibabel,
     retry_io,
     write_atomically,
     write_labels,
 )
 
 __all__ = [
+    "LABELS_ENDING",
+    "PROBABILITIES_ENDING",
+    "RESULT_ENDINGS",
     "SAME_GRID_MM",
     "TEMPORARY_SUFFIX",
+    "UNCERTAINTY_ENDING",
     "Grid",
     "Header",
     "Image",
@@ -86,6 +98,7 @@ __all__ = [
     "label_maps",
     "label_table",
     "printable",
+    "probabilities_as_nibabel",
     "read",
     "read_channels",
     "read_csv",

@@ -19,7 +19,10 @@ from pipeline.io.formats import image_stem, image_suffix, printable
 from pipeline.io.writer import DESCRIPTION
 from pipeline.types import PathOrStr
 
-RESULT_ENDINGS = ("_seg.nii.gz", "_uncertainty.nii.gz")
+LABELS_ENDING = "_seg.nii.gz"
+UNCERTAINTY_ENDING = "_uncertainty.nii.gz"
+PROBABILITIES_ENDING = "_probabilities.nii.gz"
+RESULT_ENDINGS = (LABELS_ENDING, UNCERTAINTY_ENDING, PROBABILITIES_ENDING)
 Identity = tuple[int, int]
 
 

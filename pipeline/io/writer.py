@@ -17,6 +17,7 @@ from typing import TypeVar
 import nibabel as nib
 import numpy as np
 from isal import igzip
+from numpy.typing import NDArray
 
 from pipeline.errors import WriteError
 from pipeline.io.formats import printable
@@ -74,6 +75,29 @@ def fractions_as_nibabel(values: Array, affine: Affine, header: bytes = b"") -> 
         header: see `as_nibabel`.
     """
     image = as_nibabel(np.rint(values.clip(0, 1) * BYTE).astype(np.uint8), affine, header)
+    image.header.set_slope_inter(1 / BYTE, 0)
+    image.header.set_intent("none")
+    return image
+
+
+def probabilities_as_nibabel(
+    values: NDArray[np.uint8], affine: Affine, header: bytes = b""
+) -> nib.Nifti1Image:
+    """Return probabilities as a 4D NIfTI image with one byte per voxel and a slope of 1/255.
+
+    Args:
+        values: (N, X, Y, Z) probability of each of N outputs, 255 for 1; the image has them along
+            its fourth axis.
+        affine: see `as_nibabel`.
+        header: see `as_nibabel`.
+    """
+    first = as_nibabel(values[0], affine, header)
+    stacked = np.moveaxis(values, 0, -1)
+    kept = first.header
+    zooms = kept.get_zooms()[:3]
+    kept.set_data_shape(stacked.shape)
+    kept.set_zooms((*zooms, 1))
+    image = type(first)(stacked, affine, kept)
     image.header.set_slope_inter(1 / BYTE, 0)
     image.header.set_intent("none")
     return image
