@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,9 @@ class Running:
         os.killpg(self.process.pid, number)
 
     def kill(self) -> None:
-        """Kill the command, which cannot notice; its workers end with it."""
-        os.kill(self.process.pid, signal.SIGKILL)
+        """Kill the command, which cannot notice; its workers end with it. It may have ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
         self.process.join()
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -289,7 +289,7 @@ def test_kills_at_any_moment_lose_nothing(
         if prior:
             shutil.copytree(began, out)  # the times of files are kept
         running = volseg.start(*common, "--jobs", 2, fault=WhileReading((), "sleep", 0.05))
-        time.sleep(source.uniform(0.0, 2.5 + prior / 1000))
+        time.sleep(source.uniform(0.0, 2.5 + prior / 2000))
         running.kill()
         status, text = volseg(*common)
         assert status == 0, text
