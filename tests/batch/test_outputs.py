@@ -5,10 +5,28 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.batch.outputs import OutputFolder, case_key, name_problem, output_path
+from pipeline.batch.outputs import (
+    NAME_BYTES,
+    OutputFolder,
+    case_key,
+    name_problem,
+    output_path,
+)
 from pipeline.errors import ConfigError, RunStoppedError
+from pipeline.io import RESULT_ENDINGS
 
-GOOD = ["a", "sub-01/anat/T1w", "ö ü", "a.b", ".hidden", "a..b", "...", "a" * 236, "d" * 255 + "/a"]
+LONGEST = NAME_BYTES - max(map(len, RESULT_ENDINGS))  # bytes of a name
+GOOD = [
+    "a",
+    "sub-01/anat/T1w",
+    "ö ü",
+    "a.b",
+    ".hidden",
+    "a..b",
+    "...",
+    "a" * LONGEST,
+    "d" * 255 + "/a",
+]
 BAD = {
     "": "empty",
     ".": "empty",
@@ -21,7 +39,7 @@ BAD = {
     "a//b": "another way to write a/b",
     "./a": "another way to write a",
     "a/": "another way to write a",
-    "a" * 237: "the name has 237 bytes",
+    "a" * (LONGEST + 1): f"the name has {LONGEST + 1} bytes",
     "ö" * 119: "the name has 238 bytes",
     "d" * 256 + "/a": "a folder's name has 256 bytes",
 }
