@@ -32,6 +32,7 @@ from pipeline.batch.records import (
 )
 from pipeline.batch.stages import run_stages
 from pipeline.errors import (
+    PipelineError,
     ReadError,
     RunStoppedError,
     VolumeError,
@@ -332,6 +333,7 @@ def failed_record(
         error=_failure(error),
         error_class=_class(error),
         reason=task.reason,
+        inputs=_inputs_if_readable(task.case),
         columns=dict(task.case.get("columns", {})),
         made_by=dict(identity),
         versions=package_versions(),
@@ -340,6 +342,14 @@ def failed_record(
         ended=_now(),
     )
     return replace(record, **changes)
+
+
+def _inputs_if_readable(case: Case) -> tuple[FileState, ...]:
+    """Return the state of a case's files, by which a later run sees whether they are the same."""
+    try:
+        return states_of_inputs([file for path in _paths(case) for file in source_files(path)])
+    except (OSError, PipelineError):
+        return ()
 
 
 @cache

@@ -15,7 +15,7 @@ from pipeline.batch.outputs import OutputFolder, name_problem, output_path
 from pipeline.batch.records import CaseRecord, read_record, record_time
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.resume import why_again
-from pipeline.batch.suspects import Suspect
+from pipeline.batch.suspects import Suspect, clear_suspect
 from pipeline.errors import PipelineError, VolumeError
 from pipeline.inference import (
     MemoryEstimate,
@@ -101,7 +101,12 @@ def plan_case(
     if record is None:
         reason = "its record was damaged" if path.exists() else ""
     elif record.status == "quarantined":
-        return PlannedCase(task=Task(case=case), state="quarantined", record=record)
+        # another file of that name deserves its own tries
+        reason = _again(out, record, case, check_hashes=check_hashes)
+        if not reason:
+            return PlannedCase(task=Task(case=case), state="quarantined", record=record)
+        clear_suspect(out, record.case)
+        suspect = None
     elif record.status == "done":
         reason = _missing(record, endings)
         reason = reason or _again(out, record, case, check_hashes=check_hashes)

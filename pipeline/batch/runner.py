@@ -234,6 +234,7 @@ def _plan(
         suspect = suspects.get(named["case"])
         planned = plan_case(out, named, suspect, endings=endings, check_hashes=hashes)
         if planned.state == "to do":
+            suspect = suspect if planned.task.alone else None  # None for a file that was replaced
             coordinator.add(_to_do(planned, suspect, coordinator))
         elif planned.record is not None:
             done = planned.state == "done"

@@ -7,7 +7,12 @@ import pytest
 from phantom import nifti, save, smooth
 
 from pipeline.batch import planning
-from pipeline.batch.planning import choose_jobs, forecast_cases
+from pipeline.batch.case_worker import Task, failed_record
+from pipeline.batch.coordinator import WorkerDiedError
+from pipeline.batch.outputs import OutputFolder
+from pipeline.batch.planning import PlannedCase, choose_jobs, forecast_cases, plan_case
+from pipeline.batch.records import write_record
+from pipeline.batch.suspects import MAX_DEATHS, count_death
 from pipeline.inference.model import Model
 from pipeline.io.cases import find_cases
 from pipeline.types import Case
@@ -75,3 +80,23 @@ def test_forecasts_name_what_will_fail(model_3d: Model, cases: list[Case], tmp_p
     assert good.windows >= 1
     assert good.memory > 100 * 2**20
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quarantined_case_is_tried_again_when_its_file_is_replaced(tmp_path: Path) -> None:
+    """The same file stays quarantined; another file of that name deserves its own tries."""
+    path = save(tmp_path / "in" / "a.nii.gz", nifti(smooth((9, 11, 8), seed=1)))
+    out = OutputFolder.create(tmp_path / "out")
+    task = Task(case=Case(case="a", image=str(path)))
+    record = failed_record(task, {}, WorkerDiedError("it died"), status="quarantined")
+    write_record(out, record)
+    for _ in range(MAX_DEATHS):
+        suspect = count_death(out, "a", "it died", lost=False)
+
+    def planned() -> PlannedCase:
+        return plan_case(out, task.case, suspect, endings=["_seg.nii.gz"], check_hashes=False)
+
+    assert planned().state == "quarantined"
+    save(path, nifti(smooth((9, 11, 8), seed=7)))
+    again = planned()
+    assert again.state == "to do" and not again.task.alone
+    assert "has changed" in again.task.reason
