@@ -299,7 +299,9 @@ def broken(folder: Path) -> list[str]:
     return [*images, *contents]
 
 
-@pytest.mark.parametrize("how", ["one", "jobs", "shards"])
+@pytest.mark.parametrize(
+    "how", ["jobs", *(pytest.param(how, marks=pytest.mark.stress) for how in ("one", "shards"))]
+)
 def test_broken_files_fail_alone(
     how: str, volseg: Volseg, common: list[Any], folder: Path, expected: Path
 ) -> None:

@@ -76,7 +76,7 @@ def check_clean(out: Path) -> None:
             assert record.exists()
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.stress), 2])
 def test_a_killed_run_is_finished_by_the_next(
     jobs: int, volseg: Volseg, common: list[Any], folder: Path, expected: Path
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_case_that_kills_its_worker_is_given_up(
     assert set(statuses(folder / "out").values()) == {"done"}
 
 
-@pytest.mark.parametrize("action", ["kill", "segfault"])
+@pytest.mark.parametrize("action", ["kill", pytest.param("segfault", marks=pytest.mark.stress)])
 def test_a_death_that_does_not_come_again_costs_nothing(
     action: str, volseg: Volseg, common: list[Any], folder: Path, expected: Path
 ) -> None:
@@ -190,7 +190,11 @@ def test_records_that_cannot_be_written_stop_the_run(
     check_whole(folder / "out", expected)
 
 
-@pytest.mark.parametrize("more", [[], ["--max-memory", "2G"]], ids=["", "max_memory"])
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--max-memory", "2G"], marks=pytest.mark.stress)],
+    ids=["", "max_memory"],
+)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_in_order(
     number: int,

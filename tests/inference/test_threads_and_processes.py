@@ -84,7 +84,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @each_runtime
 def test_processes_share_a_model(tiny_bundle_3d: Path, tmp_path: Path, runtime: str) -> None:
     """The child computes on two threads, whatever its parent did before, and does not hang."""

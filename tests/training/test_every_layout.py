@@ -59,7 +59,13 @@ def to_segment(name: str, places: list[Path], folder: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+# two layouts in every run of the tests, the others where there is time
+PARAMS = [
+    name if name in CHECKED else pytest.param(name, marks=pytest.mark.stress) for name in MAKERS
+]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def planned(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[Path], Path, Result]:
