@@ -65,7 +65,7 @@ class Holder:
         )
 
     def is_on_this_machine(self) -> bool:
-        """Return whether process numbers of the holder can be looked up here."""
+        """Return whether `pid` can be looked up here: same machine, same namespace of numbers."""
         return self.host == socket.gethostname() and self.namespace == _namespace()
 
 

@@ -70,7 +70,7 @@ class Coordinator:
         self._lock = threading.RLock()
 
     def add(self, tasks: Sequence[Task]) -> None:
-        """Add tasks to be given out."""
+        """Add tasks to be given out; those that must be alone in their process come last."""
         for task in tasks:
             (self._last if task.alone else self._queue).append(task)
 

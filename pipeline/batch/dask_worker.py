@@ -86,7 +86,7 @@ class RunSettings:
 
     @property
     def plugin(self) -> str:
-        """Name of the plugin that does this run's cases."""
+        """Name under which Dask's workers hold this run's `CasePlugin`."""
         return PLUGIN + self.run
 
 

@@ -24,7 +24,7 @@ class PeakMemory:
         return type(self), ()
 
     def begin(self, case: Hashable) -> None:
-        """Count for a case from now on."""
+        """Measure the peak memory of a case from now on."""
         with self._lock:
             self._update()
             self._peaks[case] = 0

@@ -47,7 +47,7 @@ class Suspect:
 
 
 def read_suspects(out: OutputFolder) -> dict[str, Suspect]:
-    """Return the suspects of an output folder by case."""
+    """Return case → suspect, for the cases of an output folder during which a process died."""
     suspects = {}
     for path in out.suspects.glob("*.json"):
         suspect = _read(path)

@@ -50,7 +50,9 @@ def foreground_cells(image: torch.Tensor, level: float) -> torch.Tensor:
         axis may be cut off by the image's edge.
     """
     pool = functional.avg_pool3d if image.ndim == 4 else functional.avg_pool2d
+    # pooling refuses a kernel that is larger than the image
     size = [min(CELL, n) for n in image.shape[1:]]
+    # a cell that is cut off is averaged over the voxels that it has
     means: torch.Tensor = pool(image[None], size, CELL, ceil_mode=True)
     return (means[0] > level).any(dim=0)
 

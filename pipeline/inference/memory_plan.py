@@ -101,8 +101,8 @@ def estimate_memory(
         model: opened bundle.
         headers: headers of the case's files, one per channel.
         base: memory of the process before the case, bytes, from `ready_bytes`.
-        allowed: largest size of the windows' sums that are held at a time, bytes; None for the
-            inferer's own limit.
+        allowed: limit of the buffer in which the logits of overlapping windows are
+            summed, bytes; None for the inferer's own limit.
     """
     file_voxels = sum(prod(header.shape) for header in headers)
     grid = network_grid_shape(model.spec, headers[0])

@@ -83,8 +83,8 @@ def predict_prepared(
     Args:
         model: opened bundle.
         prepared: case from `prepare`.
-        buffer_bytes: largest size of the windows' sums that are held at a time, bytes; None for the
-            inferer's own limit.
+        buffer_bytes: limit of the buffer in which the logits of overlapping windows are
+            summed, bytes; None for the inferer's own limit.
 
     Raises:
         PipelineError: the case cannot be segmented; the message says why.
@@ -115,8 +115,8 @@ def segment_volume(
         model: opened bundle.
         image: (C, X, Y, Z) image on the network's grid.
         scan: (C, I, J, K) intensities as read, for `spec.refine`; None leaves borders unrefined.
-        buffer_bytes: largest size of the windows' sums that are held at a time, bytes; None for the
-            inferer's own limit.
+        buffer_bytes: limit of the buffer in which the logits of overlapping windows are
+            summed, bytes; None for the inferer's own limit.
     """
     model.network.eval()
     on_device = image.to(model.device)

@@ -21,7 +21,8 @@ MAX_NAMED = 5  # cases that an error message names
 def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
     """Return the labelled cases of a dataset, in any layout that `find_pairs` knows.
 
-    Files that belong to no pair are ignored, unless a dataset.json or a table lists them.
+    Files without a partner are ignored; a missing file that a dataset.json or a table lists is an
+    error.
 
     Args:
         dataset: a folder, a table, or a folder of images and a folder of labels; `$NAME` is
@@ -33,7 +34,7 @@ def labelled_cases(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
 
     Raises:
         ConfigError: a folder does not exist, its layout is unknown, it holds no pair, or files that
-            a dataset.json lists are missing.
+            a dataset.json or a table lists are missing.
     """
     layout = _layout(dataset)
     missing = _missing_files(layout)

@@ -34,7 +34,7 @@ class LabelImage:
 
 
 def read_label_map(path: PathOrStr, values: Collection[int] | None = None) -> LabelImage:
-    """Read a label map; `plan`, `train` and `evaluate` accept the same files.
+    """Read a label map. `plan` and `evaluate` read with it, so that they accept the same files.
 
     Args:
         path: the file.
@@ -43,7 +43,8 @@ def read_label_map(path: PathOrStr, values: Collection[int] | None = None) -> La
 
     Raises:
         ReadError: the file is missing, damaged or of an unknown format.
-        VolumeError: it holds other values: fractions, nan, or some that are not in `values`.
+        VolumeError: it holds fractions, nan or inf, values that are not in `values`, or more than
+            `MAX_LABEL_VALUES` different ones.
     """
     image = read(str(path))
     name = printable(path)

@@ -95,7 +95,7 @@ class Layout:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """One per channel: CT where the channel's name says so, else MR."""
+        """Modality of each channel: CT where its name says so, else MR; one MR without names."""
         return tuple("CT" if CT_NAME.match(name) else "MR" for name in self.channels or ("",))
 
 

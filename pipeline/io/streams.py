@@ -54,11 +54,11 @@ def read_range(path: Path, start: int, count: int, *, end: int, slack: int) -> N
         path: the file.
         start: first byte of the range.
         count: bytes of the range.
-        end: bytes that the header declares, from the beginning of the file.
+        end: length of the decompressed file by its header, bytes.
         slack: bytes that may follow them.
 
     Raises:
-        ReadError: the file is shorter or longer.
+        ReadError: the file is shorter than `end`, or a compressed one is longer than `end + slack`.
         EOFError, OSError: it is truncated or damaged within.
     """
     with open_bytes(path) as stream:

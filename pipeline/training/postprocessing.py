@@ -89,7 +89,7 @@ class Postprocessing:
     nested_gain: Mapping[str, float]
 
     def columns(self) -> dict[str, Any]:
-        """Return plain values for summary.json."""
+        """Return label → its Dice, nested gain and rule, as plain values for summary.json."""
         labels = {}
         for label, dice in self.dice.items():
             rule = self.rules.get(label, Rule())

@@ -52,11 +52,10 @@ def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
 
 
 class Resample(SpatialResample):
-    """MONAI's `SpatialResample`, but faster between grids with parallel axes.
+    """MONAI's `SpatialResample`, with our own linear resampling between grids with parallel axes.
 
-    Linear resampling between such grids takes less time and memory than in MONAI, and it averages
-    voxels along axes that become coarser. In all other cases MONAI's code runs. The result can be
-    inverted as MONAI's.
+    It takes less time and memory there and, unlike MONAI's, averages voxels along axes that become
+    coarser. In all other cases MONAI's code runs. `inverse` works as MONAI's.
     """
 
     def __call__(
@@ -135,11 +134,14 @@ def _is_plain_linear(img: MetaTensor, mode: Any, options: dict[str, Any]) -> boo
 
 
 def parallel_axes(matrix: Affine, shape: Sequence[int]) -> list[int] | None:
-    """Return the source axis along which each target axis runs, or None if they are not parallel.
+    """Return the source axis along which each target axis runs.
+
+    Returns:
+        None if the axes of the two grids are not parallel, within `MAX_DRIFT`.
 
     Args:
         matrix: affine from target voxel to source voxel.
-        shape: size of the target grid, voxels.
+        shape: size of the target grid, voxels; the drift is measured over it.
     """
     linear = np.abs(matrix[:3, :3])
     axes = [int(i) for i in linear.argmax(axis=0)]
