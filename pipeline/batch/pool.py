@@ -136,7 +136,7 @@ class Pool(Generic[I]):
         jobs: number of workers.
         threads: per worker.
         timeout: seconds that an item may take; None for no limit.
-        start_method: `fork` or `spawn`.
+        start_method: `fork`, `forkserver` or `spawn`.
     """
 
     def __init__(
@@ -150,6 +150,8 @@ class Pool(Generic[I]):
     ) -> None:
         self.work, self.jobs, self.threads, self.timeout = work, jobs, threads, timeout
         self._context: Any = multiprocessing.get_context(start_method)
+        if start_method == "forkserver":
+            self._context.set_forkserver_preload(["pipeline.batch"])
         self._workers: list[_Worker[I]] = []
 
     def run(
@@ -237,7 +239,7 @@ class Pool(Generic[I]):
         others = [worker.connection for worker in self._workers]
         process = self._context.Process(
             target=_worker_main,
-            args=(self.work, theirs, number, self.threads, os.getpid()),
+            args=(self.work, theirs, number, self.threads, self._parent),
             # a forked process inherits the other workers' pipes, and would keep them open
             kwargs={"inherited": [*others, ours] if self._forks else []},
             name="volseg-worker",
@@ -248,6 +250,11 @@ class Pool(Generic[I]):
         worker: _Worker[I] = _Worker(number=number, process=process, connection=ours)
         self._workers.append(worker)
         return worker
+
+    @property
+    def _parent(self) -> int | None:
+        """Process that a worker's parent must be; None for a server, which dies with this one."""
+        return None if self._context.get_start_method() == "forkserver" else os.getpid()
 
     @property
     def _forks(self) -> bool:
@@ -350,7 +357,7 @@ def _worker_main(
     connection: Connection,
     number: int,
     threads: int,
-    parent: int,
+    parent: int | None,
     *,
     inherited: list[Connection],
 ) -> None:
@@ -402,9 +409,9 @@ def _end_later(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _die_with(parent: int) -> None:
+def _die_with(parent: int | None) -> None:
     """Have this process killed when its parent dies, where the system can (Linux)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+    if parent not in (None, os.getppid()):  # it died before
         os._exit(1)

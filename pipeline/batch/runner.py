@@ -43,7 +43,7 @@ from pipeline.types import Case, PathOrStr
 TABLE_SECONDS, TABLE_GROWTH, OLD_TABLE_SECONDS = 30.0, 0.1, 600.0
 
 Executor = Callable[[Coordinator, CaseWorker, "Guard"], None]
-StartMethod = Literal["fork", "spawn"]
+StartMethod = Literal["fork", "forkserver", "spawn"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,7 +316,7 @@ def pool_executor(
         jobs: number of processes.
         threads: per process.
         case_timeout: seconds that a case may take; None for no limit.
-        start_method: `fork` (Linux, on a CPU) or `spawn`; by default the one that fits.
+        start_method: `fork` (on a CPU), `forkserver` or `spawn`; by default the one that fits.
     """
 
     def executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -> None:
@@ -363,10 +363,13 @@ def default_start_method(model: Model) -> StartMethod:
     """Return how worker processes are started.
 
     A forked process shares the memory of the model and starts at once, but only Linux forks safely,
-    and only while no thread and no GPU is in use and OpenVINO has compiled nothing.
+    and only while no thread and no GPU is in use and OpenVINO has compiled nothing. Else a server
+    is started, once, that has imported all and forks without having computed anything.
     """
+    if sys.platform != "linux":
+        return "spawn"
     alone = threading.active_count() == 1 and not _gpu_in_use() and forks_can_compile()
-    return "fork" if sys.platform == "linux" and alone and model.device.type == "cpu" else "spawn"
+    return "fork" if alone and model.device.type == "cpu" else "forkserver"
 
 
 def _gpu_in_use() -> bool:

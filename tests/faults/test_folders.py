@@ -84,7 +84,7 @@ def test_results_of_other_settings_are_not_mixed(
     before = maps(out)
     other = make_bundle(folder / "other", seed=3)
     few = [folder / "in" / "a.nii.gz", folder / "in" / "b.nii.gz"]
-    for more in (["--overlap", 0.1], ["-b", other], ["--labels-spacing", 2], ["--uncertainty"]):
+    for more in (["--overlap", 0.1], ["-b", other], ["--labels-spacing", 2]):
         status, text = volseg("segment", *few, "-o", out, *common, *more)
         assert status == 2, text
         assert "holds results of another model or setting" in text

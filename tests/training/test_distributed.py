@@ -84,14 +84,16 @@ def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: P
 
 def test_time_is_that_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes then end after the same step and have one learning rate."""
-    monkeypatch.setattr(optimisation, "from_first_process", lambda value: 30.0)
+    seconds_of_first = iter([10.0, 10.0, 20.0, 30.0, 30.0, 30.0])
+    monkeypatch.setattr(optimisation, "from_first_process", lambda value: next(seconds_of_first))
     monkeypatch.setattr(optimisation, "is_single_process", lambda: False)
     ticks = iter(range(100))
     budget = Budget(1.0, now=lambda: float(next(ticks)))
     trainer = Engine(lambda engine, batch: None)
     budget.attach(trainer)
     trainer.run([1, 2, 3])
-    assert budget.used() == 0.5
+    assert budget.spent() in (20.0, 30.0)  # none of the ticks of its own clock
+    assert 0 < budget.used() < 1
 
 
 def test_a_single_process_writes_and_decides(monkeypatch: pytest.MonkeyPatch) -> None:
