@@ -53,6 +53,7 @@ def test_the_commands_of_the_page_run(place: Path) -> None:
         "train",
         "evaluate",
         "train",
+        "train",
         "crossval",
         "compare",
     ]
