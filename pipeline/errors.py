@@ -8,8 +8,8 @@ PipelineError            something the user can fix; its text says where, what w
 ├── GeometryError        grids that do not agree
 ├── ShapeError           a tensor that does not fit the network (also a ValueError)
 ├── WriteError           a result that cannot be written
-└── RunStoppedError      a batch that cannot go on: the disk is full, the output folder is gone
-    └── InterruptedRunError  a signal ended it
+├── RunStoppedError      a batch that cannot go on: the disk is full, the output folder is gone
+└── InterruptedRunError  a RunStoppedError: a signal ended the batch
 
 Any other exception is a bug of volseg.
 """
