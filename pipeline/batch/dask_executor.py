@@ -23,6 +23,7 @@ from pipeline.batch.coordinator import Coordinator
 from pipeline.batch.log_file import append_log
 from pipeline.batch.outputs import LOG
 from pipeline.batch.runner import Executor, Guard
+from pipeline.defaults import SAFE_PATH
 from pipeline.errors import ConfigError, RunStoppedError
 from pipeline.log import LOGGER
 
@@ -141,7 +142,12 @@ def _local_cluster(jobs: int, guard: Guard) -> Iterator[Any]:
 
     folder = tempfile.mkdtemp(prefix="volseg-dask-")
     # the profiler looks at the stacks of all threads a hundred times a second
-    options = {"temporary_directory": folder, "distributed.worker.profile.enabled": False}
+    options = {
+        "temporary_directory": folder,
+        "distributed.worker.profile.enabled": False,
+        # workers import nothing from their working folder, which may be that of a foreign bundle
+        f"distributed.nanny.pre-spawn-environ.{SAFE_PATH}": "1",
+    }
     with dask.config.set(options):
         cluster = LocalCluster(
             n_workers=jobs,

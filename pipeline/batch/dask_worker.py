@@ -1,7 +1,7 @@
 """What a worker of Dask `distributed` does for a batch. Imports `distributed`: import it when used.
 
-Each worker process opens the model once, from the bundle that it is told the name and the settings
-of, and does one case at a time. All that goes wrong comes back as a reply: an exception whose
+Each worker process gets the name and the settings of a bundle, opens it once, and does one case at
+a time. All that goes wrong comes back as a reply: an exception whose
 causes form a cycle would keep Dask's scheduler busy for ever.
 """
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from pipeline.cli.bundles import bundle_group, export, import_command
 from pipeline.cli.evaluation import compare, evaluate
 from pipeline.cli.segment import segment, tables
 from pipeline.cli.training import crossval, plan, train
+from pipeline.defaults import SAFE_PATH
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -18,6 +21,9 @@ def main() -> None:
     Exit status: 0 all done, 1 at least one case failed (the others are written), 2 the command or
     its configuration is wrong, 130 and 143 interrupted.
     """
+    # Python processes that a command starts import nothing from its working folder, which may be
+    # that of a foreign bundle
+    os.environ[SAFE_PATH] = "1"
 
 
 COMMANDS = (

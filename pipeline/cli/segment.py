@@ -203,7 +203,7 @@ def tables(output: Path) -> None:
     """Derive cases.csv, volumes.csv and run.json of an output folder again.
 
     They are derived from the records of the cases, which every run keeps; a table that was edited,
-    damaged or lost is written anew.
+    damaged or lost is written again.
     """
     with usage_errors():
         from pipeline.batch import write_tables

@@ -3,11 +3,13 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -367,3 +369,60 @@ def test_kill_ends_all_workers_at_once() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert sorted(name for death in source.deaths for name in death) == [0, 1]
+
+
+# Its own program: the server of `forkserver` is started once per process.
+ELSEWHERE = """
+import sys
+from pipeline.batch.pool import Pool
+
+class Work:
+    def start(self, number, threads):
+        pass
+
+    def run(self, items, emit):
+        for item in items:
+            emit(item.name, item.name)
+
+class Item:
+    name, alone = 1, False
+
+class Source:
+    items = [Item()]
+
+    @property
+    def exhausted(self):
+        return not self.items
+
+    def take(self, *, alone):
+        return self.items.pop() if self.items else None
+
+if __name__ == "__main__":
+    results = []
+    pool = Pool(Work(), jobs=1, threads=1, start_method=sys.argv[1])
+    pool.run(Source(), lambda event: results.append(event.result), lambda: None)
+    assert results == [1]
+"""
+# modules that multiprocessing and volseg's dependencies import, some of them only if they exist
+SHADOWED = ("struct", "pickle", "selectors", "onnx", "jsonschema", "pandas")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_import_nothing_of_the_working_folder(method: str, tmp_path: Path) -> None:
+    """A bundle that is looked at in its own folder runs none of its code."""
+    (tmp_path / "program.py").write_text(ELSEWHERE)
+    folder, mark = tmp_path / "bundle", tmp_path / "mark"
+    folder.mkdir()
+    for name in SHADOWED:
+        (folder / f"{name}.py").write_text(f"import os\nos.close(os.open({str(mark)!r}, 65))\n")
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), method],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert not mark.exists()
+    assert done.returncode == 0, done.stderr
