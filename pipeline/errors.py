@@ -30,6 +30,7 @@ __all__ = [
     "VolumeError",
     "WriteError",
     "describe_error",
+    "explicit_causes",
     "find_pipeline_error",
     "unwrapped_errors",
 ]
@@ -89,7 +90,9 @@ def find_pipeline_error(error: BaseException) -> PipelineError | None:
     `raise … from error`. Only such explicit causes are followed: an exception that happens to be
     raised while a PipelineError is handled is a bug of volseg, not a mistake of the user.
     """
-    return next((cause for cause in _causes(error) if isinstance(cause, PipelineError)), None)
+    return next(
+        (cause for cause in explicit_causes(error) if isinstance(cause, PipelineError)), None
+    )
 
 
 def describe_error(error: BaseException) -> str:
@@ -97,7 +100,7 @@ def describe_error(error: BaseException) -> str:
     known = find_pipeline_error(error)
     if known is not None:
         return str(known)
-    *_, innermost = _causes(error)
+    *_, innermost = explicit_causes(error)
     return f"{type(innermost).__name__}: {innermost}"
 
 
@@ -117,7 +120,7 @@ def unwrapped_errors() -> Iterator[None]:
         raise known from None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def explicit_causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and its explicit causes, outermost first."""
     seen: set[int] = set()
     current: BaseException | None = error

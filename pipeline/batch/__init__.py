@@ -13,6 +13,7 @@ Modules:
     identity      whose results a folder holds: model, settings, runtime
     resume        whether a case is done: these bytes in, these bytes out
     claims, locks     who works on which case
+    failures      why a case failed, in words
     suspects      cases during which a process died
     dask_executor, dask_worker   an executor on Dask `distributed`: its client, its workers
     many          many images in several processes, with their results in memory
@@ -24,7 +25,7 @@ Modules:
 from pipeline.batch.coordinator import Progress
 from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.many import predict_many
-from pipeline.batch.outputs import output_path, uncertainty_path
+from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
 from pipeline.batch.records import CaseRecord
 from pipeline.batch.resources import allotted_cores, allotted_memory
@@ -59,6 +60,5 @@ __all__ = [
     "run_batch",
     "run_bundle",
     "segment_cases",
-    "uncertainty_path",
     "write_tables",
 ]

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from pipeline.batch.failures import failure_class, failure_text
 from pipeline.batch.identity import remove_output, settle_runtime
 from pipeline.batch.outputs import (
     OutputFolder,
@@ -35,10 +34,8 @@ from pipeline.errors import (
     PipelineError,
     ReadError,
     RunStoppedError,
-    VolumeError,
     WriteError,
-    describe_error,
-    find_pipeline_error,
+    explicit_causes,
 )
 from pipeline.inference import (
     Model,
@@ -164,8 +161,7 @@ class CaseWorker:
         self._peaks.begin(task.name)
         try:
             self._check_start(task)
-            files = [file for path in _paths(task.case) for file in source_files(path)]
-            job.inputs = retry_io(lambda: states_of_inputs(files))
+            job.inputs = retry_io(lambda: states_of_inputs(case_files(task.case)))
             if self.model.max_memory is None:
                 job.prepared = retry_io(lambda: prepare(self.model, task.case["image"]))
                 self._check_unchanged(job)
@@ -258,7 +254,7 @@ class CaseWorker:
         record = replace(record, peak_memory=self._peaks.end(job.task.name), ended=_now())
         if job.error is not None or job.prediction is None:
             failure = job.error or RuntimeError("the case was neither computed nor refused")
-            return replace(record, error=_failure(failure), error_class=_class(failure))
+            return replace(record, error=failure_text(failure), error_class=failure_class(failure))
         seconds = job.prediction.seconds | {"write": time.perf_counter() - begun}
         return replace(
             record,
@@ -330,8 +326,8 @@ def failed_record(
         case=task.name,
         status="failed",
         image=tuple(str(path) for path in _paths(task.case)),
-        error=_failure(error),
-        error_class=_class(error),
+        error=failure_text(error),
+        error_class=failure_class(error),
         reason=task.reason,
         inputs=_inputs_if_readable(task.case),
         columns=dict(task.case.get("columns", {})),
@@ -347,7 +343,7 @@ def failed_record(
 def _inputs_if_readable(case: Case) -> tuple[FileState, ...]:
     """Return the state of a case's files, by which a later run sees whether they are the same."""
     try:
-        return states_of_inputs([file for path in _paths(case) for file in source_files(path)])
+        return states_of_inputs(case_files(case))
     except (OSError, PipelineError):
         return ()
 
@@ -358,8 +354,13 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
+def case_files(case: Case) -> list[Path]:
+    """Return all files that a case consists of; images in memory have none."""
+    return [file for path in _paths(case) for file in source_files(path)]
+
+
 def _paths(case: Case) -> list[Path]:
-    """Return the files of a case; images in memory have none."""
+    """Return the files that were given for a case; images in memory have none."""
     return [Path(x) for x in source_list(case.get("image", [])) if isinstance(x, str | Path)]
 
 
@@ -368,37 +369,9 @@ def _now() -> str:
 
 
 def _stop_if_disk_is_full(error: BaseException, out: OutputFolder) -> None:
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in explicit_causes(error):
         if isinstance(cause, OSError) and cause.errno in DISK_IS_FULL:
             raise RunStoppedError(
                 f"{out.root}: {cause.strerror}; free some space and start the same command again: "
                 "it continues with the cases that are not done"
             ) from error
-        cause = cause.__cause__
-
-
-def _failure(error: BaseException) -> str:
-    """Return why a case failed, in one message."""
-    if find_pipeline_error(error) is not None:
-        return printable(describe_error(error))
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    # torch's CPU allocator raises a plain RuntimeError, known by its text only
-    out_of_memory = isinstance(cause, MemoryError | torch.OutOfMemoryError)
-    if out_of_memory or "can't allocate memory" in str(cause):
-        return f"out of memory ({printable(str(cause))}); free some, or use a larger machine"
-    if isinstance(cause, OSError):
-        return printable(f"{cause.filename or 'a file'}: {cause.strerror or cause}")
-    return printable(f"unexpected {describe_error(error)} (a bug of volseg: please report it)")
-
-
-def _class(error: BaseException) -> str:
-    known = find_pipeline_error(error)
-    if isinstance(known, VolumeError) or known is not None:
-        return type(known).__name__
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    return type(cause).__name__

@@ -13,22 +13,14 @@ from dataclasses import dataclass, replace
 
 from pipeline.batch.case_worker import Task, failed_record
 from pipeline.batch.claims import Claims, Death
+from pipeline.batch.failures import CaseTimeoutError, WorkerDiedError
 from pipeline.batch.log_file import append_log
 from pipeline.batch.outputs import LOG, OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_time, write_record
 from pipeline.batch.suspects import Suspect, clear_suspect, count_death
-from pipeline.errors import PipelineError
 
 WAIT_SECONDS = 0.5  # between two looks at a case that another run has claimed
 Progress = Callable[[CaseRecord], None]
-
-
-class CaseTimeoutError(PipelineError):
-    """A case took longer than it may."""
-
-
-class WorkerDiedError(PipelineError):
-    """The process that computed a case died."""
 
 
 @dataclass

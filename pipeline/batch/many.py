@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -11,16 +10,11 @@ from typing import Any
 
 import torch
 
+from pipeline.batch.failures import WorkerDiedError, failure_text
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
 from pipeline.batch.runner import default_start_method, on_own_gpu
 from pipeline.batch.stages import run_stages
-from pipeline.errors import (
-    PipelineError,
-    RunStoppedError,
-    VolumeError,
-    describe_error,
-    find_pipeline_error,
-)
+from pipeline.errors import PipelineError, find_pipeline_error
 from pipeline.inference import (
     Model,
     Prediction,
@@ -29,7 +23,6 @@ from pipeline.inference import (
     predict_prepared,
     prepare,
 )
-from pipeline.io import printable
 
 Result = Prediction | PipelineError
 
@@ -124,7 +117,7 @@ def predict_many(model: Model, images: Iterable[Any], *, jobs: int) -> Iterator[
         elif isinstance(event, Died) and len(event.items) > 1:
             source.give_back(replace(item, alone=True) for item in event.items)
         elif isinstance(event, Died):
-            error = RunStoppedError(f"the process that computed this image died: {event.why}")
+            error = WorkerDiedError(f"the process that computed this image died: {event.why}")
             results.extend((item.name, error) for item in event.items)
 
     try:
@@ -142,15 +135,4 @@ def _attempt(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        known = find_pipeline_error(error)
-        if known is not None and _can_be_pickled(known):
-            return known
-        return VolumeError(printable(describe_error(error)))
-
-
-def _can_be_pickled(error: PipelineError) -> bool:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # pickling may raise anything
-        return False
-    return True
+        return find_pipeline_error(error) or PipelineError(failure_text(error))

@@ -31,11 +31,6 @@ def output_path(output_dir: Path, case: str) -> Path:
     return output_dir / f"{case}{LABELS_ENDING}"
 
 
-def uncertainty_path(output_dir: Path, case: str) -> Path:
-    """Return where a case's uncertainty is written, if it is asked for."""
-    return output_dir / f"{case}{UNCERTAINTY_ENDING}"
-
-
 def wanted_endings(inversion: LabelInversion) -> tuple[str, ...]:
     """Return the endings of the files that each case gets."""
     endings = [LABELS_ENDING]

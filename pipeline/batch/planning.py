@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
-from pipeline.batch.case_worker import Task
+from pipeline.batch.case_worker import Task, case_files
 from pipeline.batch.outputs import OutputFolder, name_problem, output_path
 from pipeline.batch.records import CaseRecord, read_record, record_time
 from pipeline.batch.resources import allotted_cores, allotted_memory
@@ -24,7 +24,7 @@ from pipeline.inference import (
     estimate_memory,
     ready_bytes,
 )
-from pipeline.io import Header, channel_headers, source_files, source_list
+from pipeline.io import Header, channel_headers, source_list
 from pipeline.transforms import network_grid_shape
 from pipeline.types import Case, PathOrStr
 
@@ -136,12 +136,6 @@ def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: b
     except PipelineError as error:
         return f"its input cannot be used any more: {error}"
     return why_again(out, record, files, check_hashes=check_hashes)
-
-
-def case_files(case: Case) -> list[Path]:
-    """Return all files that a case consists of; images in memory have none."""
-    paths = [Path(x) for x in source_list(case["image"]) if isinstance(x, str | Path)]
-    return [file for path in paths for file in source_files(path)]
 
 
 def forecast_cases(

@@ -8,7 +8,7 @@ from phantom import nifti, save, smooth
 
 from pipeline.batch import planning
 from pipeline.batch.case_worker import Task, failed_record
-from pipeline.batch.coordinator import WorkerDiedError
+from pipeline.batch.failures import WorkerDiedError
 from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.planning import PlannedCase, choose_jobs, forecast_cases, plan_case
 from pipeline.batch.records import write_record
