@@ -182,11 +182,7 @@ def _nrrd_files(
     value = next((fields[key] for key in DATA_FILE if key in fields), None)
     if value is None:
         return (path,), lines.position
-    if value.upper().startswith(b"LIST"):
-        names = [line for line in lines if line]
-    else:
-        names = _numbered(path, value)
-    return _beside(path, names), 0
+    return _data_files(path, value, lines), 0
 
 
 def _nrrd_doubts(fields: dict[str, bytes]) -> tuple[str, ...]:
@@ -255,11 +251,7 @@ def _meta_files(
         raise unreadable(path, "its header has no ElementDataFile")
     if value.lower() == b"local":
         return (path,), lines.position
-    if value.upper().startswith(b"LIST"):
-        names = [line for line in lines if line]
-    else:
-        names = _numbered(path, value)
-    return _beside(path, names), 0
+    return _data_files(path, value, lines), 0
 
 
 def _meta_encoding(fields: dict[str, bytes]) -> str:
@@ -324,6 +316,13 @@ def _integers(path: Path, fields: dict[str, bytes], name: str) -> list[int]:
 def _check_sizes(path: Path, sizes: list[int]) -> None:
     if len(sizes) > MAX_DIMENSIONS or not all(sizes):
         raise unreadable(path, f"its sizes are {sizes}, expected up to {MAX_DIMENSIONS}, above 0")
+
+
+def _data_files(path: Path, value: bytes, lines: _Lines) -> tuple[Path, ...]:
+    """Return the files that a header names: listed on its next lines, numbered, or a single one."""
+    if value.upper().startswith(b"LIST"):
+        return _beside(path, [line for line in lines if line])
+    return _beside(path, _numbered(path, value))
 
 
 def _numbered(path: Path, value: bytes) -> list[bytes]:
