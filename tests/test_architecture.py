@@ -19,6 +19,7 @@ PACKAGE = ROOT / "pipeline"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (  # each may import those before it
     "defaults",
+    "processes",
     "log",
     "errors",
     "types",

@@ -23,9 +23,9 @@ from pipeline.batch.coordinator import Coordinator
 from pipeline.batch.log_file import append_log
 from pipeline.batch.outputs import LOG
 from pipeline.batch.runner import Executor, Guard
-from pipeline.defaults import SAFE_PATH
 from pipeline.errors import ConfigError, RunStoppedError
 from pipeline.log import LOGGER
+from pipeline.processes import SAFE_PATH
 
 if TYPE_CHECKING:
     from distributed import Client, Future

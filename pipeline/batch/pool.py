@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
-from pipeline.defaults import SAFE_PATH
 from pipeline.errors import PipelineError, RunStoppedError
+from pipeline.processes import without_working_folder
 
 IN_FLIGHT = 3  # items per worker: one is read, one computed, one written
 POLL_SECONDS = 0.25
@@ -246,7 +246,7 @@ class Pool(Generic[I]):
             name="volseg-worker",
             daemon=True,
         )
-        with _without_working_folder():
+        with without_working_folder():
             process.start()
         theirs.close()
         worker: _Worker[I] = _Worker(number=number, process=process, connection=ours)
@@ -332,23 +332,6 @@ class Pool(Generic[I]):
         items = tuple(worker.in_flight.values())
         if items:
             on_event(TimedOut(items[0], items[1:]))
-
-
-@contextmanager
-def _without_working_folder() -> Iterator[None]:
-    """Have Python processes that start meanwhile import nothing from their working folder.
-
-    It would be the first place that they look in, and may be the folder of a foreign bundle.
-    """
-    before = os.environ.get(SAFE_PATH)
-    os.environ[SAFE_PATH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SAFE_PATH]
-        else:
-            os.environ[SAFE_PATH] = before
 
 
 def _has_room(worker: _Worker[Any]) -> bool:

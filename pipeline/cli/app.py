@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from pipeline.cli.bundles import bundle_group, export, import_command
 from pipeline.cli.evaluation import compare, evaluate
 from pipeline.cli.segment import segment, tables
 from pipeline.cli.training import crossval, plan, train
-from pipeline.defaults import SAFE_PATH
+from pipeline.processes import without_working_folder
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="volseg")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Segment MRI volumes with 2D and 3D U-Nets, as MONAI bundles.
 
     Exit status: 0 all done, 1 at least one case failed (the others are written), 2 the command or
     its configuration is wrong, 130 and 143 interrupted.
     """
-    # Python processes that a command starts import nothing from its working folder, which may be
-    # that of a foreign bundle
-    os.environ[SAFE_PATH] = "1"
+    # until the command ends, so that a program that calls it keeps its own environment
+    context.with_resource(without_working_folder())
 
 
 COMMANDS = (
