@@ -150,6 +150,8 @@ class OpenVinoNetwork:
             "PERFORMANCE_HINT": "LATENCY",  # all cores compute one window
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # pinned threads of several processes would all sit on the first cores
+            "ENABLE_CPU_PINNING": False,
         }
         self._requests: dict[tuple[int, ...], ov.InferRequest] = {}
         # an infer request belongs to one caller at a time

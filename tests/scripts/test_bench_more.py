@@ -50,6 +50,17 @@ def test_batch(tmp_path: Path) -> None:
     assert 0 <= one["outside"] <= 1
 
 
+def test_jobs(tmp_path: Path) -> None:
+    """Each number of processes and the default are timed as often as asked."""
+    root = make_bundle(tmp_path / "tiny")
+    volume = save(tmp_path / "a.nii.gz")
+    out = tmp_path / "out"
+    run("bench_jobs.py", str(volume), "--bundle", str(root), "--rounds", "1", "-o", str(out))
+    results = json.loads((out / "jobs.json").read_text())["results"]
+    assert [result["jobs"] for result in results] == ["1", "2", "default"]
+    assert all(len(result["seconds"]) == 1 for result in results)
+
+
 def test_training_steps(tmp_path: Path) -> None:
     """Both loops train on the same cases."""
     root = make_bundle(tmp_path / "tiny", labels={"background": 0, "front": 7, "back": 300})
