@@ -9,6 +9,7 @@ Modules:
     coordinator   who gets which case next, and what follows when a process died
     case_worker   one case: read, compute, write its output and then its record
     records       the record of a case
+    reading       what an output folder holds, for reports
     tables        cases.csv, volumes.csv and run.json, derived from records
     identity      whose results a folder holds: model, settings, runtime
     resume        whether a case is done: these bytes in, these bytes out
@@ -27,7 +28,8 @@ from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
-from pipeline.batch.records import CaseRecord
+from pipeline.batch.reading import BatchResults, file_problem, read_results
+from pipeline.batch.records import CaseRecord, FileState
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.runner import (
     BatchSummary,
@@ -41,8 +43,10 @@ from pipeline.batch.shards import Shard, parse_shard
 from pipeline.batch.tables import case_columns, write_tables
 
 __all__ = [
+    "BatchResults",
     "BatchSummary",
     "CaseRecord",
+    "FileState",
     "Forecast",
     "Progress",
     "Shard",
@@ -51,12 +55,14 @@ __all__ = [
     "case_columns",
     "choose_jobs",
     "dask_executor",
+    "file_problem",
     "forecast_cases",
     "local_executor",
     "output_path",
     "parse_shard",
     "pool_executor",
     "predict_many",
+    "read_results",
     "run_batch",
     "run_bundle",
     "segment_cases",

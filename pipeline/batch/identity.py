@@ -18,8 +18,8 @@ from pipeline.config import BundlePaths, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference import Model, Runtime
 from pipeline.io import (
-    RESULT_ENDINGS,
     TEMPORARY_SUFFIX,
+    WRITTEN_ENDINGS,
     host_code,
     is_written_by_volseg,
     read_json,
@@ -202,10 +202,16 @@ def _remove_results(out: OutputFolder) -> None:
     for folder, _, names in os.walk(out.root):
         for name in names:
             path = Path(folder) / name
-            if name.endswith(RESULT_ENDINGS) and is_written_by_volseg(path):
+            if name.endswith(WRITTEN_ENDINGS) and is_written_by_volseg(path):
                 path.unlink(missing_ok=True)
-    for path in (out.identity, out.runtime, *out.suspects.glob("*.json")):
+    for path in (out.identity, out.runtime, out.labels, *out.suspects.glob("*.json")):
         path.unlink(missing_ok=True)
+
+
+def settle_labels(out: OutputFolder, model: Model) -> None:
+    """Write the names and values of the labels into an output folder, for those who read it."""
+    if not out.labels.exists():
+        _write_new(out, out.labels, model.spec.labels)
 
 
 def remove_output(out: OutputFolder, relative: str) -> None:
@@ -215,7 +221,7 @@ def remove_output(out: OutputFolder, relative: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_new(out: OutputFolder, path: Path, content: Mapping[str, str]) -> bool:
+def _write_new(out: OutputFolder, path: Path, content: Mapping[str, Any]) -> bool:
     """Write a JSON file that does not exist yet; return False where another process was first."""
     # a name by which what a process left that was killed is known and removed
     name = f".{host_code()}-{os.getpid()}-{path.name}{TEMPORARY_SUFFIX}"

@@ -16,6 +16,7 @@ from pipeline.io import (
     RESULT_ENDINGS,
     UNCERTAINTY_ENDING,
 )
+from pipeline.types import Case
 
 CASES, VOLUMES, RUN, LOG = "cases.csv", "volumes.csv", "run.json", "volseg.log"
 STATE = ".volseg"
@@ -29,6 +30,16 @@ WINDOWS_FORBIDDEN = set('<>:"|?*\\')
 def output_path(output_dir: Path, case: str) -> Path:
     """Return where a case's label map is written."""
     return output_dir / f"{case}{LABELS_ENDING}"
+
+
+def output_name(case: Case, ending: str) -> str:
+    """Return the relative path of an output of a case.
+
+    Args:
+        case: a case; its `outputs` may give other names than its own with the ending.
+        ending: which output: one of `RESULT_ENDINGS`.
+    """
+    return case.get("outputs", {}).get(ending, f"{case['case']}{ending}")
 
 
 def wanted_endings(inversion: LabelInversion) -> tuple[str, ...]:
@@ -160,6 +171,11 @@ class OutputFolder:
     def runtime(self) -> Path:
         """The runtime and precision that the first process settled on."""
         return self.state / "runtime.json"
+
+    @property
+    def labels(self) -> Path:
+        """Names and values of the labels in the results."""
+        return self.state / "labels.json"
 
     @property
     def lock(self) -> Path:

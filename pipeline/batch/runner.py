@@ -20,7 +20,7 @@ from monai.engines import SupervisedEvaluator
 from pipeline.batch.case_worker import CaseWorker, Predict, Task
 from pipeline.batch.claims import Claims, claims_of_run, holds_claim
 from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
-from pipeline.batch.identity import remove_output, settle_identity
+from pipeline.batch.identity import remove_output, settle_identity, settle_labels
 from pipeline.batch.outputs import CASES, OutputFolder, wanted_endings
 from pipeline.batch.planning import PlannedCase, plan_case
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
@@ -164,6 +164,7 @@ def run_batch(
     begun = time.monotonic()
     out = OutputFolder.create(Path(output_dir))
     identity = settle_identity(out, model, overwrite=overwrite)
+    settle_labels(out, model)
     worker = CaseWorker(
         model=model, out=out, identity=identity, predict=predict, overwrite=overwrite
     )

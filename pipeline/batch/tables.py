@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,19 @@ class _Run:
             "started": self.started,
             "ended": self.ended,
         }
+
+
+def run_facts(records: Iterable[CaseRecord], command: Sequence[str]) -> dict[str, Any]:
+    """Return the content of `run.json`: what produced the results of these cases.
+
+    Args:
+        records: of all cases.
+        command: the words of the command that ran last.
+    """
+    run = _Run()
+    for record in records:
+        run.add(record)
+    return run.content(list(command))
 
 
 def write_tables(folder: Path) -> dict[str, int]:

@@ -1,0 +1,86 @@
+"""What an output folder holds, read from the records of its cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.batch.outputs import RUN, STATE, OutputFolder
+from pipeline.batch.records import CaseRecord, FileState, read_record, record_files, state_of
+from pipeline.batch.tables import run_facts
+from pipeline.errors import ConfigError
+from pipeline.io import printable, read_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchResults:
+    """The results in an output folder.
+
+    Attributes:
+        folder: the output folder.
+        records: one per case, sorted by the name of the case.
+        labels: name → value in the label maps, as in the spec; empty where it is not known, as in
+            folders that an earlier version made.
+        run: what produced the results, as in `run.json`.
+    """
+
+    folder: Path
+    records: Sequence[CaseRecord]
+    labels: Mapping[str, int]
+    run: Mapping[str, Any]
+
+
+def read_results(folder: Path) -> BatchResults:
+    """Return what an output folder holds, from its records and not from its tables.
+
+    Raises:
+        ConfigError: it is no output folder, or it holds no record of a case.
+    """
+    if not (folder / STATE).is_dir():
+        raise ConfigError(f"{folder}: no output folder of volseg: {STATE} is not there")
+    out = OutputFolder(folder)
+    found = [read_record(path) for path in record_files(out)]
+    records = [record for record in found if record is not None]
+    if not records:
+        raise ConfigError(f"{folder}: holds no record of a case; segment something into it first")
+    records.sort(key=lambda record: printable(record.case))
+    return BatchResults(
+        folder=folder,
+        records=records,
+        labels=_labels(out),
+        run=run_facts(records, _last_command(folder)),
+    )
+
+
+def file_problem(folder: Path, state: FileState) -> str:
+    """Return how a file differs from the state that a record gives; empty where it does not.
+
+    Args:
+        folder: the output folder, which paths of outputs are relative to.
+        state: of an input or an output.
+    """
+    path = folder / state.path  # an absolute path of an input stays as it is
+    try:
+        status = path.stat()
+        if (status.st_size, status.st_mtime_ns) == (state.size, state.mtime_ns):
+            return ""
+        if status.st_size == state.size and state_of(path, state.path).sha256 == state.sha256:
+            return ""  # copied or touched: the same bytes with another time
+    except OSError as error:
+        return f"{printable(path)} is gone or cannot be read ({error.strerror})"
+    return f"{printable(path)} was changed after the case was segmented"
+
+
+def _labels(out: OutputFolder) -> dict[str, int]:
+    with suppress(ConfigError, AttributeError, TypeError, ValueError):
+        return {str(name): int(value) for name, value in read_json(out.labels).items()}
+    return {}
+
+
+def _last_command(folder: Path) -> list[str]:
+    with suppress(ConfigError, AttributeError, TypeError):
+        return [str(word) for word in read_json(folder / RUN).get("command", [])]
+    return []
