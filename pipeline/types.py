@@ -52,12 +52,14 @@ class Case(_NamedCase, total=False):
         label: the path of the label map, for training and evaluation.
         problem: why the case cannot be segmented, where that is known before it is read.
         columns: further facts about the case, which are kept in the tables of results.
+        outputs: ending → relative path of that output, where it is not the name with the ending.
     """
 
     image: ImageSource | list[ImageSource]
     label: str
     problem: str
     columns: Mapping[str, str]
+    outputs: Mapping[str, str]
 
 
 __all__ = [

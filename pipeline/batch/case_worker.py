@@ -18,6 +18,7 @@ from pipeline.batch.identity import remove_output, settle_runtime
 from pipeline.batch.outputs import (
     OutputFolder,
     name_problem,
+    output_name,
     wanted_endings,
 )
 from pipeline.batch.peak_memory import PeakMemory
@@ -177,7 +178,7 @@ class CaseWorker:
         if problem:
             raise WriteError(f"{printable(task.name)}: {problem}")
         for ending in wanted_endings(self.model.inversion):
-            path = self.out.root / f"{task.name}{ending}"
+            path = self.out.root / output_name(task.case, ending)
             if path.exists() and not self.overwrite and not self._may_replace(path, task.name):
                 raise WriteError(
                     f"{printable(path)}: exists and was not written by volseg; move it away, or "
@@ -232,7 +233,7 @@ class CaseWorker:
         self.out.check(self.out.record(name))
         try:
             if record.is_failure:
-                self._remove_old_outputs(name)
+                self._remove_old_outputs(job.task.case)
             write_record(self.out, record)
         except (OSError, WriteError) as error:
             raise RunStoppedError(f"{self.out.root}: no record can be written: {error}") from error
@@ -245,7 +246,7 @@ class CaseWorker:
         begun = time.perf_counter()
         if job.error is None and job.prediction is not None:
             try:
-                outputs = self._write_outputs(job.task.name, job.prediction)
+                outputs = self._write_outputs(job.task.case, job.prediction)
             except RunStoppedError:
                 raise
             except CASE_ERRORS as error:
@@ -283,7 +284,7 @@ class CaseWorker:
             started=job.started,
         )
 
-    def _write_outputs(self, name: str, prediction: Prediction) -> tuple[FileState, ...]:
+    def _write_outputs(self, case: Case, prediction: Prediction) -> tuple[FileState, ...]:
         affine, header = prediction.affine, prediction.header
         images = {}
         if prediction.uncertainty is not None:
@@ -295,20 +296,21 @@ class CaseWorker:
         images[LABELS_ENDING] = as_nibabel(prediction.labels, affine, header)
         states = []
         for ending, image in images.items():
-            path = self.out.root / f"{name}{ending}"
+            path = self.out.root / output_name(case, ending)
             self.out.check(path)
             write_labels(path, image, staging=self.out.staging)
             states.append(state_of(path, path.relative_to(self.out.root).as_posix()))
         return tuple(states)
 
-    def _remove_old_outputs(self, name: str) -> None:
+    def _remove_old_outputs(self, case: Case) -> None:
         """Remove the outputs of an earlier run of a case that failed now."""
-        if name_problem(name):
+        if name_problem(case["case"]):
             return
         for ending in RESULT_ENDINGS:  # a file that somebody put in their place stays
-            path = self.out.root / f"{name}{ending}"
-            if path.is_file() and self._may_replace(path, name):
-                remove_output(self.out, f"{name}{ending}")
+            name = output_name(case, ending)
+            path = self.out.root / name
+            if path.is_file() and self._may_replace(path, case["case"]):
+                remove_output(self.out, name)
 
 
 def failed_record(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.batch.case_worker import Task, case_files
-from pipeline.batch.outputs import OutputFolder, name_problem, output_path
+from pipeline.batch.outputs import OutputFolder, name_problem, output_name
 from pipeline.batch.records import CaseRecord, read_record, record_time
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.resume import why_again
@@ -24,7 +24,7 @@ from pipeline.inference import (
     estimate_memory,
     ready_bytes,
 )
-from pipeline.io import Header, channel_headers, source_list
+from pipeline.io import LABELS_ENDING, Header, channel_headers, source_list
 from pipeline.transforms import network_grid_shape
 from pipeline.types import Case, PathOrStr
 
@@ -108,7 +108,7 @@ def plan_case(
         clear_suspect(out, record.case)
         suspect = None
     elif record.status == "done":
-        reason = _missing(record, endings)
+        reason = _missing(record, case, endings)
         reason = reason or _again(out, record, case, check_hashes=check_hashes)
         if not reason:
             return PlannedCase(task=Task(case=case), state="done", record=record)
@@ -118,10 +118,10 @@ def plan_case(
     return PlannedCase(task=task, state="to do", record=record)
 
 
-def _missing(record: CaseRecord, endings: Sequence[str]) -> str:
+def _missing(record: CaseRecord, case: Case, endings: Sequence[str]) -> str:
     written = [state.path for state in record.outputs]
     for ending in endings:
-        if f"{record.case}{ending}" not in written:
+        if output_name(case, ending) not in written:
             return f"it has no {ending.lstrip('_')} yet"
     return ""
 
@@ -159,7 +159,9 @@ def forecast_cases(
 
 def _forecast(model: Model, case: Case, out: Path, base: int) -> Forecast:
     files = tuple(str(x) for x in source_list(case.get("image", [])))
-    known = Forecast(case=case["case"], files=files, output=str(output_path(out, case["case"])))
+    known = Forecast(
+        case=case["case"], files=files, output=str(out / output_name(case, LABELS_ENDING))
+    )
     problem = case.get("problem", "") or name_problem(case["case"])
     if problem:
         return replace(known, problem=problem)

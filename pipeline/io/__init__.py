@@ -39,6 +39,7 @@ from pipeline.io.discovery import (
     PROBABILITIES_ENDING,
     RESULT_ENDINGS,
     UNCERTAINTY_ENDING,
+    WRITTEN_ENDINGS,
     is_readable,
     is_written_by_volseg,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "SAME_GRID_MM",
     "TEMPORARY_SUFFIX",
     "UNCERTAINTY_ENDING",
+    "WRITTEN_ENDINGS",
     "Grid",
     "Header",
     "Image",

@@ -23,6 +23,8 @@ LABELS_ENDING = "_seg.nii.gz"
 UNCERTAINTY_ENDING = "_uncertainty.nii.gz"
 PROBABILITIES_ENDING = "_probabilities.nii.gz"
 RESULT_ENDINGS = (LABELS_ENDING, UNCERTAINTY_ENDING, PROBABILITIES_ENDING)
+# endings of all files that volseg writes, those of BIDS derivatives included
+WRITTEN_ENDINGS = (*RESULT_ENDINGS, "_dseg.nii.gz")
 Identity = tuple[int, int]
 
 
@@ -155,7 +157,7 @@ def _candidate(path: Path) -> Iterator[FoundFile]:
     if not path.is_file():
         yield FoundFile(path, "this is neither a file nor a folder")
     # the name is compared first, because opening every file of a large folder is slow
-    elif not (path.name.endswith(RESULT_ENDINGS) and is_written_by_volseg(path)):
+    elif not (path.name.endswith(WRITTEN_ENDINGS) and is_written_by_volseg(path)):
         yield FoundFile(path)
 
 
