@@ -106,6 +106,9 @@ def parse_arguments() -> argparse.Namespace:
         "--batch", type=Path, help="Add results of scripts/bench_batch.py to the page."
     )
     parser.add_argument(
+        "--jobs", type=Path, help="Add results of scripts/bench_jobs.py to the page."
+    )
+    parser.add_argument(
         "--int8", type=Path, help="Add results of scripts/bench_int8.py to the page."
     )
     return parser.parse_args()
@@ -347,6 +350,29 @@ def batch_section(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def jobs_section(found: dict[str, Any]) -> list[str]:
+    """Return the results of scripts/bench_jobs.py as lines of Markdown."""
+    first, *_ = found["batches"]
+    choices = list(first["medians"])
+    lines = [
+        "",
+        "## Worker processes",
+        "",
+        "`python scripts/bench_jobs.py --batch FOLDER BUNDLE …`: seconds of the whole command, "
+        "with its imports, by `--jobs`;",
+        f"medians of {first['rounds']} runs each, in turns. The last column compares the default "
+        f"to `--jobs {choices[0]}`.",
+        "",
+        table_row(["bundle", "cases", *choices, "times as fast"]),
+        "|---" * (len(choices) + 3) + "|",
+    ]
+    for batch in found["batches"]:
+        medians = list(batch["medians"].values())
+        cells = [batch["bundle"], batch["cases"], *(f"{seconds:.1f}" for seconds in medians)]
+        lines.append(table_row([*cells, f"{medians[0] / medians[-1]:.2f}"]))
+    return lines
+
+
 def table_row(cells: Iterable[object]) -> str:
     """Return one row of a Markdown table."""
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -407,6 +433,7 @@ def render_page(found: dict[str, Any], args: argparse.Namespace) -> str:
         lines += ["", f"![Seconds per volume, by step]({plot})"]
     sections = (
         (args.batch, batch_section),
+        (args.jobs, jobs_section),
         (args.memory, memory_section),
         (args.int8, int8_section),
     )

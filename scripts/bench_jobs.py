@@ -1,21 +1,24 @@
-"""Compare numbers of worker processes, and the default, on a batch.
+"""Compare numbers of worker processes, and the default, on batches.
 
-    python scripts/bench_jobs.py FOLDER --bundle brain_mr_structures --jobs 1 2 -o runs/bench_jobs
+    python scripts/bench_jobs.py --batch FOLDER BUNDLE --batch FOLDER BUNDLE --json runs/jobs.json
 
-Each round runs `volseg segment FOLDER` once with each `--jobs`, in turn, and once without it. The
-time is that of the whole command, with its imports.
+Each round runs `volseg segment FOLDER --bundle BUNDLE` once with each `--jobs`, in turn, and once
+without it. The time is that of the whole command, with its imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from bench import log
 
 from pipeline.io import write_json
 
@@ -27,50 +30,61 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("inputs", type=Path, nargs="+", help="Files or folders to segment.")
-    parser.add_argument("--bundle", required=True, help="Bundle to segment with.")
+    parser.add_argument(
+        "--batch",
+        nargs=2,
+        action="append",
+        required=True,
+        metavar=("INPUT", "BUNDLE"),
+        help="File or folder to segment, and the bundle to segment it with. Can be repeated.",
+    )
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2], help="Numbers to compare.")
     parser.add_argument("--rounds", type=int, default=3, help="Runs of each.")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="Folder to work in.")
+    parser.add_argument("--json", type=Path, help="Write the results to this file.")
     return parser.parse_args()
 
 
-def seconds_of(args: argparse.Namespace, jobs: str) -> float:
-    """Return the wall time in seconds of one run of the command with `jobs` processes."""
-    output = args.output / f"jobs_{jobs}"
-    shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "pipeline.cli", "segment", *map(str, args.inputs)]
-    command += ["--bundle", args.bundle, "-o", str(output), "-q"]
-    command += [] if jobs == DEFAULT else ["--jobs", jobs]
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
+def run_once(source: str, bundle: str, jobs: str) -> tuple[float, int]:
+    """Return the wall time of one run of the command, in seconds, and the number of its cases."""
+    with tempfile.TemporaryDirectory() as output:
+        command = [sys.executable, "-m", "pipeline.cli", "segment", source, "--bundle", bundle]
+        command += ["-o", output, "-q"]
+        command += [] if jobs == DEFAULT else ["--jobs", jobs]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        return seconds, len(list(Path(output).rglob("*_seg.nii.gz")))
 
 
-def main() -> None:
-    """Time each number of processes and write the medians and their ratios."""
-    args = parse_arguments()
-    args.output.mkdir(parents=True, exist_ok=True)
+def measure(source: str, bundle: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the times of one batch for each number of processes, and their medians."""
     choices = [*map(str, args.jobs), DEFAULT]
     seconds: dict[str, list[float]] = {jobs: [] for jobs in choices}
+    cases = 0
     for number in range(args.rounds):
         turn = number % len(choices)
         for jobs in choices[turn:] + choices[:turn]:  # another one is the first in each round
-            seconds[jobs].append(seconds_of(args, jobs))
-            print(f"round {number + 1}: --jobs {jobs}: {seconds[jobs][-1]:.1f} s", flush=True)
-    first = statistics.median(seconds[choices[0]])
-    results = [
-        {
-            "jobs": jobs,
-            "seconds": [round(value, 2) for value in seconds[jobs]],
-            "median": round(statistics.median(seconds[jobs]), 2),
-            "times_as_fast": round(first / statistics.median(seconds[jobs]), 3),
-        }
-        for jobs in choices
-    ]
-    for result in results:
-        print(json.dumps(result))
-    write_json(args.output / "jobs.json", {"results": results})
+            taken, cases = run_once(source, bundle, jobs)
+            seconds[jobs].append(taken)
+            log(f"{bundle}, round {number + 1}: --jobs {jobs}: {taken:.1f} s")
+    medians = {jobs: statistics.median(taken) for jobs, taken in seconds.items()}
+    return {
+        "bundle": Path(bundle).name,
+        "cases": cases,
+        "rounds": args.rounds,
+        "seconds": seconds,
+        "medians": medians,
+    }
+
+
+def main() -> None:
+    """Measure each batch and write the results."""
+    args = parse_arguments()
+    batches = [measure(source, bundle, args) for source, bundle in args.batch]
+    for batch in batches:
+        log(json.dumps(batch))
+    if args.json:
+        write_json(args.json, {"batches": batches})
 
 
 if __name__ == "__main__":

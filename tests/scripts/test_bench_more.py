@@ -54,11 +54,13 @@ def test_jobs(tmp_path: Path) -> None:
     """Each number of processes and the default are timed as often as asked."""
     root = make_bundle(tmp_path / "tiny")
     volume = save(tmp_path / "a.nii.gz")
-    out = tmp_path / "out"
-    run("bench_jobs.py", str(volume), "--bundle", str(root), "--rounds", "1", "-o", str(out))
-    results = json.loads((out / "jobs.json").read_text())["results"]
-    assert [result["jobs"] for result in results] == ["1", "2", "default"]
-    assert all(len(result["seconds"]) == 1 for result in results)
+    found = tmp_path / "jobs.json"
+    batch = ["--batch", str(volume), str(root)]
+    run("bench_jobs.py", *batch, "--rounds", "1", "--json", str(found))
+    (result,) = json.loads(found.read_text())["batches"]
+    assert result["cases"] == 1
+    assert list(result["medians"]) == ["1", "2", "default"]
+    assert all(len(seconds) == 1 for seconds in result["seconds"].values())
 
 
 def test_training_steps(tmp_path: Path) -> None:
