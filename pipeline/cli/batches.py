@@ -101,8 +101,8 @@ def worker_options() -> Decorator:
         click.option(
             "--shard",
             metavar="K/N",
-            help="Segment the K-th of N parts of the inputs, K from 1; slurm or kubernetes take the "
-            "number of the job array's task or of the indexed job's pod.",
+            help="Segment the K-th of N parts of the inputs, K from 1; slurm or kubernetes take "
+            "the number of the job array's task or of the indexed job's pod.",
         ),
         click.option(
             "--dask",
