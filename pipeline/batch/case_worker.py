@@ -6,7 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -19,7 +19,6 @@ from pipeline.batch.outputs import (
     OutputFolder,
     name_problem,
     output_name,
-    wanted_endings,
 )
 from pipeline.batch.peak_memory import PeakMemory
 from pipeline.batch.records import (
@@ -38,14 +37,7 @@ from pipeline.errors import (
     WriteError,
     explicit_causes,
 )
-from pipeline.inference import (
-    Model,
-    Prediction,
-    PreparedCase,
-    predict_case,
-    predict_prepared,
-    prepare,
-)
+from pipeline.inference import CaseModel, Prediction, PreparedCase
 from pipeline.io import (
     LABELS_ENDING,
     PROBABILITIES_ENDING,
@@ -64,7 +56,7 @@ from pipeline.io import (
 )
 from pipeline.types import Case
 
-Predict = Callable[[Model, PreparedCase], Prediction]
+Predict = Callable[[Any, PreparedCase], Prediction]
 STEPS = ("read", "preprocess", "network", "invert", "write")
 PACKAGES = ("volseg", "monai", "torch", "nibabel", "SimpleITK", "pytorch-ignite", "numpy")
 CASE_ERRORS = (Exception, SystemExit)  # a reader may even raise SystemExit
@@ -115,13 +107,13 @@ class CaseWorker:
         model: an opened bundle.
         out: the output folder.
         identity: of the folder's results.
-        predict: segments a prepared case; `predict_prepared` by default.
+        predict: segments a prepared case; the model's own `predict` by default.
         overwrite: whether files that volseg did not write are replaced.
         may_publish: asked for the name of a case before anything of it is written; False drops the
             case, because another run has taken it over.
     """
 
-    model: Model
+    model: CaseModel
     out: OutputFolder
     identity: Mapping[str, str]
     predict: Predict | None = None
@@ -164,7 +156,7 @@ class CaseWorker:
             self._check_start(task)
             job.inputs = retry_io(lambda: states_of_inputs(case_files(task.case)))
             if self.model.max_memory is None:
-                job.prepared = retry_io(lambda: prepare(self.model, task.case["image"]))
+                job.prepared = retry_io(lambda: self.model.prepare(task.case["image"]))
                 self._check_unchanged(job)
         except CASE_ERRORS as error:
             job.error = error
@@ -177,7 +169,7 @@ class CaseWorker:
         problem = name_problem(task.name)
         if problem:
             raise WriteError(f"{printable(task.name)}: {problem}")
-        for ending in wanted_endings(self.model.inversion):
+        for ending in self.model.endings:
             path = self.out.root / output_name(task.case, ending)
             if path.exists() and not self.overwrite and not self._may_replace(path, task.name):
                 raise WriteError(
@@ -209,11 +201,15 @@ class CaseWorker:
         if job.error is not None:
             return job
         try:
+            if self._computed is None:  # a model may need a case to decide what computes it
+                self._computed = settle_runtime(self.out, self.model, job.task.case["image"])
             if job.prepared is None:
-                job.prediction = predict_case(self.model, job.task.case["image"])
+                job.prediction = self.model.predict_case(job.task.case["image"])
                 self._check_unchanged(job)
+            elif self.predict is not None:
+                job.prediction = self.predict(self.model, job.prepared)
             else:
-                job.prediction = (self.predict or predict_prepared)(self.model, job.prepared)
+                job.prediction = self.model.predict(job.prepared)
         except CASE_ERRORS as error:
             job.error = error
         job.prepared = None
@@ -269,7 +265,6 @@ class CaseWorker:
     def _blank(self, job: _Job) -> CaseRecord:
         """Return what the record of a case holds whatever became of it."""
         case = job.task.case
-        description = getattr(self.model.network, "description", None)
         return CaseRecord(
             case=case["case"],
             status="failed",
@@ -278,7 +273,7 @@ class CaseWorker:
             inputs=job.inputs,
             columns=dict(case.get("columns", {})),
             made_by=dict(self.identity),
-            computed=asdict(description) if description is not None else self._computed,
+            computed=self.model.description or self._computed,
             versions=package_versions(),
             host=socket.gethostname(),
             started=job.started,

@@ -71,7 +71,7 @@ class RunSettings:
         threads: of each worker; None for as many as Dask was given for the worker.
         case_timeout: seconds that a case may take; None for no limit.
         overwrite: whether files that volseg did not write are replaced.
-        predict: segments a prepared case; `predict_prepared` by default.
+        predict: segments a prepared case; the model's own `predict` by default.
     """
 
     run: str

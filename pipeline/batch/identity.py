@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from pipeline.batch.locks import locked
 from pipeline.batch.outputs import RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
 from pipeline.bundle import code_hash, wiring_origin
-from pipeline.config import BundlePaths, spec_fingerprint
+from pipeline.config import BundlePaths
 from pipeline.errors import ConfigError
-from pipeline.inference import Model, Runtime
+from pipeline.inference import CaseModel
 from pipeline.io import (
     TEMPORARY_SUFFIX,
     WRITTEN_ENDINGS,
     host_code,
     is_written_by_volseg,
     read_json,
-    sha256,
     write_atomically,
 )
 
@@ -32,21 +30,16 @@ from pipeline.io import (
 RESULTS_VERSION = 1
 
 
-def results_identity(model: Model) -> dict[str, str]:
+def results_identity(model: CaseModel) -> dict[str, str]:
     """Return what must be equal for results to belong together.
 
     Number of processes, shard, machine and version of the package are no part of it.
     """
-    paths, reader = BundlePaths(model.root), model.preprocessing.reader
+    paths = BundlePaths(model.root)
     return {
         "bundle": paths.folder.resolve().name,
-        "weights_sha256": sha256(paths.weights),
-        "spec_sha256": spec_fingerprint(model.spec),
         "wiring": _wiring(paths),
-        "int8_model_sha256": _int8_model(model, paths),
-        "overlap": str(getattr(model.inferer, "overlap", "")),
-        "volume": str(reader.volume),
-        "labels_spacing": str(reader.labels_spacing),
+        **model.identity(),
         "results_version": str(RESULTS_VERSION),
     }
 
@@ -57,14 +50,7 @@ def _wiring(paths: BundlePaths) -> str:
     return "volseg" if ours else code_hash(paths.folder)
 
 
-def _int8_model(model: Model, paths: BundlePaths) -> str:
-    """Return the hash of the int8 model where it computes: another calibration, other voxels."""
-    if getattr(model.network, "precision", "") != "int8" or not paths.int8_model.is_file():
-        return ""
-    return sha256(paths.int8_model)
-
-
-def settle_identity(out: OutputFolder, model: Model, *, overwrite: bool) -> dict[str, str]:
+def settle_identity(out: OutputFolder, model: CaseModel, *, overwrite: bool) -> dict[str, str]:
     """Return the identity of an output folder's results, which is the model's.
 
     Args:
@@ -90,7 +76,7 @@ def settle_identity(out: OutputFolder, model: Model, *, overwrite: bool) -> dict
     return wanted
 
 
-def _remove_others(out: OutputFolder, model: Model, wanted: Mapping[str, str]) -> None:
+def _remove_others(out: OutputFolder, model: CaseModel, wanted: Mapping[str, str]) -> None:
     """Remove the results of another model, setting or runtime, and make the folder the model's."""
     try:
         with locked(out.lock):  # or two shards would remove each other's new results
@@ -101,25 +87,34 @@ def _remove_others(out: OutputFolder, model: Model, wanted: Mapping[str, str]) -
         raise ConfigError(f"{out.root}: its results cannot be removed: {error.strerror}") from error
 
 
-def settle_runtime(out: OutputFolder, model: Model) -> Mapping[str, Any] | None:
+def settle_runtime(
+    out: OutputFolder, model: CaseModel, image: Any = None
+) -> Mapping[str, Any] | None:
     """Prepare the network with the runtime and precision that the folder's results have.
 
     The first process of a folder decides; all others follow, so that voxels do not depend on which
     process computed a case.
 
+    Args:
+        out: the output folder.
+        model: an opened bundle.
+        image: a case by which the model may decide; None before the first case.
+
     Returns:
-        what computes the network; None for a network that is not ours to prepare.
+        what computes the network; None for a network that is not ours to prepare, and for a model
+        that has not decided yet.
 
     Raises:
         ConfigError: this process cannot follow.
     """
-    network = model.network
-    if not isinstance(network, Runtime):
+    if model.asked_runtime is None:
         return None
     decided = _stored_runtime(out)
     if decided is not None:
-        _follow(network, decided, out)
-    description = asdict(network.prepare(model.device))
+        _follow(model, decided, out)
+    description = model.prepare_runtime(image)
+    if description is None:
+        return None
     chosen = {key: str(description[key]) for key in ("runtime", "precision")}
     if decided is None and not _write_new(out, out.runtime, chosen):
         decided = _stored_runtime(out)
@@ -132,24 +127,23 @@ def settle_runtime(out: OutputFolder, model: Model) -> Mapping[str, Any] | None:
     return description
 
 
-def _follow(network: Runtime, decided: Mapping[str, str], out: OutputFolder) -> None:
+def _follow(model: CaseModel, decided: Mapping[str, str], out: OutputFolder) -> None:
     """Ask for the runtime and precision that were decided, unless others were asked for."""
-    for key in ("runtime", "precision"):
-        asked = getattr(network, key)
+    for key, asked in (model.asked_runtime or {}).items():
         if asked not in ("auto", decided[key]):
             raise ConfigError(
                 f"{out.root}: its results are computed by {_words(decided)}, --{key} {asked} was "
                 "asked for: choose another folder, or --overwrite"
             )
-        setattr(network, key, decided[key])
+    model.follow_runtime(decided)
 
 
-def _asks_for_another_runtime(out: OutputFolder, model: Model) -> bool:
+def _asks_for_another_runtime(out: OutputFolder, model: CaseModel) -> bool:
     """Return whether a model is to be computed in another way than a folder's results."""
-    decided = _stored_runtime(out)
-    if decided is None or not isinstance(model.network, Runtime):
+    decided, asked = _stored_runtime(out), model.asked_runtime
+    if decided is None or asked is None:
         return False
-    return any(getattr(model.network, key) not in ("auto", decided[key]) for key in decided)
+    return any(asked[key] not in ("auto", decided[key]) for key in decided)
 
 
 def _words(choice: Mapping[str, str]) -> str:
@@ -208,10 +202,10 @@ def _remove_results(out: OutputFolder) -> None:
         path.unlink(missing_ok=True)
 
 
-def settle_labels(out: OutputFolder, model: Model) -> None:
+def settle_labels(out: OutputFolder, model: CaseModel) -> None:
     """Write the names and values of the labels into an output folder, for those who read it."""
     if not out.labels.exists():
-        _write_new(out, out.labels, model.spec.labels)
+        _write_new(out, out.labels, model.labels)
 
 
 def remove_output(out: OutputFolder, relative: str) -> None:

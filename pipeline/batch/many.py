@@ -15,14 +15,7 @@ from pipeline.batch.pool import Died, Finished, Pool, TimedOut
 from pipeline.batch.runner import default_start_method, on_own_gpu
 from pipeline.batch.stages import run_stages
 from pipeline.errors import PipelineError, find_pipeline_error
-from pipeline.inference import (
-    Model,
-    Prediction,
-    PreparedCase,
-    predict_case,
-    predict_prepared,
-    prepare,
-)
+from pipeline.inference import CaseModel, Prediction, PreparedCase
 
 Result = Prediction | PipelineError
 
@@ -62,7 +55,7 @@ class _Images:
 class _ImageWork:
     """What a worker process does with images."""
 
-    model: Model
+    model: CaseModel
 
     def start(self, number: int, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -72,15 +65,15 @@ class _ImageWork:
         concurrent = self.model.max_memory is None
 
         def read(item: _Item) -> tuple[_Item, PreparedCase | PipelineError | None]:
-            return item, _attempt(lambda: prepare(self.model, item.image)) if concurrent else None
+            return item, _attempt(lambda: self.model.prepare(item.image)) if concurrent else None
 
         def compute(pair: tuple[_Item, PreparedCase | PipelineError | None]) -> tuple[int, Result]:
             item, prepared = pair
             if isinstance(prepared, PipelineError):
                 return item.name, prepared
             if prepared is None:
-                return item.name, _attempt(lambda: predict_case(self.model, item.image))
-            return item.name, _attempt(lambda: predict_prepared(self.model, prepared))
+                return item.name, _attempt(lambda: self.model.predict_case(item.image))
+            return item.name, _attempt(lambda: self.model.predict(prepared))
 
         def write(pair: tuple[int, Result]) -> None:
             emit(pair[0], pair)
@@ -88,12 +81,14 @@ class _ImageWork:
         run_stages(items, read, compute, write, concurrent=concurrent)
 
 
-def predict_many(model: Model, images: Iterable[Any], *, jobs: int) -> Iterator[tuple[int, Result]]:
+def predict_many(
+    model: CaseModel, images: Iterable[Any], *, jobs: int
+) -> Iterator[tuple[int, Result]]:
     """Yield the predictions of images as they come, in any order, with the number of the image.
 
     Args:
         model: an opened bundle.
-        images: each is what `predict_case` takes.
+        images: each is what `CaseModel.predict_case` takes.
         jobs: number of processes, which share the cores; 1 computes in this process.
 
     Yields:
@@ -101,7 +96,7 @@ def predict_many(model: Model, images: Iterable[Any], *, jobs: int) -> Iterator[
     """
     if jobs == 1:
         for number, image in enumerate(images):
-            yield number, _attempt(partial(predict_case, model, image))
+            yield number, _attempt(partial(model.predict_case, image))
         return
     pool: Pool[_Item] = Pool(
         _ImageWork(model),

@@ -9,13 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ConfigError, RunStoppedError
-from pipeline.inference import LabelInversion
-from pipeline.io import (
-    LABELS_ENDING,
-    PROBABILITIES_ENDING,
-    RESULT_ENDINGS,
-    UNCERTAINTY_ENDING,
-)
+from pipeline.io import LABELS_ENDING, RESULT_ENDINGS
 from pipeline.types import Case
 
 CASES, VOLUMES, RUN, LOG = "cases.csv", "volumes.csv", "run.json", "volseg.log"
@@ -40,16 +34,6 @@ def output_name(case: Case, ending: str) -> str:
         ending: which output: one of `RESULT_ENDINGS`.
     """
     return case.get("outputs", {}).get(ending, f"{case['case']}{ending}")
-
-
-def wanted_endings(inversion: LabelInversion) -> tuple[str, ...]:
-    """Return the endings of the files that each case gets."""
-    endings = [LABELS_ENDING]
-    if inversion.uncertainty:
-        endings.append(UNCERTAINTY_ENDING)
-    if inversion.probabilities:
-        endings.append(PROBABILITIES_ENDING)
-    return tuple(endings)
 
 
 def name_problem(case: str, *, windows: bool = sys.platform == "win32") -> str:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -17,15 +16,8 @@ from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.resume import why_again
 from pipeline.batch.suspects import Suspect, clear_suspect
 from pipeline.errors import PipelineError, VolumeError
-from pipeline.inference import (
-    MemoryEstimate,
-    Model,
-    WindowInferer,
-    estimate_memory,
-    ready_bytes,
-)
+from pipeline.inference import CaseModel
 from pipeline.io import LABELS_ENDING, Header, channel_headers, source_list
-from pipeline.transforms import network_grid_shape
 from pipeline.types import Case, PathOrStr
 
 MEMORY_FRACTION = 0.7  # of the memory at hand that a batch plans to use
@@ -139,7 +131,7 @@ def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: b
 
 
 def forecast_cases(
-    model: Model, cases: Sequence[Case], output_dir: PathOrStr
+    model: CaseModel, cases: Sequence[Case], output_dir: PathOrStr
 ) -> tuple[list[Forecast], float]:
     """Return what the headers of cases say about their cost, and the seconds of one window.
 
@@ -150,14 +142,14 @@ def forecast_cases(
         cases: with `case` and `image`.
         output_dir: where results would go.
     """
-    base = ready_bytes(model)  # prepares the network, so that the second run is timed
+    base = model.ready_bytes()  # prepares the network, so that the second run is timed
     begun = time.perf_counter()
-    ready_bytes(model)
+    model.ready_bytes()
     seconds = time.perf_counter() - begun
     return [_forecast(model, case, Path(output_dir), base) for case in cases], seconds
 
 
-def _forecast(model: Model, case: Case, out: Path, base: int) -> Forecast:
+def _forecast(model: CaseModel, case: Case, out: Path, base: int) -> Forecast:
     files = tuple(str(x) for x in source_list(case.get("image", [])))
     known = Forecast(
         case=case["case"], files=files, output=str(out / output_name(case, LABELS_ENDING))
@@ -166,16 +158,16 @@ def _forecast(model: Model, case: Case, out: Path, base: int) -> Forecast:
     if problem:
         return replace(known, problem=problem)
     try:
-        headers = channel_headers(list(files), len(model.spec.channels))
+        headers = channel_headers(list(files), len(model.channels))
         _check_same_shape(headers)
-        memory = estimate_memory(model, headers, base)
+        memory = model.peak_bytes(headers, base)
     except (PipelineError, ValueError) as error:
         return replace(known, problem=str(error))
     return _with_header(known, model, headers, memory)
 
 
 def choose_jobs(
-    model: Model, cases: Sequence[Case], jobs: int | None, limit: int | None
+    model: CaseModel, cases: Sequence[Case], jobs: int | None, limit: int | None
 ) -> tuple[int, int]:
     """Return how many processes work on a batch, and with how many threads each.
 
@@ -191,7 +183,7 @@ def choose_jobs(
     return jobs, max(1, cores // jobs)
 
 
-def _best_jobs(model: Model, cases: Sequence[Case], cores: int, limit: int | None) -> int:
+def _best_jobs(model: CaseModel, cases: Sequence[Case], cores: int, limit: int | None) -> int:
     if model.device.type != "cpu" or limit is not None:
         return 1
     sizes = _sample_memory(model, cases)
@@ -200,18 +192,18 @@ def _best_jobs(model: Model, cases: Sequence[Case], cores: int, limit: int | Non
     return max(1, min(cores, fitting, len(cases)))
 
 
-def _sample_memory(model: Model, cases: Sequence[Case]) -> list[int]:
+def _sample_memory(model: CaseModel, cases: Sequence[Case]) -> list[int]:
     """Return the memory that a process needs for some of the cases, bytes."""
     sizes = []
     for case in cases[:: max(1, len(cases) // SAMPLE_CASES)]:
         with suppress(PipelineError, ValueError, KeyError):
-            headers = channel_headers(case["image"], len(model.spec.channels))
-            sizes.append(estimate_memory(model, headers, PROCESS_BYTES).peak)
+            headers = channel_headers(case["image"], len(model.channels))
+            sizes.append(model.peak_bytes(headers, PROCESS_BYTES))
     return sizes
 
 
 def _with_header(
-    known: Forecast, model: Model, headers: Sequence[Header], memory: MemoryEstimate
+    known: Forecast, model: CaseModel, headers: Sequence[Header], memory: int
 ) -> Forecast:
     first = headers[0]
     columns = first.affine[:3, :3].T
@@ -221,8 +213,8 @@ def _with_header(
         shape=tuple(first.shape),
         spacing=spacing,
         input_bytes=sum(Path(file).stat().st_size for file in known.files),
-        windows=window_count(model, first),
-        memory=memory.peak,
+        windows=model.window_count(first),
+        memory=memory,
     )
 
 
@@ -230,12 +222,3 @@ def _check_same_shape(headers: Sequence[Header]) -> None:
     shapes = {header.shape for header in headers}
     if len(shapes) > 1:
         raise VolumeError(f"its channels have different shapes: {', '.join(map(str, shapes))}")
-
-
-def window_count(model: Model, header: Header) -> int:
-    """Return how many windows cover a volume; the network may compute fewer, or some twice."""
-    grid = network_grid_shape(model.spec, header)
-    if not isinstance(model.inferer, WindowInferer):
-        return max(1, prod(grid) // prod(model.spec.roi_size))
-    windows = model.inferer.windows(grid, len(model.spec.labels), None)
-    return prod(len(starts) for starts in windows.starts)

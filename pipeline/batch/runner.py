@@ -21,7 +21,7 @@ from pipeline.batch.case_worker import CaseWorker, Predict, Task
 from pipeline.batch.claims import Claims, claims_of_run, holds_claim
 from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
 from pipeline.batch.identity import remove_output, settle_identity, settle_labels
-from pipeline.batch.outputs import CASES, OutputFolder, wanted_endings
+from pipeline.batch.outputs import CASES, OutputFolder
 from pipeline.batch.planning import PlannedCase, plan_case
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
 from pipeline.batch.records import CaseRecord, read_record
@@ -29,6 +29,7 @@ from pipeline.batch.suspects import Suspect, clear_suspect, read_suspects
 from pipeline.batch.tables import write_tables
 from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError, WriteError
 from pipeline.inference import (
+    CaseModel,
     Model,
     Prediction,
     PreparedCase,
@@ -129,7 +130,7 @@ def _signals(guard: Guard) -> Iterator[None]:
 
 
 def run_batch(
-    model: Model,
+    model: CaseModel,
     cases: Sequence[Case],
     output_dir: PathOrStr,
     executor: Executor,
@@ -154,7 +155,7 @@ def run_batch(
             setting in the folder are removed.
         check_hashes: whether files are compared by hash even if size and time are the same.
         progress: called with the record of each case.
-        predict: segments a prepared case; `predict_prepared` by default.
+        predict: segments a prepared case; the model's own `predict` by default.
 
     Raises:
         ConfigError: the folder holds results of another model or setting.
@@ -179,7 +180,7 @@ def run_batch(
                     cases,
                     coordinator,
                     guard,
-                    endings=wanted_endings(model.inversion),
+                    endings=model.endings,
                     overwrite=overwrite,
                     hashes=check_hashes,
                 )
@@ -346,7 +347,7 @@ def pool_executor(
     return executor
 
 
-def on_own_gpu(model: Model, number: int, gpus: int) -> Model:
+def on_own_gpu(model: CaseModel, number: int, gpus: int) -> CaseModel:
     """Return a model on the GPU of a worker, where there are several GPUs.
 
     Args:
@@ -356,11 +357,10 @@ def on_own_gpu(model: Model, number: int, gpus: int) -> Model:
     """
     if model.device != torch.device("cuda") or gpus < 2:
         return model
-    device = torch.device("cuda", number % gpus)
-    return replace(model, device=device, network=model.network.to(device))
+    return model.on_device(torch.device("cuda", number % gpus))
 
 
-def default_start_method(model: Model) -> StartMethod:
+def default_start_method(model: CaseModel) -> StartMethod:
     """Return how worker processes are started.
 
     A forked process shares the memory of the model and starts at once, but only Linux forks safely,
@@ -378,7 +378,7 @@ def _gpu_in_use() -> bool:
 
 
 def segment_cases(
-    model: Model,
+    model: CaseModel,
     cases: Sequence[Case],
     output_dir: PathOrStr,
     *,

@@ -2,7 +2,8 @@
 
 Modules:
     predictor                one case through the whole path
-    model                    what a prediction starts from and results in
+    case_model               what a batch needs of any model, and what a prediction results in
+    model                    a bundle of volseg's, opened
     sliding_window           the network over a volume of any size
     windows, aggregator, boxes   batches of windows, and their sums as finished blocks
     foreground, localisation where windows are needed
@@ -15,6 +16,7 @@ Modules:
 """
 
 from pipeline.inference.aggregator import window_grid
+from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
 from pipeline.inference.device import keep_freed_memory, resolve_device
 from pipeline.inference.invert import LabelInversion
@@ -25,7 +27,7 @@ from pipeline.inference.memory_plan import (
     plan_memory,
     ready_bytes,
 )
-from pipeline.inference.model import Model, Prediction, PreparedCase
+from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import (
     OpenVinoNetwork,
     RuntimeAgreement,
@@ -50,6 +52,7 @@ from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import WindowInferer, build_inferer
 
 __all__ = [
+    "CaseModel",
     "LabelInversion",
     "MemoryEstimate",
     "Model",

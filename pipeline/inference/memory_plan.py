@@ -6,17 +6,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.aggregator import FLOAT32_BYTES, buffer_bytes
 from pipeline.inference.label_resampling import PIECE_VALUES
-from pipeline.inference.model import Model
 from pipeline.inference.process_memory import resident_bytes
 from pipeline.inference.sliding_window import SLICES_PER_BATCH, WindowInferer
 from pipeline.io import Grid, Header
 from pipeline.transforms import network_grid_shape
+
+if TYPE_CHECKING:
+    from pipeline.inference.model import Model
 
 SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

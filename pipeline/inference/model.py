@@ -1,26 +1,38 @@
-"""The data types of a prediction: the opened bundle, a preprocessed case, and the result."""
+"""A bundle of volseg's, opened for inference."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from monai.inferers import Inferer
-from numpy.typing import NDArray
 from torch import nn
 
-from pipeline.config import Spec
+from pipeline.config import BundlePaths, Spec, spec_fingerprint
+from pipeline.inference import memory_plan, predictor
+from pipeline.inference.case_model import Prediction, PreparedCase
 from pipeline.inference.invert import LabelInversion
-from pipeline.transforms import Preprocessing
-from pipeline.types import Affine, Array, LabelMap, PathOrStr
+from pipeline.inference.runtime import Runtime
+from pipeline.inference.sliding_window import WindowInferer
+from pipeline.io import (
+    LABELS_ENDING,
+    PROBABILITIES_ENDING,
+    UNCERTAINTY_ENDING,
+    Header,
+    sha256,
+)
+from pipeline.transforms import Preprocessing, network_grid_shape
+from pipeline.types import PathOrStr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A bundle opened for inference: everything that the prediction of a case needs.
+
+    It is a `CaseModel`.
 
     Attributes:
         root: folder of the bundle.
@@ -43,45 +55,120 @@ class Model:
     device: torch.device
     max_memory: int | None = None
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the input channels, one file each."""
+        return self.spec.channels
 
-@dataclass(frozen=True, kw_only=True)
-class PreparedCase:
-    """A case that was read and preprocessed.
+    @property
+    def fallback_channel(self) -> str | None:
+        """Channel whose file is also used for channels without one; None requires all files."""
+        return self.spec.fallback_channel
 
-    Attributes:
-        case: the case with `image` (C, X, Y, Z) on the network's grid and, if the spec has
-            `refine`, `scan` (C, I, J, K): the intensities as read.
-        seconds: name of each step so far (`read`, `preprocess`) → its wall time.
-    """
+    @property
+    def labels(self) -> Mapping[str, int]:
+        """Name → value of the labels in label maps, background first."""
+        return self.spec.labels
 
-    case: dict[Hashable, Any]
-    seconds: dict[str, float]
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """Endings of the files that each case gets."""
+        endings = [LABELS_ENDING]
+        if self.inversion.uncertainty:
+            endings.append(UNCERTAINTY_ENDING)
+        if self.inversion.probabilities:
+            endings.append(PROBABILITIES_ENDING)
+        return tuple(endings)
 
+    def limited(self, max_memory: int | None) -> Model:
+        """Return the same model with another limit of its memory, bytes; None for no limit."""
+        return replace(self, max_memory=max_memory)
 
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The result of one case.
+    def on_device(self, device: torch.device) -> Model:
+        """Return the same model on another device."""
+        return replace(self, device=device, network=self.network.to(device))
 
-    Attributes:
-        labels: (X, Y, Z) label map, on the grid of the file or with the voxel size that was
-            requested.
-        affine: affine of the label map, voxel → RAS+ world, mm.
-        header: bytes of a NIfTI header for the label map's grid; empty if the input was in another
-            format.
-        warnings: reasons to check the case by eye.
-        seconds: name of each step → its wall time.
-        volumes_mm3: name of each structure and of each sum in the spec → volume, mm³.
-        uncertainty: (X, Y, Z) entropy of the class probabilities, 0 to 1; None if it was not
-            requested.
-        probabilities: (N, X, Y, Z) uint8 probability of each of `spec.outputs`, 255 for 1; None if
-            they were not requested.
-    """
+    def identity(self) -> dict[str, str]:
+        """Return what else than the bundle's code decides the voxels: weights and settings."""
+        paths, reader = BundlePaths(self.root), self.preprocessing.reader
+        return {
+            "weights_sha256": sha256(paths.weights),
+            "spec_sha256": spec_fingerprint(self.spec),
+            "int8_model_sha256": self._int8_model(paths),
+            "overlap": str(getattr(self.inferer, "overlap", "")),
+            "volume": str(reader.volume),
+            "labels_spacing": str(reader.labels_spacing),
+        }
 
-    labels: LabelMap
-    affine: Affine
-    header: bytes
-    warnings: tuple[str, ...]
-    seconds: dict[str, float]
-    volumes_mm3: dict[str, float]
-    uncertainty: Array | None = None
-    probabilities: NDArray[np.uint8] | None = None
+    def _int8_model(self, paths: BundlePaths) -> str:
+        """Return the hash of the int8 model if it computes: other calibrations, other voxels."""
+        if getattr(self.network, "precision", "") != "int8" or not paths.int8_model.is_file():
+            return ""
+        return sha256(paths.int8_model)
+
+    def prepare(self, image: Any) -> PreparedCase:
+        """Return a case after reading and preprocessing; see `predictor.prepare`."""
+        return predictor.prepare(self, image)
+
+    def predict(self, prepared: PreparedCase) -> Prediction:
+        """Return the prediction for a case from `prepare`; see `predictor.predict_prepared`."""
+        return predictor.predict_prepared(self, prepared)
+
+    def predict_case(self, image: Any) -> Prediction:
+        """Return the prediction for one case; see `predictor.predict_case`."""
+        return predictor.predict_case(self, image)
+
+    @property
+    def asked_runtime(self) -> Mapping[str, str] | None:
+        """`runtime` and `precision` as asked for; None for a network that has no choice."""
+        if not isinstance(self.network, Runtime):
+            return None
+        return {"runtime": self.network.runtime, "precision": self.network.precision}
+
+    def follow_runtime(self, decided: Mapping[str, str]) -> None:
+        """Ask for the runtime and precision that were decided before."""
+        for key, value in decided.items():
+            setattr(self.network, key, value)
+
+    def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:
+        """Prepare the network, and describe what really computes it.
+
+        Args:
+            image: not used: no case decides it.
+
+        Returns:
+            None for a network that is not ours to prepare.
+
+        Raises:
+            ConfigError: the runtime or the precision is not available.
+        """
+        if not isinstance(self.network, Runtime):
+            return None
+        return asdict(self.network.prepare(self.device))
+
+    @property
+    def description(self) -> dict[str, Any] | None:
+        """What really computes the network; None before it is prepared."""
+        description = getattr(self.network, "description", None)
+        return None if description is None else asdict(description)
+
+    def ready_bytes(self) -> int:
+        """Run the network once, on an empty window, and return the process's memory, bytes."""
+        return memory_plan.ready_bytes(self)
+
+    def peak_bytes(self, headers: Sequence[Header], base: int) -> int:
+        """Return an estimate of the process's highest memory for a case, bytes.
+
+        Args:
+            headers: of the case's files, one per channel.
+            base: memory of the process before the case, bytes.
+        """
+        return memory_plan.estimate_memory(self, headers, base).peak
+
+    def window_count(self, header: Header) -> int:
+        """Return how many windows cover a volume; the network may compute fewer, or some twice."""
+        grid = network_grid_shape(self.spec, header)
+        if not isinstance(self.inferer, WindowInferer):
+            return max(1, prod(grid) // prod(self.spec.roi_size))
+        windows = self.inferer.windows(grid, len(self.spec.labels), None)
+        return prod(len(starts) for starts in windows.starts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ignite.engine import Engine
@@ -21,14 +21,17 @@ from monai.engines.utils import IterationEvents
 from pipeline.config import Spec
 from pipeline.errors import VolumeError, unwrapped_errors
 from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.case_model import Prediction, PreparedCase
 from pipeline.inference.invert import PRED, InvertedLabels
 from pipeline.inference.memory_plan import plan_memory
-from pipeline.inference.model import Model, Prediction, PreparedCase
 from pipeline.inference.quality_checks import quality_warnings
 from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
 from pipeline.inference.volumes import structure_volumes
 from pipeline.io import channel_headers, warnings_of
 from pipeline.transforms import IMAGE, SCAN
+
+if TYPE_CHECKING:
+    from pipeline.inference.model import Model
 
 # keys of the evaluator's output: the labels before the user's postprocessing, and the time of the
 # network

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
-from pipeline.config import Spec
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.discovery import NamedFile, named_files
 from pipeline.io.formats import image_stem, printable
@@ -18,7 +18,19 @@ from pipeline.types import Case, PathOrStr
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 
 
-def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
+class Channels(Protocol):
+    """What a model says of the files of a case: its spec does, and so does the model itself."""
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the files, in the order of the case."""
+
+    @property
+    def fallback_channel(self) -> str | None:
+        """Channel whose file is also used for channels without one; None requires all files."""
+
+
+def find_cases(inputs: Sequence[PathOrStr], spec: Channels) -> list[Case]:
     """Find the cases in files, folders, globs and manifests.
 
     Folders are searched recursively, links are followed, and label maps that volseg wrote are left
@@ -33,7 +45,7 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Spec) -> list[Case]:
 
     Args:
         inputs: paths, glob patterns, and manifests (see `read_manifest`).
-        spec: the channels of the model.
+        spec: the channels of the model: a spec, or a model.
 
     Returns:
         cases with `case` (the output's relative path without suffix) and `image` (one path, or a

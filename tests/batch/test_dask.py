@@ -31,7 +31,8 @@ from pipeline.batch.runner import Guard, run_batch, segment_cases
 from pipeline.batch.tables import write_tables
 from pipeline.cli.app import main
 from pipeline.errors import ConfigError, InterruptedRunError, RunStoppedError
-from pipeline.inference.model import Model, Prediction, PreparedCase
+from pipeline.inference.case_model import Prediction, PreparedCase
+from pipeline.inference.model import Model
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
 from pipeline.types import Case

@@ -31,8 +31,9 @@ from pipeline.batch.runner import (
 from pipeline.bundle.opening import open_bundle
 from pipeline.bundle.wiring import read_wiring
 from pipeline.errors import ConfigError, InterruptedRunError, PipelineError, VolumeError
-from pipeline.inference import invert
-from pipeline.inference.model import Model, Prediction, PreparedCase
+from pipeline.inference import invert, predictor
+from pipeline.inference.case_model import Prediction, PreparedCase
+from pipeline.inference.model import Model
 from pipeline.inference.predictor import predict_case, predict_prepared
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
@@ -118,7 +119,7 @@ def test_a_run_goes_on_where_it_stopped(model_3d: Model, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "step"),
     [
-        (case_worker, "predict_prepared"),
+        (predictor, "predict_prepared"),
         (case_worker, "write_labels"),
         (case_worker, "write_record"),
         (tables, "write_csv"),
