@@ -21,6 +21,7 @@ Images are read and written here only; all other packages take arrays and affine
 - `case_table`: CSV and TSV files.
 - `dataset`: labelled cases and their folds.
 - `label_table`: names, values and colours of labels.
+- `label_files`: the same as files that viewers read, and as an extension of NIfTI files.
 - `tables`: CSV and JSON files.
 """
 
@@ -48,6 +49,13 @@ from pipeline.io.grid import Grid
 from pipeline.io.header import read_header, source_files
 from pipeline.io.image import SAME_GRID_MM, Header, Image, check_same_grid, corner_distance
 from pipeline.io.itk import as_sitk
+from pipeline.io.label_files import (
+    LABEL_FILES,
+    caret_xml,
+    dseg_text,
+    structure_name,
+    write_label_files,
+)
 from pipeline.io.label_map import LabelImage, check_label_grid, read_label_map
 from pipeline.io.label_table import LabelColor, label_table
 from pipeline.io.layout import Layout, Modality, Problem
@@ -67,6 +75,7 @@ from pipeline.io.writer import (
 
 __all__ = [
     "LABELS_ENDING",
+    "LABEL_FILES",
     "PROBABILITIES_ENDING",
     "RESULT_ENDINGS",
     "SAME_GRID_MM",
@@ -84,11 +93,13 @@ __all__ = [
     "add_warnings",
     "as_nibabel",
     "as_sitk",
+    "caret_xml",
     "case_name",
     "channel_headers",
     "check_label_grid",
     "check_same_grid",
     "corner_distance",
+    "dseg_text",
     "expand_variables",
     "find_cases",
     "find_pairs",
@@ -112,11 +123,13 @@ __all__ = [
     "sha256",
     "source_files",
     "source_list",
+    "structure_name",
     "training_cases",
     "validation_cases",
     "warnings_of",
     "write_atomically",
     "write_csv",
     "write_json",
+    "write_label_files",
     "write_labels",
 ]

@@ -27,6 +27,7 @@ from pipeline.types import Affine, Array, LabelMap
 COMPRESSION = 3  # igzip's levels are 0 to 3; 3 makes the smallest files and is still fast
 DESCRIPTION = b"volseg label map"  # in the header of every label map that volseg writes
 BYTE = 255
+CARET_CODE = 30  # NIFTI_ECODE_CARET: an extension that holds XML of Caret and Workbench
 # errors of network file systems and overloaded disks that may be gone a moment later
 PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
 RETRY_SECONDS = (0.1, 0.5, 2.0)
@@ -35,7 +36,9 @@ T = TypeVar("T")
 _NUMBERS = itertools.count()  # of temporary files: several threads of a process write at once
 
 
-def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nifti1Image:
+def as_nibabel(
+    labels: LabelMap, affine: Affine, header: bytes = b"", label_xml: bytes = b""
+) -> nib.Nifti1Image:
     """Return a label map as a NIfTI image.
 
     Args:
@@ -43,7 +46,17 @@ def as_nibabel(labels: LabelMap, affine: Affine, header: bytes = b"") -> nib.Nif
         affine: voxel index → RAS+ world, mm; not used where there is a header.
         header: the bytes of the input's NIfTI header. Its qform and sform, their codes and its
             units are kept to the last bit, and the image's affine is in its unit.
+        label_xml: names and colours of the labels, from `caret_xml`; they are written between the
+            header and the voxels, and change nothing but where the voxels begin.
     """
+    image = _plain_nibabel(labels, affine, header)
+    if label_xml:
+        image.header["vox_offset"] = 0  # nibabel sets it to where the extension ends
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(CARET_CODE, label_xml))
+    return image
+
+
+def _plain_nibabel(labels: LabelMap, affine: Affine, header: bytes) -> nib.Nifti1Image:
     if not header:
         large = max(labels.shape) > MAX_NIFTI1_SIZE
         image = (nib.Nifti2Image if large else nib.Nifti1Image)(labels, affine)
