@@ -1,8 +1,10 @@
-"""Poolings and kernels by nnU-Net's rule, against topologies that it has published."""
+"""Poolings and kernels by nnU-Net's rule, against those that nnU-Net plans."""
 
 from __future__ import annotations
 
+import json
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from pipeline.training.planning.topology import MIN_BOTTLENECK, fit_topology
 
 ALL, IN_PLANE = [2, 2, 2], [1, 2, 2]
 
-# patch, spacing (z, y, x) → poolings, of the plans that nnU-Net's authors have published
-PUBLISHED: dict[str, tuple[tuple[int, ...], tuple[float, ...], list[list[int]]]] = {
+# patch, spacing (z, y, x) → poolings, as nnU-Net 2.8.1 plans them
+KNOWN: dict[str, tuple[tuple[int, ...], tuple[float, ...], list[list[int]]]] = {
     "hippocampus": ((40, 56, 40), (1.0, 1.0, 1.0), [ALL] * 3),
     "brain tumour": ((128, 128, 128), (1.0, 1.0, 1.0), [ALL] * 5),
     "prostate": ((20, 320, 256), (3.6, 0.62, 0.62), [IN_PLANE] * 2 + [ALL] * 2 + [IN_PLANE] * 2),
@@ -23,15 +25,28 @@ PUBLISHED: dict[str, tuple[tuple[int, ...], tuple[float, ...], list[list[int]]]]
 }
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_poolings(name: str) -> None:
-    size, spacing, poolings = PUBLISHED[name]
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_poolings(name: str) -> None:
+    size, spacing, poolings = KNOWN[name]
     assert fit_topology(size, spacing).strides == poolings
+
+
+def test_random_patches() -> None:
+    """Random patches of 2 and 3 axes get the strides and kernels that nnU-Net gives them.
+
+    `get_pool_and_conv_props` of nnunetv2 2.8.1 made the file, with features of at least 4 voxels
+    and any number of poolings; patches that it does not pool are not in it.
+    """
+    path = Path(__file__).with_name("fixtures") / "nnunet_topologies.json"
+    for row in json.loads(path.read_text()):
+        topology = fit_topology(row["size"], row["spacing"])
+        assert topology.strides == row["strides"], row
+        assert topology.kernels == row["kernels"], row
 
 
 def test_kernels_grow_once_the_voxels_are_comparable() -> None:
     """As published for the prostate: two levels of 1×3×3, then 3×3×3."""
-    size, spacing, _ = PUBLISHED["prostate"]
+    size, spacing, _ = KNOWN["prostate"]
     assert fit_topology(size, spacing).kernels == [[1, 3, 3]] * 2 + [[3, 3, 3]] * 5
 
 
