@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.io.dicom_discovery import MODALITIES, FoundSeries, find_series, skipped_text
+from pipeline.io.dicom_series import INSTALL, DicomSeries, has_pydicom
 from pipeline.io.discovery import NamedFile, named_files
 from pipeline.io.formats import image_stem, printable
 from pipeline.io.header import read_header
 from pipeline.io.manifest_file import MANIFEST_SUFFIXES, read_manifest
 from pipeline.io.reader import source_list
-from pipeline.types import Case, PathOrStr
+from pipeline.log import LOGGER
+from pipeline.types import Case, ImageSource, PathOrStr
 
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 
@@ -30,7 +33,9 @@ class Channels(Protocol):
         """Channel whose file is also used for channels without one; None requires all files."""
 
 
-def find_cases(inputs: Sequence[PathOrStr], spec: Channels) -> list[Case]:
+def find_cases(
+    inputs: Sequence[PathOrStr], spec: Channels, modalities: Sequence[str] = MODALITIES
+) -> list[Case]:
     """Find the cases in files, folders, globs and manifests.
 
     Folders are searched recursively, links are followed, and label maps that volseg wrote are left
@@ -40,12 +45,17 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Channels) -> list[Case]:
     belongs to that channel, and its file is used for channels without a file. A 4D file with as
     many volumes as the model has channels holds all of them.
 
+    DICOM files of any names form series by their SeriesInstanceUID, which is the name of the case.
+    Series of other modalities, and DICOM files that are no images, are skipped; the log says how
+    many.
+
     What was given and cannot be used (a broken link, a folder that cannot be searched, a case
     without one of its channels) is a case with a `problem`, so that it is not lost.
 
     Args:
         inputs: paths, glob patterns, and manifests (see `read_manifest`).
         spec: the channels of the model: a spec, or a model.
+        modalities: of the DICOM series to segment.
 
     Returns:
         cases with `case` (the output's relative path without suffix) and `image` (one path, or a
@@ -63,19 +73,73 @@ def find_cases(inputs: Sequence[PathOrStr], spec: Channels) -> list[Case]:
             listed += read_manifest(path, spec.channels)
         else:
             files.update(dict.fromkeys(named_files(item)))
-    _check_any_usable(list(files), listed)
+    dicom = [file.path for file in files if file.dicom]
+    series, left_out = _series_cases(dicom, spec, modalities)
+    images = [file for file in files if not file.dicom]
+    _check_any_usable(images, [*series, *listed])
     if len(spec.channels) > 1:
-        found = list(_group_channels(files, spec.channels, spec.fallback_channel))
+        found = list(_group_channels(images, spec.channels, spec.fallback_channel))
     else:
-        found = [_case(file.name, str(file.path), file.problem) for file in files]
-    cases = [*found, *listed]
+        found = [_case(file.name, str(file.path), file.problem) for file in images]
+    cases = [*found, *series, *listed]
+    if not cases:
+        raise ConfigError(f"{', '.join(map(printable, inputs))}: {left_out}")
+    if left_out:
+        LOGGER.warning("%s", left_out)
     _check_outputs_differ(cases)
     return cases
 
 
 def case_name(case: Case) -> str:
-    """Return the name for a case without one: its first file's name without the suffix."""
-    return image_stem(Path(source_list(case["image"])[0]))
+    """Return the name for a case without one: its first file's name without the suffix.
+
+    A DICOM series is named by its UID.
+    """
+    source = source_list(case["image"])[0]
+    return source.uid if isinstance(source, DicomSeries) else image_stem(Path(source))
+
+
+def _series_cases(
+    paths: Sequence[Path], spec: Channels, modalities: Sequence[str]
+) -> tuple[list[Case], str]:
+    """Return one case for each DICOM series and each damaged file, and what was left out."""
+    if not paths:
+        return [], ""
+    if not has_pydicom():
+        return [], f"{len(paths)} DICOM files are left out, because they need {INSTALL}"
+    found = find_series(paths, modalities)
+    left_out = ""
+    if found.skipped:
+        left_out = (
+            f"DICOM files that are no {' or '.join(modalities)} images are left out: "
+            f"{skipped_text(found.skipped)}"
+        )
+    cases = [_series_case(series, spec) for series in found.series]
+    return [*cases, *_damaged_cases(found)], left_out
+
+
+def _series_case(series: DicomSeries, spec: Channels) -> Case:
+    if len(spec.channels) == 1:
+        return Case(case=series.uid, image=series)
+    if spec.fallback_channel is not None:
+        return Case(case=series.uid, image=[series] * len(spec.channels))
+    case = Case(case=series.uid, image=series)
+    if not _has_volumes(series, len(spec.channels)):
+        case["problem"] = (
+            f"{series}: which channel is it? List the cases in a table with the columns case, "
+            f"{', '.join(spec.channels)}, which may name folders that hold one series each"
+        )
+    return case
+
+
+def _damaged_cases(found: FoundSeries) -> list[Case]:
+    names: set[str] = set()
+    cases = []
+    for path, problem in found.damaged:
+        name = path.name if path.name not in names else f"{path.name}-{len(names)}"
+        names.add(name)
+        cases.append(_case(name, str(path), problem))
+    return cases
 
 
 def _case(name: str, image: str | list[str], problem: str = "") -> Case:
@@ -117,10 +181,12 @@ def _group_channels(
 
 def _holds_all(channel: str, file: NamedFile, channels: Sequence[str]) -> bool:
     """Return whether a file of no stated channel has as many volumes as there are channels."""
-    if channel or file.problem:
-        return False
+    return not channel and not file.problem and _has_volumes(file.path, len(channels))
+
+
+def _has_volumes(source: ImageSource, count: int) -> bool:
     try:
-        return read_header(file.path).volumes == len(channels)
+        return read_header(source).volumes == count
     except PipelineError:
         return False  # the name is the problem that is reported
 

@@ -1,6 +1,7 @@
 """Image files in folders and globs; what cannot be followed is found too, with the reason.
 
-Links are followed. Names that begin with a dot are left out, files and folders alike. A folder and
+DICOM files are found by their first bytes, all others by the suffix of their name. Links are
+followed. Names that begin with a dot are left out, files and folders alike. A folder and
 a glob over it find the same files.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 
 from pipeline.errors import ConfigError
+from pipeline.io.dicom_series import is_dicom, may_be_dicom
 from pipeline.io.formats import image_stem, image_suffix, printable
 from pipeline.io.writer import DESCRIPTION
 from pipeline.types import PathOrStr
@@ -35,10 +37,12 @@ class FoundFile:
     Attributes:
         path: where it lies.
         problem: why it cannot be used; empty if nothing is known against it.
+        dicom: whether it is a DICOM file, one of a series.
     """
 
     path: Path
     problem: str = ""
+    dicom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +53,13 @@ class NamedFile:
         name: the output's relative path without suffix.
         path: where the file lies.
         problem: why it cannot be used; empty if nothing is known against it.
+        dicom: whether it is a DICOM file, one of a series.
     """
 
     name: str
     path: Path
     problem: str = ""
+    dicom: bool = False
 
 
 def named_files(item: PathOrStr) -> list[NamedFile]:
@@ -66,6 +72,8 @@ def named_files(item: PathOrStr) -> list[NamedFile]:
     """
     path = Path(item)
     if path.is_file():
+        if _is_dicom(path):
+            return [NamedFile(path.name, path, dicom=True)]
         return [NamedFile(image_stem(path), _header_file(path))]
     if path.is_dir():
         return _relative(item, path, walk(path))
@@ -129,10 +137,11 @@ def _relative(item: PathOrStr, root: Path, found: Iterator[FoundFile]) -> list[N
         relative = file.path.relative_to(root)
         stem = image_stem(relative) if image_suffix(relative) else relative.name
         name = relative.with_name(stem).as_posix() if relative.name else file.path.name
-        files.setdefault(file.path, NamedFile(name, file.path, file.problem))
+        files.setdefault(file.path, NamedFile(name, file.path, file.problem, file.dicom))
     if not files:
         raise ConfigError(
-            f"{printable(item)}: no image files there; expected names such as scan.nii.gz"
+            f"{printable(item)}: no image files there; expected names such as scan.nii.gz, or "
+            "DICOM files of any name"
         )
     return list(files.values())
 
@@ -151,6 +160,9 @@ def _candidate(path: Path) -> Iterator[FoundFile]:
     suffix = image_suffix(path)
     if problem and (suffix or not path.suffix):
         yield FoundFile(path, problem)
+    if not problem and path.is_file() and _is_dicom(path):
+        yield FoundFile(path, dicom=True)
+        return
     # the .img of a pair is read together with its .hdr
     if problem or suffix in (None, ".img", ".img.gz"):
         return
@@ -159,6 +171,11 @@ def _candidate(path: Path) -> Iterator[FoundFile]:
     # the name is compared first, because opening every file of a large folder is slow
     elif not (path.name.endswith(WRITTEN_ENDINGS) and is_written_by_volseg(path)):
         yield FoundFile(path)
+
+
+def _is_dicom(path: Path) -> bool:
+    """Return whether a file is DICOM, by its first bytes; compressed files are not opened."""
+    return may_be_dicom(path) and is_dicom(path)
 
 
 def _link_problem(path: Path) -> str:

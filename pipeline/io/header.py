@@ -8,7 +8,10 @@ from pathlib import Path
 
 from nibabel.spatialimages import SpatialImage
 
-from pipeline.errors import PipelineError, ReadError
+from pipeline.errors import PipelineError, ReadError, VolumeError
+from pipeline.io.dicom import describe_series
+from pipeline.io.dicom_discovery import find_series, skipped_text
+from pipeline.io.dicom_series import DicomSeries, is_dicom, may_be_dicom, require_pydicom
 from pipeline.io.formats import SITK_READERS, SUFFIXES, image_suffix, printable
 from pipeline.io.image import Header, ImageFile
 from pipeline.io.itk import describe_sitk_file, describe_sitk_image
@@ -18,7 +21,7 @@ from pipeline.types import ImageSource
 
 
 def read_header(source: ImageSource) -> Header:
-    """Return the header of a path, a nibabel image or a SimpleITK image.
+    """Return the header of a path, a DICOM series, a nibabel image or a SimpleITK image.
 
     It is checked as `read` checks it: the size that it declares must fit into the file. Of a
     compressed file only the first bytes are read, so that damage behind them is not found.
@@ -31,17 +34,65 @@ def read_header(source: ImageSource) -> Header:
         return describe(source).header
 
 
-def source_files(path: Path) -> tuple[Path, ...]:
+def source_files(source: ImageSource) -> tuple[Path, ...]:
     """Return all files that an image on disk consists of: header and voxels, the given one first.
 
-    These are the .hdr and .img of a pair, with SPM's .mat where it is used, and the files that the
-    header of a NRRD or MetaImage file names.
+    These are the .hdr and .img of a pair, with SPM's .mat where it is used, the files that the
+    header of a NRRD or MetaImage file names, and all files of a DICOM series.
 
     Raises:
         ReadError: a file is missing, or the header that names it is damaged.
     """
-    with readable(path):
-        return describe(path).files
+    series = dicom_series(source)
+    if series is not None:
+        return series.files
+    with readable(source):
+        return describe(source).files
+
+
+def source_path(source: ImageSource) -> Path | None:
+    """Return the path that a source was given as: a file, or the folder of a DICOM series.
+
+    Returns:
+        None for an image in memory.
+    """
+    if isinstance(source, DicomSeries):
+        return source.folder
+    return Path(source) if isinstance(source, str | Path) else None
+
+
+def dicom_series(source: ImageSource) -> DicomSeries | None:
+    """Return the DICOM series that a source is; None for any other.
+
+    A folder is the one series of MR images in it; a DICOM file stands for itself, not for others of
+    its series.
+
+    Raises:
+        ReadError: the extra `dicom` is not installed, or a file is damaged.
+        VolumeError: the folder holds no or several series.
+    """
+    if isinstance(source, DicomSeries) or not isinstance(source, str | Path):
+        return source if isinstance(source, DicomSeries) else None
+    path = Path(source)
+    if path.is_dir():
+        return _only_series(path, sorted(file for file in path.rglob("*") if file.is_file()))
+    if not may_be_dicom(path) or not is_dicom(path):
+        return None
+    return _only_series(path, [path])
+
+
+def _only_series(path: Path, files: list[Path]) -> DicomSeries:
+    require_pydicom(printable(path))
+    found = find_series(file for file in files if may_be_dicom(file) and is_dicom(file))
+    if found.damaged:
+        file, reason = found.damaged[0]
+        raise ReadError(f"{printable(file)}: {reason}")
+    if len(found.series) != 1:
+        listed = ", ".join(series.uid for series in found.series)
+        holds = f"{len(found.series)} DICOM series of MR images{': ' if listed else ''}{listed}"
+        skipped = f"; skipped: {skipped_text(found.skipped)}" if found.skipped else ""
+        raise VolumeError(f"{printable(path)}: holds {holds}, expected one{skipped}")
+    return found.series[0]
 
 
 def describe(source: ImageSource) -> ImageFile:
@@ -51,6 +102,9 @@ def describe(source: ImageSource) -> ImageFile:
         PipelineError: it cannot be used.
         Exception: of many types, by the libraries that read damaged files; see `readable`.
     """
+    series = dicom_series(source)
+    if series is not None:
+        return describe_series(series)
     if isinstance(source, str | Path):
         return _describe_file(Path(source))
     if isinstance(source, SpatialImage):
@@ -59,7 +113,8 @@ def describe(source: ImageSource) -> ImageFile:
     if type(source).__module__.startswith("SimpleITK"):
         return describe_sitk_image(source, source_name(source))
     raise ReadError(
-        f"expected a path, a nibabel image or a SimpleITK image, got {type(source).__name__}"
+        "expected a path, a DICOM series, a nibabel image or a SimpleITK image, got "
+        f"{type(source).__name__}"
     )
 
 
@@ -67,6 +122,8 @@ def source_name(source: ImageSource) -> str:
     """Return how messages name a source."""
     if isinstance(source, str | Path):
         return printable(source)
+    if isinstance(source, DicomSeries):
+        return str(source)
     if isinstance(source, SpatialImage):
         return "the nibabel image"
     return "the SimpleITK image"

@@ -29,6 +29,7 @@ class Header:
         file_bytes: size of all files of the volume on disk, compressed or not; 0 for an image in
             memory.
         nifti: see `Image.header`.
+        volumes_differ_in: attributes that tell the volumes apart, where that is known.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Header:
     warnings: tuple[str, ...] = ()
     file_bytes: int = 0
     nifti: bytes = b""
+    volumes_differ_in: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> tuple[float, ...]:

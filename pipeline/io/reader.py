@@ -1,9 +1,9 @@
 """Reading the channels of a case: files, or images in memory.
 
-nibabel reads the headers of NIfTI, MGH and Analyze, SimpleITK reads NRRD and MetaImage. What a
-header declares is compared with its file before memory is taken for it. Compressed files are read
-to their end, so that a truncated file or a wrong checksum is an error and never an image with
-missing voxels.
+nibabel reads the headers of NIfTI, MGH and Analyze, SimpleITK reads NRRD and MetaImage, pydicom
+reads DICOM. What a header declares is compared with its file before memory is taken for it.
+Compressed files are read to their end, so that a truncated file or a wrong checksum is an error and
+never an image with missing voxels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def read(source: ImageSource, volume: int | None = None, *, max_bytes: int | Non
     """Read one channel of a case.
 
     Args:
-        source: a path, a nibabel image or a SimpleITK image.
+        source: a path, a DICOM series, a nibabel image or a SimpleITK image.
         volume: which volume of a 4D file, from 0; None accepts files with a single volume only.
         max_bytes: of the voxels as they are stored, decompressed; None for no limit.
 
@@ -34,7 +34,9 @@ def read(source: ImageSource, volume: int | None = None, *, max_bytes: int | Non
     with readable(source):
         file = describe(source)
         header = file.header
-        number = volume_number((*header.shape, header.volumes), name, volume)
+        apart = ", ".join(header.volumes_differ_in)
+        shown = f"{name} (volumes with another {apart})" if apart else name
+        number = volume_number((*header.shape, header.volumes), shown, volume)
         if max_bytes is not None and file.bytes_held > max_bytes:
             raise VolumeError(
                 f"{name}: its header declares {file.bytes_held / 2**30:.2f} GB of voxels, "

@@ -293,7 +293,8 @@ def test_simpleitk_images_are_refused_for_the_same_reasons(
 def test_anything_else_is_refused() -> None:
     """An array has no affine."""
     with pytest.raises(
-        ReadError, match="expected a path, a nibabel image or a SimpleITK image, got ndarray"
+        ReadError,
+        match="expected a path, a DICOM series, a nibabel image or a SimpleITK image, got ndarray",
     ):
         read(smooth())
 
