@@ -28,7 +28,7 @@ from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
-from pipeline.batch.reading import BatchResults, file_problem, read_results
+from pipeline.batch.reading import BatchResults, count_records, file_problem, read_results
 from pipeline.batch.records import CaseRecord, FileState
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.runner import (
@@ -54,6 +54,7 @@ __all__ = [
     "allotted_memory",
     "case_columns",
     "choose_jobs",
+    "count_records",
     "dask_executor",
     "file_problem",
     "forecast_cases",

@@ -55,6 +55,11 @@ def read_results(folder: Path) -> BatchResults:
     )
 
 
+def count_records(folder: Path) -> int:
+    """Return the number of records in an output folder; 0 where it is none."""
+    return sum(1 for _ in record_files(OutputFolder(folder)))
+
+
 def file_problem(folder: Path, state: FileState) -> str:
     """Return how a file differs from the state that a record gives; empty where it does not.
 

@@ -6,6 +6,7 @@ import click
 
 from pipeline.cli.bundles import bundle_group, export, import_command
 from pipeline.cli.evaluation import compare, evaluate
+from pipeline.cli.reports import report, view
 from pipeline.cli.segment import segment, tables
 from pipeline.cli.training import crossval, plan, train
 from pipeline.processes import without_working_folder
@@ -27,6 +28,8 @@ def main(context: click.Context) -> None:
 COMMANDS = (
     segment,
     tables,
+    report,
+    view,
     plan,
     train,
     evaluate,

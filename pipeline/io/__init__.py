@@ -57,7 +57,7 @@ from pipeline.io.label_files import (
     write_label_files,
 )
 from pipeline.io.label_map import LabelImage, check_label_grid, read_label_map
-from pipeline.io.label_table import LabelColor, label_table
+from pipeline.io.label_table import LabelColor, label_table, labels_of_values
 from pipeline.io.layout import Layout, Modality, Problem
 from pipeline.io.layouts import find_pairs
 from pipeline.io.reader import channel_headers, read, read_channels, source_list
@@ -110,6 +110,7 @@ __all__ = [
     "is_written_by_volseg",
     "label_maps",
     "label_table",
+    "labels_of_values",
     "printable",
     "probabilities_as_nibabel",
     "read",

@@ -15,7 +15,7 @@ References:
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from colorsys import hls_to_rgb
 from dataclasses import dataclass, replace
 from functools import cache
@@ -72,6 +72,8 @@ VISIONS = np.array(
 )
 # how much a distance counts as each of them: most people have normal vision, and tritanopia is rare
 VISION_WEIGHTS = np.array([1.0, 2.0, 2.0, 3.0])
+# a label map with so many values, all of which are FreeSurfer's, is numbered as FreeSurfer's are
+FREESURFER_VALUES = 8
 # steps of the golden ratio around the circle of hues never come back to the same place
 HUE_STEP = 0.618034
 # sRGB → CIE XYZ at the white of D65
@@ -142,6 +144,19 @@ def label_table(labels: Mapping[str, int]) -> list[LabelColor]:
         else:
             table.append(replace(known, name=name))
     return table
+
+
+def labels_of_values(values: Iterable[int]) -> dict[str, int]:
+    """Return name → value for a label map of which only the values are known.
+
+    They get FreeSurfer's names where all of them are FreeSurfer's and at least `FREESURFER_VALUES`,
+    because a map of a few structures numbers them in its own way; all others are `label N`.
+    """
+    known = _freesurfer_labels()
+    ordered = sorted({int(value) for value in values} - {0})
+    if len(ordered) < FREESURFER_VALUES or not known.keys() >= set(ordered):
+        return {f"label {value}": value for value in ordered}
+    return {known[value].name: value for value in ordered}
 
 
 def _standard_label(name: str, value: int) -> LabelColor | None:
