@@ -348,6 +348,12 @@ def _check_loss(run: Run) -> None:
         f"none with the loss {run.loss}",
         ", ".join(run.class_weights),
     )
+    require(
+        not run.balance or run.loss == "dice_ce",
+        "run.balance",
+        f"0 with the loss {run.loss}; only dice_ce has a balance",
+        run.balance,
+    )
 
 
 def _check_sampling_and_transfer(run: Run) -> None:

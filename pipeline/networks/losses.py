@@ -41,9 +41,15 @@ def build_loss(spec: Spec, run: Run) -> nn.Module:
         larger than the logits and is cropped to its centre.
 
     Raises:
-        ConfigError: `run.class_weights` names a label that has no channel in the output.
+        ConfigError: `run.class_weights` names a label that has no channel in the output, or
+            `run.balance` is given for sigmoid outputs.
     """
     coding = target_coding(spec, run)
+    if run.balance and coding.members is not None:
+        raise ConfigError(
+            f"run.balance: got {run.balance:g}, expected 0 with output: {spec.output}; each "
+            "sigmoid output has a cross-entropy of its own, so name rare ones in run.class_weights"
+        )
     loss: nn.Module
     if run.loss == "border_ce":
         loss = WeightedCrossEntropy(coding)

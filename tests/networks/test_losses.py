@@ -78,6 +78,13 @@ def test_a_balance_weighs_the_cross_entropy_by_class(balance: float) -> None:
         replace(RUN, balance=1.5)
 
 
+def test_a_balance_that_would_be_ignored_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"run.balance: expected 0 with the loss dice_focal"):
+        replace(RUN, balance=0.5, loss="dice_focal")
+    with pytest.raises(ConfigError, match=r"run.balance: got 0.5, expected 0 with output: sigmoid"):
+        build_loss(spec_of(3, output="sigmoid"), replace(RUN, balance=0.5))
+
+
 def test_the_sigmoid_loss_takes_each_structure_for_itself() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(2, 2, 8, 9), torch.randint(0, 3, (2, 1, 8, 9)).float()

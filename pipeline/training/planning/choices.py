@@ -173,7 +173,8 @@ def choose_settings(
         *_choose_foreground(fingerprints),
         _choose_network(grid.patch, processor, options),
         *_choose_batch(grid.patch, dims, training_cases or len(fingerprints)),
-        *_choose_sampling(fingerprints, grid.patch, processor),
+        *_choose_sampling(fingerprints, grid.patch),
+        *_choose_balance(fingerprints, layout, processor),
         _choose_mirror(problem, grid),
     ]
     if slice_axis is not None:
@@ -473,27 +474,37 @@ def _choose_batch(patch: Patch, dims: int, training_cases: int) -> list[Choice]:
     return choices
 
 
-def _choose_sampling(
-    fingerprints: Sequence[Fingerprint], patch: Patch, processor: Processor
+def _choose_sampling(fingerprints: Sequence[Fingerprint], patch: Patch) -> list[Choice]:
+    """Choose balanced sampling for rare labels."""
+    sizes = [median(counts) for counts in _label_voxels(fingerprints).values()]
+    if patch.is_whole or max(sizes, default=1) <= RARE * min(sizes, default=1):
+        return []
+    reason = (
+        f"the largest label has {max(sizes) / min(sizes):.0f} times the voxels of the "
+        "smallest: each is as often in the middle of a patch"
+    )
+    nnunet = "draws a label of the case first, too"
+    return [Choice(name="run.sampling", value="balanced", reason=reason, nnunet=nnunet)]
+
+
+def _choose_balance(
+    fingerprints: Sequence[Fingerprint], layout: Layout, processor: Processor
 ) -> list[Choice]:
-    """Choose balanced sampling for rare labels, and a balanced loss for many of them."""
+    """Choose a loss that weighs many labels, which a softmax has."""
+    count = len(_label_voxels(fingerprints))
+    if layout.regions or count <= MANY_LABELS or processor != "cpu":
+        return []
+    reason = f"with {count} labels and few steps, small ones would be learnt too late"
+    return [Choice(name="run.balance", value=BALANCE, reason=reason)]
+
+
+def _label_voxels(fingerprints: Sequence[Fingerprint]) -> dict[int, list[int]]:
+    """Return label → its number of voxels in each case that has it."""
     voxels: dict[int, list[int]] = {}
     for one in fingerprints:
         for value, count in one.label_voxels.items():
             voxels.setdefault(value, []).append(count)
-    sizes = [median(counts) for counts in voxels.values()]
-    choices = []
-    if not patch.is_whole and max(sizes, default=1) > RARE * min(sizes, default=1):
-        reason = (
-            f"the largest label has {max(sizes) / min(sizes):.0f} times the voxels of the "
-            "smallest: each is as often in the middle of a patch"
-        )
-        nnunet = "draws a label of the case first, too"
-        choices.append(Choice(name="run.sampling", value="balanced", reason=reason, nnunet=nnunet))
-    if len(voxels) > MANY_LABELS and processor == "cpu":
-        reason = f"with {len(voxels)} labels and few steps, small ones would be learnt too late"
-        choices.append(Choice(name="run.balance", value=BALANCE, reason=reason))
-    return choices
+    return voxels
 
 
 def _choose_mirror(problem: str, grid: _Grid) -> Choice:
