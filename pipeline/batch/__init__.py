@@ -11,6 +11,7 @@ Modules:
     records       the record of a case
     reading       what an output folder holds, for reports
     tables        cases.csv, volumes.csv and run.json, derived from records
+    bids_derivatives, bids_group   what lies beside the label maps of a BIDS dataset; its table
     identity      whose results a folder holds: model, settings, runtime
     resume        whether a case is done: these bytes in, these bytes out
     claims, locks     who works on which case
@@ -23,6 +24,12 @@ Modules:
     outputs, log_file, peak_memory   names in an output folder, volseg.log, memory per case
 """
 
+from pipeline.batch.bids_derivatives import (
+    BidsDerivatives,
+    check_derivatives_folder,
+    remove_orphans,
+)
+from pipeline.batch.bids_group import GroupTable, write_group_table
 from pipeline.batch.coordinator import Progress
 from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.many import predict_many
@@ -45,14 +52,17 @@ from pipeline.batch.tables import case_columns, write_tables
 __all__ = [
     "BatchResults",
     "BatchSummary",
+    "BidsDerivatives",
     "CaseRecord",
     "FileState",
     "Forecast",
+    "GroupTable",
     "Progress",
     "Shard",
     "allotted_cores",
     "allotted_memory",
     "case_columns",
+    "check_derivatives_folder",
     "choose_jobs",
     "count_records",
     "dask_executor",
@@ -64,8 +74,10 @@ __all__ = [
     "pool_executor",
     "predict_many",
     "read_results",
+    "remove_orphans",
     "run_batch",
     "run_bundle",
     "segment_cases",
+    "write_group_table",
     "write_tables",
 ]

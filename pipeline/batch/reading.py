@@ -50,7 +50,7 @@ def read_results(folder: Path) -> BatchResults:
     return BatchResults(
         folder=folder,
         records=records,
-        labels=_labels(out),
+        labels=read_labels(out),
         run=run_facts(records, _last_command(folder)),
     )
 
@@ -79,7 +79,8 @@ def file_problem(folder: Path, state: FileState) -> str:
     return f"{printable(path)} was changed after the case was segmented"
 
 
-def _labels(out: OutputFolder) -> dict[str, int]:
+def read_labels(out: OutputFolder) -> dict[str, int]:
+    """Return name → value of the labels in the results of a folder; empty where not known."""
     with suppress(ConfigError, AttributeError, TypeError, ValueError):
         return {str(name): int(value) for name, value in read_json(out.labels).items()}
     return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from pipeline.cli.bids import bids
 from pipeline.cli.bundles import bundle_group, export, import_command
 from pipeline.cli.evaluation import compare, evaluate
 from pipeline.cli.reports import report, view
@@ -27,6 +28,7 @@ def main(context: click.Context) -> None:
 
 COMMANDS = (
     segment,
+    bids,
     tables,
     report,
     view,

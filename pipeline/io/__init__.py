@@ -17,7 +17,9 @@ Images are read and written here only; all other packages take arrays and affine
 - `layout`: the labelled cases of a dataset, as all layouts give them.
 - `layouts`: finding them, whatever the layout.
 - `dataset_json`: Decathlon, nnU-Net 1 and 2.
-- `bids_layout`: BIDS derivatives.
+- `bids_names`: entities in names of files.
+- `bids_dataset`: the images of a raw BIDS dataset to segment.
+- `bids_layout`: labelled cases in BIDS derivatives.
 - `case_table`: CSV and TSV files.
 - `dataset`: labelled cases and their folds.
 - `label_table`: names, values and colours of labels.
@@ -25,6 +27,16 @@ Images are read and written here only; all other packages take arrays and affine
 - `tables`: CSV and JSON files.
 """
 
+from pipeline.io.bids_dataset import (
+    PARTICIPANTS_TSV,
+    SEGMENTATION_ENDING,
+    BidsQuery,
+    bids_subjects,
+    find_bids_cases,
+    read_bids_filter,
+    read_participants,
+)
+from pipeline.io.bids_names import ENTITY_NAMES, BidsName, derivative_stem, parse_bids_name
 from pipeline.io.case_warnings import add_warnings, warnings_of
 from pipeline.io.cases import case_name, find_cases
 from pipeline.io.dataset import (
@@ -74,14 +86,19 @@ from pipeline.io.writer import (
 )
 
 __all__ = [
+    "ENTITY_NAMES",
     "LABELS_ENDING",
     "LABEL_FILES",
+    "PARTICIPANTS_TSV",
     "PROBABILITIES_ENDING",
     "RESULT_ENDINGS",
     "SAME_GRID_MM",
+    "SEGMENTATION_ENDING",
     "TEMPORARY_SUFFIX",
     "UNCERTAINTY_ENDING",
     "WRITTEN_ENDINGS",
+    "BidsName",
+    "BidsQuery",
     "Grid",
     "Header",
     "Image",
@@ -93,14 +110,17 @@ __all__ = [
     "add_warnings",
     "as_nibabel",
     "as_sitk",
+    "bids_subjects",
     "caret_xml",
     "case_name",
     "channel_headers",
     "check_label_grid",
     "check_same_grid",
     "corner_distance",
+    "derivative_stem",
     "dseg_text",
     "expand_variables",
+    "find_bids_cases",
     "find_cases",
     "find_pairs",
     "fold_cases",
@@ -111,14 +131,17 @@ __all__ = [
     "label_maps",
     "label_table",
     "labels_of_values",
+    "parse_bids_name",
     "printable",
     "probabilities_as_nibabel",
     "read",
+    "read_bids_filter",
     "read_channels",
     "read_csv",
     "read_header",
     "read_json",
     "read_label_map",
+    "read_participants",
     "read_splits",
     "retry_io",
     "sha256",
