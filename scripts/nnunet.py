@@ -2,8 +2,9 @@
 
     python scripts/nnunet.py DATASET_ID FOLD MINUTES [--configuration 3d_fullres]
 
-scripts/head_to_head.py runs this with the Python of the environment with nnU-Net; the environment
-variables `nnUNet_raw`, `nnUNet_preprocessed` and `nnUNet_results` name its folders.
+scripts/head_to_head.py and scripts/check_nnunet_import.py run this with the Python of the
+environment with nnU-Net; the environment variables `nnUNet_raw`, `nnUNet_preprocessed` and
+`nnUNet_results` name its folders.
 
 Network, augmentation, loss, optimizer and prediction (averaged over eight mirror images) are
 nnU-Net's. Two things differ: the polynomial decay of the learning rate follows the clock, so that
@@ -58,12 +59,26 @@ def main() -> None:
     parser.add_argument("fold", type=int, help="Fold to leave out, from 0.")
     parser.add_argument("minutes", type=float, help="Minutes of training.")
     parser.add_argument("--configuration", default="3d_fullres", help="Configuration of the plans.")
+    parser.add_argument("--plans", default="nnUNetPlans", help="Name of the plans.")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="Save the model under the name of nnU-Net's own trainer, so that nnUNetv2_predict "
+        "opens it, and predict no validation cases.",
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes
+    if args.plain:
+        ClockedTrainer.__name__ = nnUNetTrainer.__name__
+        ClockedTrainer.perform_actual_validation = lambda *args, **kwargs: None
     run_training.recursive_find_trainer_class_by_name = lambda name: ClockedTrainer
     run_training.run_training(
-        args.dataset, args.configuration, args.fold, device=torch.device("cpu")
+        args.dataset,
+        args.configuration,
+        args.fold,
+        plans_identifier=args.plans,
+        device=torch.device("cpu"),
     )
 
 

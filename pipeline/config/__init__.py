@@ -30,6 +30,7 @@ from pipeline.config.spec import (
     NetworkSpec,
     OutputKind,
     Spec,
+    SplineResampling,
     load_spec,
     spec_fingerprint,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "OutputKind",
     "Run",
     "Spec",
+    "SplineResampling",
     "Synthesis",
     "TrainingPrecision",
     "load_config",

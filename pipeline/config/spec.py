@@ -20,8 +20,12 @@ from pipeline.types import PathOrStr
 
 Stride = int | tuple[int, ...]
 OutputKind = Literal["softmax", "sigmoid", "regions"]
+Architecture = Literal["unet", "plain_conv_unet", "residual_encoder_unet"]
 ALL, EACH = "all", "each"  # stand for names of structures: all of them together, each on its own
-AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}  # axis code → axis of the RAS+ world
+# axis code → axis of the RAS+ world; i, j and k are the axes of the file's array instead
+AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2, "i": 0, "j": 1, "k": 2}
+FILE_AXES = frozenset("ijk")
+Axis = Literal["R", "A", "S", "i", "j", "k"]
 
 RENAMED_SPEC_KEYS = {  # key of version 0.1.0 → present key, so that its bundles still open
     "air": "foreground_threshold",
@@ -45,11 +49,13 @@ class Intensity:
         method: `zscore` (mean 0, standard deviation 1), `robust_zscore` (each channel is clipped at
             its own percentiles first, so that single extreme voxels change nothing), `percentiles`
             (`lower` becomes 0, `upper` becomes 1, values beyond are clipped), `percentiles_zscore`
-            (clipped at the percentiles of all channels together, then a z-score per channel), or
+            (clipped at the percentiles of all channels together, then a z-score per channel),
             `fixed` (clipped to `clip`, then `mean` becomes 0 and `std` 1: the same values for every
-            volume, for CT).
+            volume, for CT), or `none` (values stay as they are).
         nonzero: whether only voxels other than 0 count, and zeros stay 0; for skull-stripped
             images. For `zscore` and `robust_zscore`; each channel has its own zeros.
+        foreground: whether only the foreground counts, and all else stays 0: voxels other than 0 in
+            any channel, and what they enclose; for skull-stripped images. For `zscore`.
         lower: lower percentile, 0 to 100.
         upper: upper percentile, 0 to 100.
         clip: lowest and highest intensity, for `fixed`.
@@ -57,10 +63,11 @@ class Intensity:
         std: intensity range that becomes 1, for `fixed`.
     """
 
-    method: Literal["zscore", "robust_zscore", "percentiles", "percentiles_zscore", "fixed"] = (
-        "zscore"
-    )
+    method: Literal[
+        "zscore", "robust_zscore", "percentiles", "percentiles_zscore", "fixed", "none"
+    ] = "zscore"
     nonzero: bool = False
+    foreground: bool = False
     lower: float = 0.5
     upper: float = 99.5
     clip: tuple[float, float] | None = None
@@ -73,6 +80,12 @@ class Intensity:
             "spec.intensity",
             "percentiles, 0 ≤ lower < upper ≤ 100",
             f"{self.lower}, {self.upper}",
+        )
+        require(
+            not self.foreground or (self.method == "zscore" and not self.nonzero),
+            "spec.intensity.foreground",
+            "the method zscore without nonzero",
+            f"method {self.method}",
         )
         given = [value is not None for value in (self.clip, self.mean, self.std)]
         require(
@@ -109,11 +122,56 @@ class CropResize:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SplineResampling:
+    """Resampling as nnU-Net does it, by splines over the whole volume.
+
+    The outer edges of the volume keep their place, and its size on the network's grid is rounded.
+    The image is normalised before it is resampled. Logits are interpolated to the grid of the label
+    map, not probabilities. Volumes of thick slices are resampled within the slices first, then
+    across them. `pipeline.transforms.spline_resampling` implements it.
+
+    Attributes:
+        order: order of the splines for the image, 0 to 5: 0 nearest voxel, 1 linear, 3 cubic.
+        order_across: the same across thick slices.
+        logits_order: order for logits, 0 or 1.
+        logits_order_across: the same across thick slices.
+        separate: whether slices are resampled on their own; null decides by the voxels: they are
+            where the longest side of a voxel is over 3 times the shortest, in the image or, if not
+            there, in the result.
+        separate_logits: the same for logits.
+    """
+
+    order: int = 3
+    order_across: int = 0
+    logits_order: int = 1
+    logits_order_across: int = 0
+    separate: bool | None = None
+    separate_logits: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, highest in (
+            ("order", 5),
+            ("order_across", 5),
+            ("logits_order", 1),
+            ("logits_order_across", 1),
+        ):
+            value = getattr(self, name)
+            require(0 <= value <= highest, f"spec.resampling.{name}", f"0 to {highest}", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSpec:
-    """Architecture of the U-Net; see `pipeline.networks.UNet` for details.
+    """Architecture of the U-Net; see `pipeline.networks.UNet` and `StridedUNet` for details.
 
     Attributes:
         features: channels of each level, top first.
+        architecture: `unet`, or one of nnU-Net's, which downsample by strided convolutions:
+            `plain_conv_unet` or `residual_encoder_unet`.
+        encoder_blocks: of nnU-Net's architectures: convolutions, or residual blocks, of each level,
+            as many numbers as features.
+        decoder_convolutions: of nnU-Net's architectures: convolutions of each level of the decoder,
+            top first, one number fewer than features.
+        conv_bias: of nnU-Net's architectures: whether the convolutions before a norm have a bias.
         strides: of each pooling, top first: a number, or one number per spatial axis; null is 2.
         kernels: kernel sizes of the convolutions of each level, top first, as many as features: 1
             or 3, or one such number per spatial axis; null is 3. 1 along the axis of thick slices
@@ -126,9 +184,14 @@ class NetworkSpec:
         deep_supervision: number of lower levels with an output of their own during training.
         padding: whether the convolutions are padded; without padding outputs are smaller.
         ensemble: number of such U-Nets whose outputs are averaged.
+        ensemble_average: what is averaged, `probabilities` or `logits`.
     """
 
     features: tuple[int, ...]
+    architecture: Architecture = "unet"
+    encoder_blocks: tuple[int, ...] | None = None
+    decoder_convolutions: tuple[int, ...] | None = None
+    conv_bias: bool = True
     strides: tuple[Stride, ...] | None = None
     kernels: tuple[Stride, ...] | None = None
     norm: Literal["batch", "instance"] | None = None
@@ -139,6 +202,7 @@ class NetworkSpec:
     deep_supervision: int = 0
     padding: bool = True
     ensemble: int = 1
+    ensemble_average: Literal["probabilities", "logits"] = "probabilities"
 
     def __post_init__(self) -> None:
         levels, path = len(self.features), "spec.network"
@@ -159,6 +223,7 @@ class NetworkSpec:
             self.deep_supervision,
         )
         require(self.ensemble >= 1, f"{path}.ensemble", "1 or more", self.ensemble)
+        _check_architecture(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,12 +237,13 @@ class Spec:
             the file's own spacing along that axis.
         roi_size: size of a window, voxels; 2 numbers make a 2D network, 3 numbers a 3D network.
         network: architecture of the U-Net.
-        orientation: axis codes of the network's grid, such as RAS.
+        orientation: axis codes of the network's grid, such as RAS; or i, j and k in some order, for
+            a network that was trained on the axes of each file's array, whatever they mean.
         intensity: normalisation of each channel.
         channel_intensity: name of a channel → its own normalisation, where channels differ; the
             other channels have `intensity`.
-        slice_axis: anatomical direction along which the slices of a 2D network are stacked; null
-            for a 3D network.
+        slice_axis: anatomical direction along which the slices of a 2D network are stacked, or i, j
+            or k if `orientation` has these; null for a 3D network.
         overlap: of neighbouring windows, a fraction of roi_size, 0 ≤ overlap < 1; 0 without
             padding, where outputs abut.
         foreground_threshold: intensity below which a voxel is air; the part of a volume that holds
@@ -187,7 +253,8 @@ class Spec:
             windows are used only where they do not fit. Needs `foreground_threshold` and 3D.
         tta_mirror: anatomical directions along which mirrored images are segmented too, and the
             results averaged; along R the labels of left and right are exchanged. Each direction
-            doubles the time of the network.
+            doubles the time of the network. With i, j and k in `orientation`, they are i, j and k
+            here too, and no labels are exchanged.
         output: `softmax` has a channel per label. `sigmoid` has a channel per structure, which is
             segmented where its probability is above 0.5 and above that of the others. `regions` has
             a channel per structure too, and structures may overlap: where the probability of a
@@ -202,6 +269,10 @@ class Spec:
             null requires all files.
         crop_resize: cropping of the volume and resizing of its slices; null keeps the whole field
             of view.
+        resampling: resampling by splines as in nnU-Net; null resamples linearly and averages voxels
+            where the network's are larger.
+        crop_to_nonzero: whether the volume is cropped to the box of voxels that are not 0 in some
+            channel, before it is normalised; everything outside is background. Needs `resampling`.
         largest_component: names of structures of which only the largest connected component is kept
             (voxels that share a face are connected), `each` for all of them one by one. `all`
             stands for the union of all structures, is applied first, and also fills holes.
@@ -230,16 +301,18 @@ class Spec:
     orientation: str = "RAS"
     intensity: Intensity = field(default_factory=Intensity)
     channel_intensity: dict[str, Intensity] = field(default_factory=dict)
-    slice_axis: Literal["R", "A", "S"] | None = None
+    slice_axis: Axis | None = None
     overlap: float = 0.5
     foreground_threshold: float | None = None
     localise: bool = False
-    tta_mirror: tuple[Literal["R", "A", "S"], ...] = ()
+    tta_mirror: tuple[Axis, ...] = ()
     output: OutputKind = "softmax"
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ignore_label: int | None = None
     fallback_channel: str | None = None
     crop_resize: CropResize | None = None
+    resampling: SplineResampling | None = None
+    crop_to_nonzero: bool = False
     largest_component: tuple[str, ...] = ()
     min_component_ml: dict[str, float] = field(default_factory=dict)
     fill_holes: tuple[str, ...] = ()
@@ -297,6 +370,11 @@ class Spec:
         if self.slice_axis is None:
             return None
         return [AXES[code] for code in self.orientation].index(AXES[self.slice_axis])
+
+    @property
+    def has_file_axes(self) -> bool:
+        """Whether the network's grid has the axes of the file's array, not anatomical ones."""
+        return set(self.orientation) <= FILE_AXES
 
     @property
     def contested(self) -> tuple[int, ...]:
@@ -436,13 +514,46 @@ def _check_channels(spec: Spec) -> None:
     )
 
 
-def _check_preprocessing(spec: Spec) -> None:
+def _check_architecture(network: NetworkSpec) -> None:
+    path, levels = "spec.network", len(network.features)
+    blocks, convolutions = network.encoder_blocks, network.decoder_convolutions
+    if network.architecture == "unet":
+        require(
+            blocks is None and convolutions is None and network.conv_bias,
+            f"{path}.encoder_blocks, decoder_convolutions and conv_bias",
+            "their defaults with `architecture: unet`",
+            f"{blocks}, {convolutions}, {network.conv_bias}",
+        )
+        return
+    for name, given, count in (
+        ("encoder_blocks", blocks, levels),
+        ("decoder_convolutions", convolutions, levels - 1),
+    ):
+        require(
+            given is not None and len(given) == count and min(given) >= 1,
+            f"{path}.{name}",
+            f"{count} numbers above 0",
+            given,
+        )
+    others = (network.residual, network.dropout, network.contraction_dropout, network.padding)
     require(
-        sorted(AXES.get(code, -1) for code in spec.orientation) == [0, 1, 2],
+        others == (False, 0, 0, True),
+        f"{path}.residual, dropout, contraction_dropout and padding",
+        f"their defaults with `architecture: {network.architecture}`",
+        others,
+    )
+
+
+def _check_preprocessing(spec: Spec) -> None:
+    codes = set(spec.orientation)
+    require(
+        sorted(AXES.get(code, -1) for code in spec.orientation) == [0, 1, 2]
+        and (codes <= FILE_AXES or not codes & FILE_AXES),
         "spec.orientation",
-        "three axis codes such as RAS",
+        "three axis codes such as RAS, or i, j and k in some order",
         repr(spec.orientation),
     )
+    _check_file_axes(spec)
     for axis, mm in enumerate(spec.spacing):
         require(
             mm is None or 0 < mm < MAX_SPACING_MM,
@@ -458,6 +569,42 @@ def _check_preprocessing(spec: Spec) -> None:
             "0 ≤ floor < 1 and a slice_size of 1 or more",
             spec.crop_resize,
         )
+
+
+def _check_file_axes(spec: Spec) -> None:
+    """Raise ConfigError if a key needs axes of the other kind than `orientation` has."""
+    for key, axes in (("slice_axis", (spec.slice_axis,)), ("tta_mirror", spec.tta_mirror)):
+        for axis in axes:
+            require(
+                axis is None or (axis in FILE_AXES) == spec.has_file_axes,
+                f"spec.{key}",
+                "i, j or k with these axes in spec.orientation, and R, A or S otherwise",
+                axis,
+            )
+    anatomical = {
+        "localise": spec.localise,
+        "crop_resize": spec.crop_resize is not None,
+        "tta_rotations": spec.tta_rotations > 1,
+    }
+    for key, is_used in anatomical.items():
+        require(
+            not (is_used and spec.has_file_axes),
+            f"spec.{key}",
+            "its default with i, j and k in spec.orientation, which have no anatomical direction",
+            "another value",
+        )
+    require(
+        spec.resampling is None or spec.crop_resize is None,
+        "spec.crop_resize",
+        "null with spec.resampling",
+        spec.crop_resize,
+    )
+    require(
+        spec.resampling is not None or not spec.crop_to_nonzero,
+        "spec.crop_to_nonzero",
+        "false without spec.resampling",
+        spec.crop_to_nonzero,
+    )
 
 
 def _check_postprocessing(spec: Spec) -> None:

@@ -10,6 +10,7 @@ Modules:
     test_time_augmentation, overlap_tile, multi_output   other ways to apply a network
     runtime, openvino_models the network in torch or OpenVINO
     invert, label_resampling from logits to labels on another grid, block by block
+    cropped_volume           background outside of a volume that was cropped
     probabilities, volumes   soft volumes and entropy; volumes in mm³
     refinement, connected_components, quality_checks   after the labels
     memory_plan, process_memory, device, forking   the machine at hand

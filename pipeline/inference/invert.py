@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from pipeline.config import Spec
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.connected_components import keep_components
-from pipeline.inference.label_resampling import labels_of_blocks
+from pipeline.inference.cropped_volume import clear_outside
+from pipeline.inference.label_resampling import (
+    DEFAULT_INTERPOLATION,
+    Interpolation,
+    labels_of_blocks,
+)
 from pipeline.inference.probabilities import ProbabilityCollector
 from pipeline.inference.refinement import refine_borders
 from pipeline.io import Grid
-from pipeline.transforms import IMAGE, SCAN
-from pipeline.types import Array, LabelMap
+from pipeline.transforms import IMAGE, SCAN, filled_spacing, parallel_axes, separate_axis
+from pipeline.types import Affine, Array, LabelMap
 
 PRED = "pred"
 
@@ -113,9 +118,21 @@ class LabelInversion(MapTransform):
             grid.affine,
             grid.shape,
             output=self.spec.output,
+            interpolation=_interpolation(self.spec, own, grid.affine),
             uncertainty=uncertainty,
             probabilities=probabilities,
         )
+        if self.spec.crop_to_nonzero:
+            has_background = self.spec.output == "softmax"
+            clear_outside(
+                own,
+                image.shape[1:],
+                grid,
+                index,
+                uncertainty,
+                probabilities,
+                has_background=has_background,
+            )
         if scan is not None and collector.maps is not None:
             index = refine_borders(index, grid.affine, scan, collector.maps, own, self.spec)
         soft_mm3 = None
@@ -138,3 +155,29 @@ class LabelInversion(MapTransform):
             return numbers
         values: LabelMap = self.values[numbers]
         return values
+
+
+def _interpolation(spec: Spec, affine: Affine, labels_affine: Affine) -> Interpolation:
+    """Return how logits are interpolated on the grid of a label map.
+
+    Args:
+        spec: gives `resampling` and `spacing`.
+        affine: affine of the network's grid, voxel → world, mm.
+        labels_affine: affine of the label map's grid, likewise.
+    """
+    resampling = spec.resampling
+    matrix = np.linalg.inv(affine) @ labels_affine
+    axes = parallel_axes(matrix, (2, 2, 2))
+    if resampling is None or axes is None:
+        return DEFAULT_INTERPOLATION
+    spacing = np.linalg.norm(labels_affine[:3, :3], axis=0)
+    target = [float(spacing[axes.index(axis)]) for axis in range(3)]
+    # the spec's, because the network's grid has rounded sizes and so a slightly different spacing
+    source = filled_spacing(spec.spacing, target)
+    across = separate_axis(source, target, resampling.separate_logits)
+    nearest = set()
+    for axis in range(3):
+        order = resampling.logits_order_across if axis == across else resampling.logits_order
+        if order == 0:
+            nearest.add(axis)
+    return Interpolation(of_logits=True, nearest=frozenset(nearest))

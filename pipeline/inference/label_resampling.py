@@ -1,6 +1,7 @@
 """From scores on the network's grid to a map of class numbers on another grid, block by block.
 
-The result equals softmax → linear resampling → argmax. Classes are resampled one at a time and only
+The result equals softmax → linear resampling → argmax; if logits are interpolated, linear
+resampling → argmax. Classes are resampled one at a time and only
 the running maximum is kept, so that no second array of classes × volume is needed. A class that
 cannot be the maximum anywhere in a block is not resampled.
 
@@ -10,8 +11,8 @@ where its probability is above 0.5, in their order; the map painted so far is al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,23 @@ FieldSampler = Callable[[torch.Tensor], torch.Tensor]
 Reduction = Callable[..., Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interpolation:
+    """How scores are interpolated on another grid.
+
+    Attributes:
+        of_logits: whether the logits are interpolated, instead of their softmax or sigmoid.
+        nearest: axes of the scores along which the nearest voxel is taken, where the axes of the
+            two grids are parallel.
+    """
+
+    of_logits: bool = False
+    nearest: frozenset[int] = frozenset()
+
+
+DEFAULT_INTERPOLATION = Interpolation()
+
+
 def labels_of_blocks(
     blocks: Iterator[ScoreBlock],
     affine: Affine,
@@ -52,6 +70,7 @@ def labels_of_blocks(
     target_shape: Sequence[int],
     *,
     output: OutputKind = "softmax",
+    interpolation: Interpolation = DEFAULT_INTERPOLATION,
     uncertainty: torch.Tensor | None = None,
     probabilities: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -69,6 +88,7 @@ def labels_of_blocks(
         target_affine: affine of the other grid, voxel → world, mm.
         target_shape: size of the other grid, voxels.
         output: kind of the network's output, as in the spec.
+        interpolation: what is interpolated, and how along each axis.
         uncertainty: (X', Y', Z') float32 tensor that is filled with the entropy of the class
             probabilities; None computes no entropy.
         probabilities: (N, X', Y', Z') uint8 tensor that is filled with the probabilities of the
@@ -82,7 +102,7 @@ def labels_of_blocks(
     regions = output == "regions"
     resample: Callable[..., None] = partial(_resample_by_grid_sample, regions=regions)
     if axes is not None:
-        resample = partial(_resample_by_axes, axes=axes)
+        resample = partial(_resample_by_axes, axes=axes, nearest=interpolation.nearest)
     index = None
     for block in blocks:
         if index is None:
@@ -95,7 +115,7 @@ def labels_of_blocks(
             if probabilities is not None:
                 _resample_probabilities(probabilities, piece, matrix, output, resample)
             reduce = _painted_regions if regions else _winning_class
-            resample(index, piece, matrix, soft=False, reduce=reduce)
+            resample(index, piece, matrix, soft=interpolation.of_logits, reduce=reduce)
             del piece
         del block  # or it would be held while the next one is computed
     if index is None:
@@ -143,6 +163,7 @@ def _resample_by_axes(
     matrix: Affine,
     *,
     axes: Sequence[int],
+    nearest: Container[int],
     soft: bool,
     reduce: Reduction,
 ) -> None:
@@ -153,10 +174,14 @@ def _resample_by_axes(
         block: block of scores.
         matrix: voxel of the target → voxel of the volume of scores.
         axes: axis of the scores along which each target axis runs, from `parallel_axes`.
+        nearest: axes of the scores along which the nearest voxel is taken.
         soft: whether the scores are resampled as they are, instead of their softmax.
         reduce: function that gives the values from the scores.
     """
-    samplings = axis_samplings(matrix, axes, target.shape, block.shape, snap=SNAP)
+    samplings = [
+        sampling.to_nearest() if sampling.source in nearest else sampling
+        for sampling in axis_samplings(matrix, axes, target.shape, block.shape, snap=SNAP)
+    ]
     sizes = block.scores.shape[1:]
     part, along = [], []
     for sampling in samplings:

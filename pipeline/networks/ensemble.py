@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from pipeline.networks.unet import UNet, is_scripting
+from pipeline.networks.unet import is_scripting
 
 MIN_PROBABILITY = 1e-12  # lower bound of a mean probability, so that its logarithm is finite
 
@@ -25,16 +25,20 @@ class Ensemble(nn.Module):
         members: the U-Nets.
         sigmoid: whether each channel is a structure of its own (probability by sigmoid), instead of
             one of several classes (softmax over the channels).
+        average_logits: whether the members' logits are averaged instead of their probabilities.
 
     Shapes:
         (B, in_channels, *spatial) → (B, out_channels, *output), logits whose sigmoid or softmax is
-        the members' mean probability. In training mode: a list with the output of each member.
+        the members' mean probability, or the members' mean logits. In training mode: a list with
+        the output of each member.
     """
 
-    def __init__(self, members: Sequence[UNet], *, sigmoid: bool) -> None:
+    def __init__(
+        self, members: Sequence[nn.Module], *, sigmoid: bool, average_logits: bool = False
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
-        self.sigmoid = sigmoid
+        self.sigmoid, self.average_logits = sigmoid, average_logits
         self.min_probability = MIN_PROBABILITY  # TorchScript does not see a module's constants
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor | list[torch.Tensor]]:
@@ -46,12 +50,19 @@ class Ensemble(nn.Module):
             # a member in evaluation mode returns a tensor; the assertion tells TorchScript the type
             assert isinstance(logits, torch.Tensor)
             logits = logits.float()
-            probability = torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
-            mean = mean + probability / len(self.members)
+            mean = mean + self._averaged(logits) / len(self.members)
+        if self.average_logits:
+            return mean
         # logits whose sigmoid or softmax is the mean probability again
         if self.sigmoid:
             return torch.logit(mean, eps=self.min_probability)
         return torch.log(mean.clamp(min=self.min_probability))
+
+    def _averaged(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return what is averaged over the members: logits or probabilities."""
+        if self.average_logits:
+            return logits
+        return torch.sigmoid(logits) if self.sigmoid else torch.softmax(logits, dim=1)
 
 
 def member_states(state: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:

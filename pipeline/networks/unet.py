@@ -100,13 +100,13 @@ class ConvBlock(nn.Module):
         }
         layers = [
             conv(in_channels, out_channels, **common),
-            *_norm_layers(norm, spatial_dims, out_channels),
-            _activation_layer(activation),
+            *norm_layers(norm, spatial_dims, out_channels),
+            activation_layer(activation),
             conv(out_channels, out_channels, **common),
-            *_norm_layers(norm, spatial_dims, out_channels),
+            *norm_layers(norm, spatial_dims, out_channels),
         ]
         if not residual:
-            layers.append(_activation_layer(activation))
+            layers.append(activation_layer(activation))
         self.body = nn.Sequential(*layers)
         self.padding = padding
         self.skip: nn.Module | None = None
@@ -114,7 +114,7 @@ class ConvBlock(nn.Module):
             self.skip = conv(in_channels, out_channels, kernel_size=1)
         elif residual:
             self.skip = nn.Identity()
-        self.last = _activation_layer(activation) if residual else nn.Identity()
+        self.last = activation_layer(activation) if residual else nn.Identity()
         self.dropout = Dropout[Dropout.DROPOUT, spatial_dims](dropout) if dropout else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         if not is_scripting():
-            self._check_input(x)
+            check_input(x, self.in_channels, self.strides, padding=self.padding)
         skips: list[torch.Tensor] = []
         for level, (block, pool) in enumerate(zip(self.encoder, self.pool, strict=True), start=1):
             x = block(x)
@@ -286,31 +286,40 @@ class UNet(nn.Module):
                 x = block(torch.cat([x, skip], dim=1))
         return x
 
-    def _check_input(self, x: torch.Tensor) -> None:
-        """Raise ShapeError unless x has a shape that the network accepts."""
-        # tracing would record the sizes as constants, and warn about it
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-            return
-        strides_by_axis = list(zip(*self.strides, strict=True))
-        shape = [int(n) for n in x.shape]
-        if len(shape) != len(strides_by_axis) + 2 or shape[1] != self.in_channels:
-            sizes = ", ".join(f"{prod(strides)}·n" for strides in strides_by_axis)
-            raise ShapeError(
-                f"input has shape {tuple(shape)}, expected (B, {self.in_channels}, {sizes})"
-            )
-        for axis, (size, strides) in enumerate(zip(shape[2:], strides_by_axis, strict=True)):
-            if output_size(size, strides, padding=self.padding) is None:
-                self._refuse_size(axis, size, strides)
 
-    def _refuse_size(self, axis: int, size: int, strides: Sequence[int]) -> None:
-        expected = "a size that fits every pooling"
-        if self.padding:
-            expected = f"a multiple of {prod(strides)} (the product of the strides there)"
-        nearest = nearest_valid_sizes(size, strides, padding=self.padding)
-        raise ShapeError(
-            f"input has {size} voxels along spatial axis {axis}, expected {expected}: pad or crop "
-            f"it to {nearest}, or use pipeline.inference.build_inferer, which pads"
-        )
+def check_input(
+    x: torch.Tensor, in_channels: int, strides: Sequence[Sequence[int]], *, padding: bool = True
+) -> None:
+    """Raise ShapeError unless a tensor has a shape that a U-Net accepts.
+
+    Args:
+        x: (B, C, *spatial) input.
+        in_channels: channels that the network accepts.
+        strides: of each pooling, one number per spatial axis.
+        padding: whether the convolutions are padded.
+    """
+    # tracing would record the sizes as constants, and warn about it
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return
+    strides_by_axis = list(zip(*strides, strict=True))
+    shape = [int(n) for n in x.shape]
+    if len(shape) != len(strides_by_axis) + 2 or shape[1] != in_channels:
+        sizes = ", ".join(f"{prod(along)}·n" for along in strides_by_axis)
+        raise ShapeError(f"input has shape {tuple(shape)}, expected (B, {in_channels}, {sizes})")
+    for axis, (size, along) in enumerate(zip(shape[2:], strides_by_axis, strict=True)):
+        if output_size(size, along, padding=padding) is None:
+            _refuse_size(axis, size, along, padding=padding)
+
+
+def _refuse_size(axis: int, size: int, strides: Sequence[int], *, padding: bool) -> None:
+    expected = "a size that fits every pooling"
+    if padding:
+        expected = f"a multiple of {prod(strides)} (the product of the strides there)"
+    nearest = nearest_valid_sizes(size, strides, padding=padding)
+    raise ShapeError(
+        f"input has {size} voxels along spatial axis {axis}, expected {expected}: pad or crop "
+        f"it to {nearest}, or use pipeline.inference.build_inferer, which pads"
+    )
 
 
 def centre_crop(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -331,7 +340,7 @@ def centre_crop(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _norm_layers(norm: str | None, spatial_dims: int, channels: int) -> list[nn.Module]:
+def norm_layers(norm: str | None, spatial_dims: int, channels: int) -> list[nn.Module]:
     """Return the layer of a norm in a list, or an empty list for None."""
     if norm is None:
         return []
@@ -342,7 +351,8 @@ def _norm_layers(norm: str | None, spatial_dims: int, channels: int) -> list[nn.
     raise ShapeError(f"norm: expected None, 'batch' or 'instance', got {norm!r}")
 
 
-def _activation_layer(name: str) -> nn.Module:
+def activation_layer(name: str) -> nn.Module:
+    """Return the layer of an activation, a name of MONAI's `Act`."""
     kind = Act[name]
     # in place where torch can do that: the largest tensors of the network are not copied
     layer: nn.Module = kind(inplace=True) if kind in (nn.ReLU, nn.LeakyReLU, nn.SiLU) else kind()

@@ -50,13 +50,22 @@ def read_checkpoint(path: PathOrStr) -> dict[str, torch.Tensor]:
     Raises:
         ReadError: the file is missing, was not written by torch, or holds more than tensors.
     """
-    with torch.serialization.safe_globals(_numpy_globals()):
-        content = _load(path)
+    content = load_checkpoint(path)
     for key in CHECKPOINT_KEYS:
         if isinstance(content, dict):
             content = content.get(key, content)
     state = _checked_state(content, path)
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_checkpoint(path: PathOrStr) -> Any:
+    """Return all that a checkpoint holds: tensors, NumPy numbers, and plain Python values.
+
+    Raises:
+        ReadError: the file is missing, was not written by torch, or holds other objects.
+    """
+    with torch.serialization.safe_globals(_numpy_globals()):
+        return _load(path)
 
 
 def load_weights(network: nn.Module, path: PathOrStr) -> None:

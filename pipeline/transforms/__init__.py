@@ -3,9 +3,11 @@
 preprocess           the deterministic preprocessing of a spec
 compose              `Compose` with named parts
 loading              files → tensors
+tensors              tensors and arrays in place of files
 checks               refusal of volumes that cannot be segmented
 network_grid         size of a file on the network's grid
 resampling           resampling to the spec's spacing
+spline_resampling    resampling, cropping and axes as nnU-Net has them
 crop_resize          cropping to the bright part, resizing of slices
 intensity            normalisation of intensities
 patches              random training patches
@@ -31,6 +33,7 @@ from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.transforms.patches import crop_size, training_transform
 from pipeline.transforms.preprocess import IMAGE, LABEL, SCAN, preprocessing
 from pipeline.transforms.resampling import axis_samplings, parallel_axes, sample_axes
+from pipeline.transforms.spline_resampling import filled_spacing, separate_axis
 from pipeline.transforms.synthesis import synthesis_transform
 
 __all__ = [
@@ -47,11 +50,13 @@ __all__ = [
     "check_proportion",
     "check_values",
     "crop_size",
+    "filled_spacing",
     "mirror_padded_box",
     "network_grid_shape",
     "parallel_axes",
     "preprocessing",
     "sample_axes",
+    "separate_axis",
     "synthesis_transform",
     "training_transform",
 ]

@@ -13,10 +13,13 @@ from monai.transforms import (
     NormalizeIntensityd,
     ScaleIntensityRangePercentilesd,
 )
+from scipy import ndimage
 
 from pipeline.config import Intensity, Spec
 from pipeline.errors import ConfigError
 from pipeline.types import Array
+
+MIN_DEVIATION = 1e-8  # lower bound of a standard deviation that is divided by, as in nnU-Net
 
 
 def normalisation(spec: Spec, keys: KeysCollection) -> MapTransform:
@@ -42,17 +45,17 @@ def _intensities(spec: Spec) -> list[Intensity]:
 
 
 def _clips(intensity: Intensity) -> bool:
-    if intensity.method == "fixed":
+    if intensity.method in ("fixed", "none"):
         return True
     return intensity.method != "zscore" and intensity.lower > 0 and intensity.upper < 100
 
 
 def _transform(intensity: Intensity, keys: KeysCollection) -> MapTransform:
     """Return the transform that normalises all channels in the same way."""
+    if intensity.foreground or intensity.method in ("robust_zscore", "fixed", "none"):
+        return NormalizeEachChanneld(keys, intensity)
     if intensity.method == "zscore":
         return NormalizeIntensityd(keys, nonzero=intensity.nonzero, channel_wise=True)
-    if intensity.method in ("robust_zscore", "fixed"):
-        return NormalizeEachChanneld(keys, intensity)
     if intensity.method == "percentiles_zscore":
         return ClipNormalizeIntensityd(keys, intensity.lower, intensity.upper)
     return ScaleIntensityRangePercentilesd(
@@ -83,8 +86,10 @@ class NormalizeEachChanneld(MapTransform):
         for key in self.key_iterator(case):
             image = case[key]
             normalised = image.clone()
+            needs_mask = any(self._intensity_of(i).foreground for i in range(len(image)))
+            mask = foreground_mask(image.numpy()) if needs_mask else None
             for channel in range(len(image)):
-                _normalise_channel(image, normalised, channel, self._intensity_of(channel))
+                _normalise_channel(image, normalised, channel, self._intensity_of(channel), mask)
             case[key] = normalised
         return case
 
@@ -95,17 +100,53 @@ class NormalizeEachChanneld(MapTransform):
 
 
 def _normalise_channel(
-    image: torch.Tensor, normalised: torch.Tensor, channel: int, intensity: Intensity
+    image: torch.Tensor,
+    normalised: torch.Tensor,
+    channel: int,
+    intensity: Intensity,
+    mask: Array | None,
 ) -> None:
     """Write one channel of an image, normalised, into another image of the same shape."""
     part = image[channel : channel + 1]
-    if intensity.method == "robust_zscore":
+    if intensity.method == "none":
+        return
+    if intensity.foreground and mask is not None:
+        values = torch.as_tensor(foreground_zscore(part[0].cpu().numpy(), mask))[None]
+    elif intensity.method == "robust_zscore":
         values = torch.as_tensor(robust_zscore(part[0].cpu().numpy(), intensity))[None]
     elif intensity.method == "fixed":
         values = fixed_zscore(part, intensity)
     else:
         values = _transform(intensity, "image")({"image": part})["image"]
     normalised[channel : channel + 1].copy_(values)
+
+
+def foreground_mask(image: Array) -> Array:
+    """Return which voxels of (C, X, Y, Z) are not 0 in some channel, and what these enclose.
+
+    Background is enclosed if no path of voxels that share a face leads to the edge of the volume.
+    """
+    mask: Array = (image != 0).any(axis=0)
+    parts, _ = ndimage.label(~mask)
+    faces = [np.take(parts, end, axis=axis).ravel() for axis in range(3) for end in (0, -1)]
+    is_open = np.zeros(parts.max() + 1, dtype=bool)
+    is_open[np.unique(np.concatenate(faces))] = True
+    is_open[0] = False  # the foreground itself
+    return ~is_open[parts]
+
+
+def foreground_zscore(values: Array, mask: Array) -> Array:
+    """Return values with mean 0 and standard deviation 1 within a mask; all others stay.
+
+    Args:
+        values: (X, Y, Z) intensities of one channel.
+        mask: (X, Y, Z) which voxels count.
+    """
+    counted = values[mask].astype(np.float64)
+    scaled = values.astype(np.float32)
+    if counted.size:
+        scaled[mask] = (counted - counted.mean()) / max(counted.std(), MIN_DEVIATION)
+    return scaled
 
 
 def robust_zscore(values: Array, intensity: Intensity) -> Array:

@@ -20,6 +20,7 @@ from pipeline.transforms.crop_resize import CropResizeSlicesd
 from pipeline.transforms.intensity import clips_outliers, normalisation
 from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.resampling import spacing_transform
+from pipeline.transforms.spline_resampling import CropToNonzerod, FileAxesd, SplineResampled
 
 IMAGE, LABEL, SCAN = "image", "label", "scan"
 KEYS = (IMAGE, LABEL)
@@ -33,7 +34,8 @@ def preprocessing(
     """Return the preprocessing of a spec.
 
     It loads and checks a case, reorients it to the spec's axes, resamples it to the spec's spacing,
-    crops and resizes its slices if the spec asks for it, and normalises the image. The case's
+    crops and resizes its slices if the spec asks for it, and normalises the image. With
+    `spec.resampling`, it crops and normalises before it resamples, as nnU-Net does. The case's
     `image` and, if it has one, its `label` are paths (or images in memory), and become
     (C, X, Y, Z) MetaTensors on the network's grid.
 
@@ -51,17 +53,29 @@ def preprocessing(
         steps.append(KeepScand(IMAGE))
     if spec.fallback_channel:
         steps.append(RepeatChannelsd(IMAGE, len(spec.channels)))
-    steps += [
-        Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True),
-        spacing_transform(spec, KEYS),
-    ]
-    if spec.crop_resize:
-        steps.append(CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation))
-    steps.append(normalisation(spec, IMAGE))
+    steps += [_axes_transform(spec), *_grid_transforms(spec)]
     reader = LoadVolumed(
         KEYS, volume=volume, labels_spacing=labels_spacing, channels=len(spec.channels)
     )
     return Preprocessing(reader, steps)
+
+
+def _axes_transform(spec: Spec) -> MapTransform:
+    """Return the transform that brings a case to the axes of the spec."""
+    if spec.has_file_axes:
+        return FileAxesd(KEYS, spec.orientation)
+    return Orientationd(KEYS, axcodes=spec.orientation, labels=AXIS_LABELS, allow_missing_keys=True)
+
+
+def _grid_transforms(spec: Spec) -> list[MapTransform]:
+    """Return the transforms that resample and normalise a case that has the axes of the spec."""
+    if spec.resampling is not None:
+        crop = [CropToNonzerod(KEYS)] if spec.crop_to_nonzero else []
+        return [*crop, normalisation(spec, IMAGE), SplineResampled(KEYS, spec)]
+    steps: list[MapTransform] = [spacing_transform(spec, KEYS)]
+    if spec.crop_resize:
+        steps.append(CropResizeSlicesd(KEYS, spec.crop_resize, spec.orientation))
+    return [*steps, normalisation(spec, IMAGE)]
 
 
 class KeepScand(MapTransform):

@@ -11,7 +11,7 @@ voxels, which avoids aliasing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,12 +43,29 @@ def spacing_transform(spec: Spec, keys: Sequence[str]) -> Spacingd:
     """
     # a negative number tells MONAI to keep the spacing of the axis
     pixdim = [-1.0 if mm is None else mm for mm in spec.spacing]
-    transform = Spacingd(keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True)
+    transform = KeySpacingd(
+        keys, pixdim=pixdim, mode=(BILINEAR, "nearest"), allow_missing_keys=True
+    )
     # Spacingd has no argument for the transform that resamples
     transform.spacing_transform.sp_resample = Resample(
         mode=BILINEAR, padding_mode=BORDER, dtype=np.float64
     )
     return transform
+
+
+class KeySpacingd(Spacingd):
+    """MONAI's `Spacingd`, applied to its own keys only.
+
+    MONAI's takes every item whose name starts with that of an image for a dictionary of metadata
+    and fails where it is none, such as the `image_path` that MONAI Label adds to a case.
+    """
+
+    def __call__(
+        self, data: Mapping[Hashable, Any], lazy: bool | None = None
+    ) -> dict[Hashable, Any]:
+        """Return the data with its images resampled, as MONAI's transform does."""
+        own = {key: data[key] for key in self.key_iterator(dict(data))}
+        return {**data, **super().__call__(own, lazy)}
 
 
 class Resample(SpatialResample):
@@ -169,6 +186,11 @@ class AxisSampling:
     low: NDArray[np.int64]
     weight: NDArray[np.float64]
     reach: float = 1.0
+
+    def to_nearest(self) -> AxisSampling:
+        """Return the sampling of the nearest source voxel; halfway, of the one after."""
+        nearest = np.floor(self.low + self.weight + 0.5).astype(np.int64)
+        return replace(self, low=nearest, weight=np.zeros_like(self.weight))
 
     def inside(self, start: int, size: int, whole: int) -> tuple[slice, AxisSampling]:
         """Return the target voxels whose neighbours are both in a block of the source.

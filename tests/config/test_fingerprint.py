@@ -11,7 +11,7 @@ import yaml
 from phantom import parse_spec, spec_content
 
 from pipeline.config import RENAMED_SPEC_KEYS, load_spec, spec_fingerprint
-from pipeline.config.spec import CropResize, Intensity, NetworkSpec, Spec
+from pipeline.config.spec import CropResize, Intensity, NetworkSpec, Spec, SplineResampling
 
 
 def test_how_the_file_is_written_does_not_count(tmp_path: Path) -> None:
@@ -51,6 +51,7 @@ CHANGES: dict[str, Any] = {
     "output": "sigmoid",
     "fallback_channel": "T1w",
     "crop_resize": CropResize(),
+    "resampling": SplineResampling(),
     "largest_component": ("each",),
     "refine": (("front", "back"),),
     "warn_at_edge": True,
@@ -65,6 +66,7 @@ CHANGES: dict[str, Any] = {
 TOGETHER: dict[str, dict[str, Any]] = {  # fields that only change together with another
     "localise": {"localise": True, "foreground_threshold": 0.0},
     "regions": {"output": "regions", "regions": {"front": (7,), "back": (300, 301)}},
+    "crop_to_nonzero": {"crop_to_nonzero": True, "resampling": SplineResampling()},
     "slice_axis": {"slice_axis": "R", "roi_size": (20, 12)},
 }
 

@@ -50,12 +50,14 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
         (
             3,
             {"orientation": "RAR"},
-            "spec.orientation: expected three axis codes such as RAS, got 'RAR'",
+            "spec.orientation: expected three axis codes such as RAS, or i, j and k in some "
+            "order, got 'RAR'",
         ),
         (
             3,
             {"orientation": "ras"},
-            "spec.orientation: expected three axis codes such as RAS, got 'ras'",
+            "spec.orientation: expected three axis codes such as RAS, or i, j and k in some "
+            "order, got 'ras'",
         ),
         (3, {"overlap": 1.0}, "spec.overlap: expected a fraction, 0 ≤ overlap < 1, got 1.0"),
         (3, {"roi_size": [16]}, "spec.roi_size: expected 2 or 3 numbers, got (16,)"),
@@ -71,12 +73,54 @@ def parse(dims: int = 3, **changes: Any) -> Spec:
             "spec.slice_axis: expected R, A or S with 2 numbers in roi_size and null with 3, got R",
         ),
         (2, {"slice_axis": None}, "spec.slice_axis: expected R, A or S with 2 numbers in roi_size"),
-        (2, {"slice_axis": "L"}, "expected one of 'R', 'A', 'S', got 'L' at spec.slice_axis"),
+        (
+            2,
+            {"slice_axis": "L"},
+            "expected one of 'R', 'A', 'S', 'i', 'j', 'k', got 'L' at spec.slice_axis",
+        ),
+        (
+            3,
+            {"orientation": "Rjk"},
+            "spec.orientation: expected three axis codes such as RAS, or i, j and k in some "
+            "order, got 'Rjk'",
+        ),
+        (
+            3,
+            {"orientation": "kji", "tta_mirror": ["R"]},
+            "spec.tta_mirror: expected i, j or k with these axes in spec.orientation",
+        ),
+        (2, {"orientation": "kji"}, "spec.slice_axis: expected i, j or k with these axes"),
+        (
+            3,
+            {"orientation": "kji", "tta_rotations": 4},
+            "spec.tta_rotations: expected its default with i, j and k in spec.orientation",
+        ),
+        (
+            3,
+            {"resampling": {"logits_order": 3}},
+            "spec.resampling.logits_order: expected 0 to 1, got 3",
+        ),
+        (3, {"crop_to_nonzero": True}, "spec.crop_to_nonzero: expected false without spec.res"),
+        (
+            3,
+            {"intensity": {"foreground": True, "nonzero": True}},
+            "spec.intensity.foreground: expected the method zscore without nonzero",
+        ),
+        (
+            3,
+            {"network": {"features": [4, 6], "architecture": "plain_conv_unet"}},
+            "spec.network.encoder_blocks: expected 2 numbers above 0, got None",
+        ),
+        (
+            3,
+            {"network": {"features": [4, 6], "encoder_blocks": [1, 1]}},
+            "expected their defaults with `architecture: unet`",
+        ),
         (
             3,
             {"intensity": {"method": "minmax"}},
             "expected one of 'zscore', 'robust_zscore', 'percentiles', 'percentiles_zscore', "
-            "'fixed', got 'minmax' at "
+            "'fixed', 'none', got 'minmax' at "
             "spec.intensity.method",
         ),
         (
