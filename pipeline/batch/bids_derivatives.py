@@ -44,7 +44,7 @@ MISSING = "n/a"  # BIDS's word for a missing value
 IGNORE = (
     *(CASES, VOLUMES, RUN, LOG, GROUP_TSV, GROUP_JSON),
     *LABEL_FILES,
-    *(f"*{STATS_TSV}", f"*{STATS_JSON}"),
+    *(f"*{STATS_TSV}", f"*{STATS_JSON}", "report/"),
 )
 RAW = "raw"  # name of the source dataset in BIDS URIs
 # set by whoever builds a container image; the second and the third by Apptainer and Singularity

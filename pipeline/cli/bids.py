@@ -19,6 +19,7 @@ from pipeline.cli.batches import (
     worker_options,
 )
 from pipeline.cli.options import DONE, Command, command, usage_errors
+from pipeline.cli.reports import show_report
 from pipeline.log import LOGGER
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ def _labels(values: Sequence[str]) -> tuple[str, ...]:
     is_flag=True,
     help="Accepted because other BIDS Apps have it: volseg never runs the validator.",
 )
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Write the report of the output folder as well, as volseg report does.",
+)
 @model_options()
 @worker_options()
 @repetition_options()
@@ -112,6 +118,7 @@ def bids(
     bids_filter_file: Path | None,
     suffix: str | None,
     skip_bids_validation: bool,
+    report: bool,
     **given: Any,
 ) -> None:
     """Segment a BIDS dataset, and write BIDS derivatives.
@@ -149,8 +156,10 @@ def bids(
 
         derivatives = BidsDerivatives(dataset=bids_dir, folder=output)
         status = segment_batch(find, output, options, settings, on_record=derivatives.add)
-        if options.overwrite:
+        if options.overwrite and not options.dry_run:
             remove_orphans(output)
+        if report and not options.dry_run:
+            show_report(output)
     sys.exit(status)
 
 
