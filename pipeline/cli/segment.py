@@ -16,6 +16,7 @@ from pipeline.cli.batches import (
     worker_options,
 )
 from pipeline.cli.options import command, usage_errors
+from pipeline.cli.reports import show_report
 
 
 @command()
@@ -52,8 +53,13 @@ from pipeline.cli.options import command, usage_errors
     metavar="T",
     help="Number of the volume to segment in 4D files, from 0.",
 )
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Write the report of the output folder as well, as volseg report does.",
+)
 @repetition_options()
-def segment(inputs: tuple[str, ...], output: Path, **given: Any) -> None:
+def segment(inputs: tuple[str, ...], output: Path, report: bool, **given: Any) -> None:
     """Segment files, folders, globs and lists of MRI volumes.
 
     The output folder gets a <name>_seg.nii.gz on each input's own grid, volumes.csv (mm³ per
@@ -71,6 +77,8 @@ def segment(inputs: tuple[str, ...], output: Path, **given: Any) -> None:
         status = segment_batch(
             lambda model: find_cases(inputs, model.spec), output, options, settings
         )
+        if report and not options.dry_run:
+            show_report(output)
     sys.exit(status)
 
 

@@ -154,7 +154,7 @@ function setColumns() {
     { key: "case", name: "Case", kind: "case", value: (row) => row.case.toLowerCase(), text: (row) => row.case },
     { key: "status", name: "Status", value: (row) => row.status, text: (row) => row.status,
       tone: (row) => (row.status === "done" ? "" : "bad") },
-    { key: "mark", name: "Mark", value: (row) => `${row.mark}${row.note ? "1" : "2"}`,
+    { key: "mark", name: "Mark", kind: "mark", value: (row) => `${row.mark}${row.note ? "1" : "2"}`,
       text: (row) => `${row.mark}${row.note ? " ✎" : ""}`,
       tone: (row) => (row.mark === "pass" ? "good" : row.mark === "fail" ? "bad" : "") },
     { key: "warnings", name: "Warnings", kind: "number", value: (row) => row.warnings.length,
@@ -331,8 +331,8 @@ function showDetail() {
   if (row.message) parts.push(element("p", { className: "message" }, row.message));
   for (const text of row.warnings) parts.push(element("p", { className: "message warning" }, text));
   if (row.picture_problem) parts.push(element("p", { className: "message warning" }, row.picture_problem));
-  if (row.mosaic) parts.push(mosaicOf(row));
   if (row.volume) parts.push(element("div", { id: "viewer-box", hidden: true }));
+  if (row.mosaic || row.volume) parts.push(picturesOf(row));
   if (row.volumes) parts.push(element("h3", {}, "Volumes"), volumesOf(row));
   parts.push(element("h3", {}, "Case"), factsOf(row));
   detail.replaceChildren(...parts);
@@ -369,20 +369,18 @@ function markingOf(row) {
     button("pass", "p", "Pass"), button("fail", "f", "Fail"), note);
 }
 
-function mosaicOf(row) {
-  const scan = element("img", { src: `mosaics/${row.mosaic}.webp`, alt: `Slices of ${row.case} in three planes` });
-  const outlines = element("img", { src: `mosaics/${row.mosaic}_outlines.webp`, alt: "", className: "outlines" });
-  outlines.hidden = !state.outlines;
-  const box = element("div", { className: "mosaic", tabIndex: 0 }, scan, outlines);
-  box.classList.toggle("large", state.large);
-  const toggle = element("button", { type: "button", id: "outlines", "aria-pressed": String(state.outlines),
-    onclick: toggleOutlines }, "Outlines ", element("kbd", {}, "o"));
-  const size = element("button", { type: "button", "aria-pressed": String(state.large), onclick: () => {
-    state.large = !state.large;
-    box.classList.toggle("large", state.large);
-    size.setAttribute("aria-pressed", String(state.large));
-  } }, "Large");
-  const caption = element("figcaption", {}, toggle, size);
+function picturesOf(row) {
+  const caption = element("figcaption");
+  const figure = element("figure", {}, caption);
+  if (row.mosaic) {
+    const box = mosaicOf(row);
+    figure.prepend(box);
+    caption.append(
+      element("button", { type: "button", id: "outlines", "aria-pressed": String(state.outlines),
+        onclick: toggleOutlines }, "Outlines ", element("kbd", {}, "o")),
+      sizeButton(box),
+    );
+  }
   if (row.volume) {
     caption.append(element("button", { type: "button", id: "open-viewer", "aria-pressed": "false",
       onclick: toggleViewer }, "Viewer ", element("kbd", {}, "v")));
@@ -390,7 +388,26 @@ function mosaicOf(row) {
   const cut = state.batch.whole_head ? "" : " Only the surroundings of the labels are shown.";
   caption.append(element("span", {}, "Radiological convention: the subject's left (L) is on the right of the picture. "
     + `Numbers are positions in mm.${cut}`));
-  return element("figure", {}, box, caption);
+  return figure;
+}
+
+function mosaicOf(row) {
+  const scan = element("img", { src: `mosaics/${row.mosaic}.webp`, alt: `Slices of ${row.case} in three planes` });
+  const outlines = element("img", { src: `mosaics/${row.mosaic}_outlines.webp`, alt: "", className: "outlines" });
+  outlines.hidden = !state.outlines;
+  const box = element("div", { className: "mosaic", tabIndex: 0 }, scan, outlines);
+  box.classList.toggle("large", state.large);
+  return box;
+}
+
+function sizeButton(box) {
+  const size = element("button", { type: "button", "aria-pressed": String(state.large) }, "Large");
+  size.onclick = () => {
+    state.large = !state.large;
+    box.classList.toggle("large", state.large);
+    size.setAttribute("aria-pressed", String(state.large));
+  };
+  return size;
 }
 
 function toggleOutlines() {
@@ -449,6 +466,7 @@ async function toggleViewer() {
   if (!row || !box) return;
   state.viewer = row;
   box.hidden = false;
+  showMosaic(false);
   byId("open-viewer").setAttribute("aria-pressed", "true");
   try {
     const content = await new Promise((resolve, reject) => {
@@ -457,14 +475,19 @@ async function toggleViewer() {
     });
     waiting.delete(row.volume);
     if (state.viewer !== row) return; // another case was chosen meanwhile
-    box.scrollIntoView({ block: "nearest" });
     await openViewer(box, content);
   } catch (error) {
     box.textContent = `The viewer cannot be opened: ${error.message}`;
   }
 }
 
+function showMosaic(shown) {
+  const mosaic = document.querySelector(".mosaic");
+  if (mosaic) mosaic.hidden = !shown;
+}
+
 function closeViewer() {
+  showMosaic(true);
   const box = byId("viewer-box");
   const canvas = box && box.querySelector("canvas");
   const context = canvas && canvas.getContext("webgl2");
@@ -560,10 +583,10 @@ function drawPlot(canvas) {
   }
   pen.fillStyle = color("bar");
   if (items.length > POINTS) drawBars(pen, items, low, high, width, floor);
-  else for (const { row, value } of items) drawPoint(pen, x(value), pointHeight(row, floor), 2.6);
+  else for (const { row, value } of items) drawPoint(pen, x(value), pointHeight(row, floor), 3);
   pen.fillStyle = color("bad");
   for (const { row, value } of items) {
-    if (row.outliers.includes(number)) drawPoint(pen, x(value), pointHeight(row, floor), 3.4);
+    if (row.outliers.includes(number)) drawPoint(pen, x(value), pointHeight(row, floor), 4);
   }
   const chosen = current();
   if (chosen && chosen.volumes && chosen.volumes[number] !== null) {

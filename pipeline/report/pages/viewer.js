@@ -3,6 +3,9 @@
 
 const VIEWS = { All: 3, Axial: 0, Coronal: 1, Sagittal: 2, "3D": 4 };
 
+const GRID = 2; // of NiiVue's layouts: two by two
+const HINT = "Radiological convention: the subject's left (L) is on the right. A click moves the crosshair, the mouse wheel the slice.";
+
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -37,6 +40,7 @@ async function openViewer(container, content) {
     if (!canvas.getContext("webgl2")) throw new Error("this browser has no WebGL 2");
     const viewer = await showVolumes(canvas, content, status);
     addTools(tools, viewer, content);
+    if (status.textContent.startsWith("Loading")) status.textContent = HINT;
     container.dataset.ready = "true";
     return viewer;
   } catch (error) {
@@ -54,11 +58,14 @@ async function showVolumes(canvas, content, status) {
     backColor: [0, 0, 0, 1],
     crosshairColor: [1, 0.85, 0.2, 0.7],
     crosshairWidth: 1,
+    fontColor: [1, 1, 1, 1],
+    fontMinPx: 15,
+    showAllOrientationMarkers: true,
+    multiplanarLayout: GRID,
     viewModeHotKey: "",
     clipPlaneHotKey: "",
     logLevel: "error",
   });
-  viewer.opts.multiplanarForceRender = true;
   viewer.onLocationChange = (place) => { status.textContent = placeText(place, content.table); };
   await viewer.attachToCanvas(canvas);
   const scan = await niivue.NVImage.loadFromBase64({
