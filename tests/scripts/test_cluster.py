@@ -14,24 +14,25 @@ from pipeline.batch import parse_shard
 from pipeline.cli.app import main
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "cluster"
-OPTIONS = {option for item in main.commands["segment"].params for option in item.opts}
+CALL = r"^[^#\n]*volseg(?:\.sif)?\W+(segment|bids)(.*?)(?:\n\n|\benv:|\Z|\n[^\n]*subprocess)"
+
+
+def options(command: str) -> set[str]:
+    return {option for item in main.commands[command].params for option in item.opts}
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)
 def test_options_exist(path: Path) -> None:
-    """Those that follow the command `volseg segment`."""
+    """Those that follow the commands `volseg segment` and `volseg bids`."""
     text = path.read_text()
     if path.suffix == ".sh":
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     if path.suffix == ".py":
         ast.parse(text)
-    calls = re.findall(
-        r"^[^#\n]*volseg\W+segment(.*?)(?:\n\n|\benv:|\Z|\n[^\n]*subprocess)", text, re.S | re.M
-    )
+    calls = re.findall(CALL, text, re.S | re.M)
     assert calls
-    for call in calls:
-        for option in re.findall(r"(--[a-z][a-z-]*)", call):
-            assert option in OPTIONS, option
+    for command, call in calls:
+        assert set(re.findall(r"(--[a-z][a-z-]*)", call)) <= options(command)
 
 
 def test_the_job_of_kubernetes_knows_its_size() -> None:
