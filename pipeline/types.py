@@ -29,7 +29,7 @@ PathOrStr: TypeAlias = str | PathLike[str]
 
 # Any, because neither nibabel nor SimpleITK has type annotations
 ImageSource: TypeAlias = Any
-"""Where the voxels of one channel come from: a path, a nibabel image or a SimpleITK image."""
+"""Where the voxels of one channel come from: a path, a DICOM series, an image in memory."""
 
 Volume: TypeAlias = "torch.Tensor"
 """(C, X, Y, Z) float32: an image on the network's grid, a MetaTensor that holds its affine."""
@@ -52,6 +52,7 @@ class Case(_NamedCase, total=False):
         label: the path of the label map, for training and evaluation.
         problem: why the case cannot be segmented, where that is known before it is read.
         columns: further facts about the case, which are kept in the tables of results.
+        dicom: DICOM objects to write besides: keys of `pipeline.io.DICOM_ENDINGS`.
         outputs: ending → relative path of that output, where it is not the name with the ending.
     """
 
@@ -59,6 +60,7 @@ class Case(_NamedCase, total=False):
     label: str
     problem: str
     columns: Mapping[str, str]
+    dicom: tuple[str, ...]
     outputs: Mapping[str, str]
 
 

@@ -12,6 +12,7 @@ Modules:
     reading       what an output folder holds, for reports
     tables        cases.csv, volumes.csv and run.json, derived from records
     bids_derivatives, bids_group   what lies beside the label maps of a BIDS dataset; its table
+    dicom_outputs     the DICOM objects of a case
     identity      whose results a folder holds: model, settings, runtime
     resume        whether a case is done: these bytes in, these bytes out
     claims, locks     who works on which case
@@ -32,6 +33,7 @@ from pipeline.batch.bids_derivatives import (
 from pipeline.batch.bids_group import GroupTable, write_group_table
 from pipeline.batch.coordinator import Progress
 from pipeline.batch.dask_executor import dask_executor
+from pipeline.batch.dicom_outputs import with_dicom_outputs
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
@@ -78,6 +80,7 @@ __all__ = [
     "run_batch",
     "run_bundle",
     "segment_cases",
+    "with_dicom_outputs",
     "write_group_table",
     "write_tables",
 ]

@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.dicom_outputs import dicom_files
 from pipeline.batch.failures import failure_class, failure_text
 from pipeline.batch.identity import remove_output, settle_runtime
 from pipeline.batch.outputs import (
     OutputFolder,
+    case_endings,
     name_problem,
     output_name,
 )
@@ -54,6 +56,8 @@ from pipeline.io import (
     source_list,
     write_labels,
 )
+    source_path,
+    write_atomically,
 from pipeline.types import Case
 
 Predict = Callable[[Any, PreparedCase], Prediction]
@@ -169,7 +173,7 @@ class CaseWorker:
         problem = name_problem(task.name)
         if problem:
             raise WriteError(f"{printable(task.name)}: {problem}")
-        for ending in self.model.endings:
+        for ending in case_endings(task.case, self.model.endings):
             path = self.out.root / output_name(task.case, ending)
             if path.exists() and not self.overwrite and not self._may_replace(path, task.name):
                 raise WriteError(
@@ -241,10 +245,14 @@ class CaseWorker:
         outputs: tuple[FileState, ...] = ()
         begun = time.perf_counter()
         if job.error is None and job.prediction is not None:
+        warnings: tuple[str, ...] = ()
             try:
                 outputs = self._write_outputs(job.task.case, job.prediction)
             except RunStoppedError:
+                files = dicom_files(job.task.case, job.prediction, self.model.labels, self.identity)
                 raise
+                outputs += self._write_contents(job.task.case, files.contents)
+                warnings = files.warnings
             except CASE_ERRORS as error:
                 _stop_if_disk_is_full(error, self.out)
                 job.error = error
@@ -256,7 +264,7 @@ class CaseWorker:
         return replace(
             record,
             status="done",
-            warnings=job.prediction.warnings,
+            warnings=(*job.prediction.warnings, *warnings),
             seconds=seconds,
             volumes_mm3=job.prediction.volumes_mm3,
             outputs=outputs,
@@ -299,6 +307,23 @@ class CaseWorker:
 
     def _remove_old_outputs(self, case: Case) -> None:
         """Remove the outputs of an earlier run of a case that failed now."""
+    def _write_contents(self, case: Case, contents: Mapping[str, bytes]) -> tuple[FileState, ...]:
+        """Write the content of each ending."""
+        states = []
+        for ending, content in contents.items():
+            path = self.out.root / output_name(case, ending)
+            self.out.check(path)
+            write_atomically(path, content, staging=self.out.staging)
+            states.append(state_of(path, path.relative_to(self.out.root).as_posix()))
+        return tuple(states)
+
+    @cached_property
+    def _label_xml(self) -> bytes:
+        """Names and colours of the labels for each label map, nothing if they are not wanted."""
+        if not has_label_table(self.identity):
+            return b""
+        return caret_xml(label_table(self.model.labels))
+
         if name_problem(case["case"]):
             return
         for ending in RESULT_ENDINGS:  # a file that somebody put in their place stays
@@ -353,12 +378,15 @@ def package_versions() -> dict[str, str]:
 
 def case_files(case: Case) -> list[Path]:
     """Return all files that a case consists of; images in memory have none."""
-    return [file for path in _paths(case) for file in source_files(path)]
+    sources = source_list(case.get("image", []))
+    on_disk = [source for source in sources if source_path(source) is not None]
+    return [file for source in on_disk for file in source_files(source)]
 
 
 def _paths(case: Case) -> list[Path]:
     """Return the files that were given for a case; images in memory have none."""
-    return [Path(x) for x in source_list(case.get("image", [])) if isinstance(x, str | Path)]
+    paths = map(source_path, source_list(case.get("image", [])))
+    return [path for path in paths if path is not None]
 
 
 def _now() -> str:

@@ -28,8 +28,8 @@ from pipeline.batch.outputs import OutputFolder, case_key
 from pipeline.batch.records import CaseRecord, read_record, record_time
 from pipeline.bundle import open_bundle
 from pipeline.errors import ConfigError, PipelineError, RunStoppedError, describe_error
-from pipeline.io import read_json, source_list
-from pipeline.types import Case
+from pipeline.io import DicomSeries, read_json, source_list
+from pipeline.types import Case, ImageSource
 
 PLUGIN = "volseg-"  # and the run's name, because several runs may use a cluster at the same time
 TIMED_OUT = "timed out"  # content of the mark of a case that took too long
@@ -236,10 +236,7 @@ def _with_paths(task: Task, start: Path) -> Task:
     """Return a task whose files are found from this process's folder."""
     if Path.cwd() == start:
         return task
-    images = [
-        start / item if isinstance(item, str | Path) else item
-        for item in source_list(task.case["image"])
-    ]
+    images = [_from_folder(start, item) for item in source_list(task.case["image"])]
     # a case that is one image stays one: a list would be channels
     single = not isinstance(task.case["image"], list | tuple)
     image = images[0] if single else images
@@ -247,6 +244,12 @@ def _with_paths(task: Task, start: Path) -> Task:
 
 
 def _stored_record(out: OutputFolder, task: Task) -> CaseRecord | None:
+def _from_folder(start: Path, source: ImageSource) -> ImageSource:
+    if isinstance(source, DicomSeries):
+        return source.below(start)
+    return start / source if isinstance(source, str | Path) else source
+
+
     """Return the record of a case, if it was written since the run began."""
     if record_time(out, task.name) in (0, task.record_time):
         return None

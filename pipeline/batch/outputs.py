@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pipeline.errors import ConfigError, RunStoppedError
-from pipeline.io import LABELS_ENDING, RESULT_ENDINGS
+from pipeline.io import DICOM_ENDINGS, LABELS_ENDING, RESULT_ENDINGS
 from pipeline.types import Case
 
 CASES, VOLUMES, RUN, LOG = "cases.csv", "volumes.csv", "run.json", "volseg.log"
@@ -34,6 +35,16 @@ def output_name(case: Case, ending: str) -> str:
         ending: which output: one of `RESULT_ENDINGS`.
     """
     return case.get("outputs", {}).get(ending, f"{case['case']}{ending}")
+
+
+def case_endings(case: Case, endings: Sequence[str]) -> tuple[str, ...]:
+    """Return the endings of the files that a case gets.
+
+    Args:
+        case: a case; its `dicom` names DICOM objects that it gets besides.
+        endings: of the files that all cases get.
+    """
+    return (*endings, *(DICOM_ENDINGS[kind] for kind in case.get("dicom", ())))
 
 
 def name_problem(case: str, *, windows: bool = sys.platform == "win32") -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.batch.case_worker import Task, case_files
-from pipeline.batch.outputs import OutputFolder, name_problem, output_name
+from pipeline.batch.outputs import OutputFolder, case_endings, name_problem, output_name
 from pipeline.batch.records import CaseRecord, read_record, record_time
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.resume import why_again
 from pipeline.batch.suspects import Suspect, clear_suspect
 from pipeline.errors import PipelineError, VolumeError
 from pipeline.inference import CaseModel
-from pipeline.io import LABELS_ENDING, Header, channel_headers, source_list
+from pipeline.io import LABELS_ENDING, Header, channel_headers, source_list, source_path
 from pipeline.types import Case, PathOrStr
 
 MEMORY_FRACTION = 0.7  # of the memory at hand that a batch plans to use
@@ -100,7 +100,7 @@ def plan_case(
         clear_suspect(out, record.case)
         suspect = None
     elif record.status == "done":
-        reason = _missing(record, case, endings)
+        reason = _missing(record, case, case_endings(case, endings))
         reason = reason or _again(out, record, case, check_hashes=check_hashes)
         if not reason:
             return PlannedCase(task=Task(case=case), state="done", record=record)
@@ -121,7 +121,7 @@ def _missing(record: CaseRecord, case: Case, endings: Sequence[str]) -> str:
 def _again(out: OutputFolder, record: CaseRecord, case: Case, *, check_hashes: bool) -> str:
     if case.get("problem"):
         return "its input cannot be used any more"
-    if not all(isinstance(x, str | Path) for x in source_list(case["image"])):
+    if any(source_path(source) is None for source in source_list(case["image"])):
         return "its image is in memory, where it cannot be compared"
     try:
         files = case_files(case)
@@ -150,7 +150,8 @@ def forecast_cases(
 
 
 def _forecast(model: CaseModel, case: Case, out: Path, base: int) -> Forecast:
-    files = tuple(str(x) for x in source_list(case.get("image", [])))
+    sources = source_list(case.get("image", []))
+    files = tuple(str(source_path(source) or "") for source in sources)
     known = Forecast(
         case=case["case"], files=files, output=str(out / output_name(case, LABELS_ENDING))
     )
@@ -158,7 +159,7 @@ def _forecast(model: CaseModel, case: Case, out: Path, base: int) -> Forecast:
     if problem:
         return replace(known, problem=problem)
     try:
-        headers = channel_headers(list(files), len(model.channels))
+        headers = channel_headers(sources, len(model.channels))
         _check_same_shape(headers)
         memory = model.peak_bytes(headers, base)
     except (PipelineError, ValueError) as error:
@@ -212,7 +213,7 @@ def _with_header(
         known,
         shape=tuple(first.shape),
         spacing=spacing,
-        input_bytes=sum(Path(file).stat().st_size for file in known.files),
+        input_bytes=sum({id(header): header.file_bytes for header in headers}.values()),
         windows=model.window_count(first),
         memory=memory,
     )

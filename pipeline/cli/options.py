@@ -18,7 +18,7 @@ from pipeline.log import LOGGER
 
 DONE, SOME_FAILED, USAGE = 0, 1, 2  # exit statuses
 SIGNAL = 128  # exit status of a process that a signal ended, less the signal's number
-OTHER_LOGGERS = ("monai", "ignite", "torch", "nncf", "matplotlib")
+OTHER_LOGGERS = ("monai", "ignite", "torch", "nncf", "matplotlib", "pydicom", "highdicom")
 
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
 PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
@@ -64,7 +64,7 @@ def show_log(level: int = logging.WARNING) -> None:
     LOGGER.setLevel(level)
     for name in OTHER_LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module=r"monai\.|ignite\.|torch\.")
+    warnings.filterwarnings("ignore", module=r"monai\.|ignite\.|torch\.|pydicom\.|highdicom\.")
 
 
 class Command(click.Command):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,10 @@ from pipeline.cli.batches import (
 from pipeline.cli.options import command, usage_errors
 from pipeline.cli.reports import show_report
 
+
+if TYPE_CHECKING:
+    from pipeline.inference import Model
+    from pipeline.types import Case
 
 @command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
@@ -54,13 +58,44 @@ from pipeline.cli.reports import show_report
     help="Number of the volume to segment in 4D files, from 0.",
 )
 @click.option(
+@click.option(
+    "--modality",
+    "modalities",
+    multiple=True,
+    default=["MR"],
+    show_default=True,
+    metavar="CODE",
+    help="Modality of the DICOM series to segment; may be given several times.",
+)
+@click.option(
+    "--dicom-seg",
+    type=click.Choice(["binary", "labelmap"]),
+    is_flag=False,
+    flag_value="binary",
+    help="Write a DICOM segmentation of each DICOM series as well, <name>_seg.dcm, or "
+    "<name>_labelmap.dcm as a label map, which few viewers read; binary without a value.",
+)
+@click.option(
+    "--dicom-sr",
+    is_flag=True,
+    help="Write <name>_sr.dcm as well: the volumes as a DICOM report; takes --dicom-seg.",
+)
+@label_table_option()
     "--report",
     is_flag=True,
     help="Write the report of the output folder as well, as volseg report does.",
 )
 @repetition_options()
-def segment(inputs: tuple[str, ...], output: Path, report: bool, **given: Any) -> None:
-    """Segment files, folders, globs and lists of MRI volumes.
+def segment(
+    inputs: tuple[str, ...],
+    output: Path,
+    report: bool,
+    modalities: tuple[str, ...],
+    dicom_seg: str | None,
+    dicom_sr: bool,
+    **given: Any,
+) -> None:
+    """Segment files, folders, globs and lists of MRI volumes, DICOM series among them.
 
     The output folder gets a <name>_seg.nii.gz on each input's own grid, volumes.csv (mm³ per
     structure), cases.csv (one row per input: status, warnings, seconds, memory) and run.json (model
@@ -72,11 +107,19 @@ def segment(inputs: tuple[str, ...], output: Path, report: bool, **given: Any) -
     """
     with usage_errors():
         from pipeline.io import find_cases
+        from pipeline.batch import with_dicom_outputs
 
         options, settings = BatchOptions.split(given)
-        status = segment_batch(
-            lambda model: find_cases(inputs, model.spec), output, options, settings
-        )
+        if dicom_seg and given["labels_spacing"]:
+            raise click.UsageError(
+                "--dicom-seg is on the frames of the series: no --labels-spacing"
+            )
+
+        def find(model: Model) -> list[Case]:
+            cases = find_cases(inputs, model.spec, [code.upper() for code in modalities])
+            return with_dicom_outputs(cases, dicom_seg, report=dicom_sr)
+
+        status = segment_batch(find, output, options, settings)
         if report and not options.dry_run:
             show_report(output)
     sys.exit(status)

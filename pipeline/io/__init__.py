@@ -5,6 +5,11 @@ Images are read and written here only; all other packages take arrays and affine
 - `formats`: suffixes of image files.
 - `image`: one channel in memory, and the checks that all readers share.
 - `reader`: files and images in memory → `Image`.
+- `dicom_series`: DICOM files, without reading them.
+- `dicom_discovery`: DICOM series among files of any names.
+- `dicom_frames`, `dicom_geometry`, `dicom`: DICOM series → `Image`.
+- `dicom_codes`: codes of structures.
+- `dicom_seg`, `dicom_report`: label maps → DICOM segmentations and reports of volumes.
 - `itk`: SimpleITK images → `Image`, and label maps → SimpleITK images.
 - `header`: shape and affine of a volume without its voxels.
 - `grid`: the grid that a label map is written on.
@@ -48,7 +53,10 @@ from pipeline.io.dataset import (
     validation_cases,
 )
 from pipeline.io.discovery import (
+from pipeline.io.dicom_seg import Algorithm, DicomObjects, dicom_objects
+from pipeline.io.dicom_series import DicomSeries
     LABELS_ENDING,
+    DICOM_ENDINGS,
     PROBABILITIES_ENDING,
     RESULT_ENDINGS,
     UNCERTAINTY_ENDING,
@@ -58,7 +66,7 @@ from pipeline.io.discovery import (
 )
 from pipeline.io.formats import printable
 from pipeline.io.grid import Grid
-from pipeline.io.header import read_header, source_files
+from pipeline.io.header import read_header, series_of, source_files, source_path
 from pipeline.io.image import SAME_GRID_MM, Header, Image, check_same_grid, corner_distance
 from pipeline.io.itk import as_sitk
 from pipeline.io.label_files import (
@@ -87,6 +95,7 @@ from pipeline.io.writer import (
 
 __all__ = [
     "ENTITY_NAMES",
+    "DICOM_ENDINGS",
     "LABELS_ENDING",
     "LABEL_FILES",
     "PARTICIPANTS_TSV",
@@ -98,8 +107,11 @@ __all__ = [
     "UNCERTAINTY_ENDING",
     "WRITTEN_ENDINGS",
     "BidsName",
+    "Algorithm",
     "BidsQuery",
     "Grid",
+    "DicomObjects",
+    "DicomSeries",
     "Header",
     "Image",
     "LabelColor",
@@ -119,6 +131,7 @@ __all__ = [
     "corner_distance",
     "derivative_stem",
     "dseg_text",
+    "dicom_objects",
     "expand_variables",
     "find_bids_cases",
     "find_cases",
@@ -145,9 +158,11 @@ __all__ = [
     "read_splits",
     "retry_io",
     "sha256",
+    "series_of",
     "source_files",
     "source_list",
     "structure_name",
+    "source_path",
     "training_cases",
     "validation_cases",
     "warnings_of",

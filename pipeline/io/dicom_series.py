@@ -27,6 +27,7 @@ FIRST_TAGS = (
     b"\x08\x00\x16\x00",
 )
 VALUE_REPRESENTATIONS = (b"UL", b"CS", b"UI")  # of these tags, in explicit syntaxes
+MANUFACTURER = "volseg"  # of DICOM objects that volseg writes
 INSTALL = "pip install 'volseg[dicom]'"
 # the settings of pydicom and the filters of warnings belong to the process, not to a thread
 _SETTINGS = threading.RLock()
@@ -73,6 +74,18 @@ def is_dicom(path: Path) -> bool:
 def may_be_dicom(path: Path) -> bool:
     """Return whether a file of this name may be DICOM: files of any name may, unless compressed."""
     return not path.name.lower().endswith((".gz", ".mgz"))
+
+
+def is_own_dicom(path: Path) -> bool:
+    """Return whether volseg wrote a DICOM file, by its manufacturer."""
+    from pydicom import dcmread
+
+    try:
+        with quiet_pydicom():
+            dataset = dcmread(path, stop_before_pixels=True, specific_tags=["Manufacturer"])
+            return bool(dataset.get("Manufacturer") == MANUFACTURER)
+    except Exception:  # pydicom raises errors of many types for damaged files
+        return False
 
 
 def has_pydicom() -> bool:

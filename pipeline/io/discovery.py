@@ -16,7 +16,7 @@ from pathlib import Path
 import nibabel as nib
 
 from pipeline.errors import ConfigError
-from pipeline.io.dicom_series import is_dicom, may_be_dicom
+from pipeline.io.dicom_series import is_dicom, is_own_dicom, may_be_dicom
 from pipeline.io.formats import image_stem, image_suffix, printable
 from pipeline.io.writer import DESCRIPTION
 from pipeline.types import PathOrStr
@@ -24,7 +24,14 @@ from pipeline.types import PathOrStr
 LABELS_ENDING = "_seg.nii.gz"
 UNCERTAINTY_ENDING = "_uncertainty.nii.gz"
 PROBABILITIES_ENDING = "_probabilities.nii.gz"
-RESULT_ENDINGS = (LABELS_ENDING, UNCERTAINTY_ENDING, PROBABILITIES_ENDING)
+# what can be written for a DICOM series besides: segmentations of two kinds, a report of volumes
+DICOM_ENDINGS = {"binary": "_seg.dcm", "labelmap": "_labelmap.dcm", "report": "_sr.dcm"}
+RESULT_ENDINGS = (
+    LABELS_ENDING,
+    UNCERTAINTY_ENDING,
+    PROBABILITIES_ENDING,
+    *DICOM_ENDINGS.values(),
+)
 # endings of all files that volseg writes, those of BIDS derivatives included
 WRITTEN_ENDINGS = (*RESULT_ENDINGS, "_dseg.nii.gz")
 Identity = tuple[int, int]
@@ -114,7 +121,9 @@ def walk(
 
 
 def is_written_by_volseg(path: Path) -> bool:
-    """Return whether volseg wrote a NIfTI file, by the description in its header."""
+    """Return whether volseg wrote a file, by the description or the manufacturer in its header."""
+    if path.name.endswith(tuple(DICOM_ENDINGS.values())):
+        return is_own_dicom(path)
     try:
         return bool(nib.load(path).header.get("descrip") == DESCRIPTION)
     except Exception:  # nibabel raises errors of many types for damaged files
@@ -122,7 +131,9 @@ def is_written_by_volseg(path: Path) -> bool:
 
 
 def is_readable(path: Path) -> bool:
-    """Return whether a file begins like an image that nibabel reads."""
+    """Return whether a file begins like an image that nibabel reads, or like DICOM."""
+    if is_dicom(path):
+        return True
     try:
         nib.load(path)
     except Exception:  # nibabel raises errors of many types for damaged files
@@ -161,7 +172,8 @@ def _candidate(path: Path) -> Iterator[FoundFile]:
     if problem and (suffix or not path.suffix):
         yield FoundFile(path, problem)
     if not problem and path.is_file() and _is_dicom(path):
-        yield FoundFile(path, dicom=True)
+        if not (path.name.endswith(WRITTEN_ENDINGS) and is_written_by_volseg(path)):
+            yield FoundFile(path, dicom=True)
         return
     # the .img of a pair is read together with its .hdr
     if problem or suffix in (None, ".img", ".img.gz"):

@@ -43,7 +43,7 @@ def source_files(source: ImageSource) -> tuple[Path, ...]:
     Raises:
         ReadError: a file is missing, or the header that names it is damaged.
     """
-    series = dicom_series(source)
+    series = series_of(source)
     if series is not None:
         return series.files
     with readable(source):
@@ -61,7 +61,7 @@ def source_path(source: ImageSource) -> Path | None:
     return Path(source) if isinstance(source, str | Path) else None
 
 
-def dicom_series(source: ImageSource) -> DicomSeries | None:
+def series_of(source: ImageSource) -> DicomSeries | None:
     """Return the DICOM series that a source is; None for any other.
 
     A folder is the one series of MR images in it; a DICOM file stands for itself, not for others of
@@ -102,7 +102,7 @@ def describe(source: ImageSource) -> ImageFile:
         PipelineError: it cannot be used.
         Exception: of many types, by the libraries that read damaged files; see `readable`.
     """
-    series = dicom_series(source)
+    series = series_of(source)
     if series is not None:
         return describe_series(series)
     if isinstance(source, str | Path):

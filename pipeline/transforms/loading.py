@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 from pipeline.io import (
+    DicomSeries,
     Grid,
     Image,
     add_warnings,
@@ -68,7 +69,7 @@ class LoadVolumed(MapTransform):
         images = read_channels(channels, self.channels, self.volume)
         first = images[0]
         # As shown to readers: handlers of MONAI print and hash these, and fail at undecodable names
-        paths = [printable(source) if isinstance(source, str | Path) else "" for source in channels]
+        paths = [_shown(source) for source in channels]
         meta: dict[str, Any] = {
             "affine": first.affine,
             "original_affine": first.affine.copy(),
@@ -98,3 +99,10 @@ def _warnings(channels: list[ImageSource], images: list[Image]) -> list[str]:
     if len(identities) < len(channels):
         warnings["one file serves for several channels: the segmentation is less reliable"] = None
     return list(warnings)
+def _shown(source: ImageSource) -> str:
+    """Return what names a source in messages; empty for an image in memory."""
+    if isinstance(source, DicomSeries):
+        return str(source)
+    return printable(source) if isinstance(source, str | Path) else ""
+
+
