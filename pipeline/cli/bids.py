@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -184,14 +183,11 @@ def _group(bids_dir: Path, output: Path, participants: tuple[str, ...]) -> int:
 
     table = write_group_table(bids_dir, output, participants)
     for text, names in (
-        ("not in participants.tsv", table.unknown),
-        ("in participants.tsv without an image here", table.without_image),
+        ("no row in participants.tsv", table.unknown),
+        ("a row in participants.tsv, but no image here", table.without_image),
     ):
         if names:
-            more = ", …" if len(names) > SHOWN else ""
-            shown = ", ".join(names[:SHOWN])
-            LOGGER.log(
-                logging.WARNING, "%d participants are %s: %s%s", len(names), text, shown, more
-            )
+            more = f", … ({len(names)} in all)" if len(names) > SHOWN else ""
+            LOGGER.warning("%s: %s%s", text, ", ".join(names[:SHOWN]), more)
     click.echo(f"{table.rows} images are in {table.path}", err=True)
     return DONE

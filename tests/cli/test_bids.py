@@ -117,7 +117,7 @@ def test_a_failed_image_costs_itself_only(
     assert len(label_maps(out)) == 3
     assert list(out.glob("sub-02/**/*.*")) == []
     group = run("bids", dataset, out, "group")
-    assert "1 participants are in participants.tsv without an image here: sub-07" in group.output
+    assert "a row in participants.tsv, but no image here: sub-07" in group.output
     with open(out / "group_volumes.tsv", newline="") as file:
         rows = {row["image"]: row for row in csv.DictReader(file, delimiter="\t")}
     assert (rows[IMAGES[3]]["status"], rows[IMAGES[3]]["front"]) == ("failed", "n/a")
@@ -202,3 +202,20 @@ def test_a_wrong_command_is_status_2(
     assert result.exit_code == 2
     assert says in " ".join(result.output.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.stress
+def test_a_real_dataset_is_segmented_and_valid(data: Path, tmp_path: Path) -> None:
+    """24 heads of OpenNeuro by the shipped model: no issue, and each volume plausible or flagged."""
+    out, dataset = tmp_path / "out", data / "bids_t1w"
+    done = run("bids", dataset, out, "participant")
+    assert done.exit_code == 0, done.output
+    assert run("bids", dataset, out, "group").exit_code == 0
+    assert validator_issues(out) == []
+    with open(out / "group_volumes.tsv", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert len(rows) == 24
+    for row in rows:
+        assert 18 <= float(row["age"]) <= 95
+        plausible = 950e3 <= float(row["intracranial"]) <= 2100e3
+        assert plausible or row["warnings"] != "n/a"
