@@ -206,7 +206,7 @@ def test_a_wrong_command_is_status_2(
 
 @pytest.mark.stress
 def test_a_real_dataset_is_segmented_and_valid(data: Path, tmp_path: Path) -> None:
-    """24 heads of OpenNeuro by the shipped model: no issue, and each volume plausible or flagged."""
+    """24 heads of OpenNeuro by the shipped model: no issue; volumes plausible or flagged."""
     out, dataset = tmp_path / "out", data / "bids_t1w"
     done = run("bids", dataset, out, "participant")
     assert done.exit_code == 0, done.output
