@@ -13,7 +13,8 @@ from pipeline.errors import PipelineError
 from pipeline.evaluation import TOLERANCE_MM, Evaluation
 from pipeline.evaluation import evaluate as evaluate_cases
 from pipeline.inference import Model, Prediction, predict_case
-from pipeline.io import as_nibabel, as_sitk, fold_cases
+from pipeline.io import as_nibabel, as_sitk, caret_xml, fold_cases
+from pipeline.io import label_table as label_colors
 from pipeline.training import train
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
 
@@ -109,7 +110,7 @@ def load(
     )
 
 
-def segment(model: Model, image: Any) -> Segmentation:
+def segment(model: Model, image: Any, *, label_table: bool = True) -> Segmentation:
     """Segment one image in Python.
 
     The label map equals, voxel for voxel, the one that `volseg segment` writes.
@@ -118,6 +119,8 @@ def segment(model: Model, image: Any) -> Segmentation:
         model: model from `load`.
         image: path, nibabel image or SimpleITK image; for a model with several channels, a list of
             them, one per channel.
+        label_table: whether the label map, if it is a nibabel image, holds the names and colours of
+            its labels, as an extension of its header.
 
     Returns:
         The label map, as an image and as an array, with volumes, warnings and times.
@@ -125,10 +128,12 @@ def segment(model: Model, image: Any) -> Segmentation:
     Raises:
         PipelineError: the image cannot be read or segmented; the message says why and what to do.
     """
-    return _segmentation(predict_case(model, image), image)
+    return _segmentation(predict_case(model, image), image, _label_xml(model, wanted=label_table))
 
 
-def segment_many(model: Model, images: Iterable[Any], *, jobs: int = 1) -> Iterator[SegmentedImage]:
+def segment_many(
+    model: Model, images: Iterable[Any], *, jobs: int = 1, label_table: bool = True
+) -> Iterator[SegmentedImage]:
     """Segment many images, and yield a result for each, including those that fail.
 
     An image that cannot be segmented, or that kills its worker process, does not stop the others.
@@ -140,8 +145,10 @@ def segment_many(model: Model, images: Iterable[Any], *, jobs: int = 1) -> Itera
         model: model from `load`.
         images: images as `segment` takes them; an iterator is advanced only as results are needed.
         jobs: number of worker processes; with 1, images are segmented in this process.
+        label_table: see `segment`.
     """
     given: dict[int, Any] = {}
+    label_xml = _label_xml(model, wanted=label_table)
 
     def numbered() -> Iterator[Any]:
         for number, image in enumerate(images):
@@ -151,18 +158,23 @@ def segment_many(model: Model, images: Iterable[Any], *, jobs: int = 1) -> Itera
     for number, result in predict_many(model, numbered(), jobs=jobs):
         image = given.pop(number)
         if isinstance(result, Prediction):
-            yield SegmentedImage(image=image, segmentation=_segmentation(result, image))
+            segmentation = _segmentation(result, image, label_xml)
+            yield SegmentedImage(image=image, segmentation=segmentation)
         else:
             yield SegmentedImage(image=image, error=result)
 
 
-def _segmentation(prediction: Prediction, image: Any) -> Segmentation:
+def _label_xml(model: Model, *, wanted: bool) -> bytes:
+    return caret_xml(label_colors(model.labels)) if wanted else b""
+
+
+def _segmentation(prediction: Prediction, image: Any, label_xml: bytes) -> Segmentation:
     several = isinstance(image, Sequence) and not isinstance(image, str)
     first = image[0] if several else image
     if type(first).__module__.startswith("SimpleITK"):
         label_image = as_sitk(prediction.labels, prediction.affine, first)
     else:
-        label_image = as_nibabel(prediction.labels, prediction.affine, prediction.header)
+        label_image = as_nibabel(prediction.labels, prediction.affine, prediction.header, label_xml)
     return Segmentation(
         image=label_image,
         labels=prediction.labels,

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.batch.dicom_outputs import dicom_files
 from pipeline.batch.failures import failure_class, failure_text
-from pipeline.batch.identity import remove_output, settle_runtime
+from pipeline.batch.identity import has_label_table, remove_output, settle_runtime
 from pipeline.batch.outputs import (
     OutputFolder,
     case_endings,
@@ -46,18 +46,20 @@ from pipeline.io import (
     RESULT_ENDINGS,
     UNCERTAINTY_ENDING,
     as_nibabel,
+    caret_xml,
     fractions_as_nibabel,
     is_readable,
     is_written_by_volseg,
+    label_table,
     printable,
     probabilities_as_nibabel,
     retry_io,
     source_files,
     source_list,
-    write_labels,
-)
     source_path,
     write_atomically,
+    write_labels,
+)
 from pipeline.types import Case
 
 Predict = Callable[[Any, PreparedCase], Prediction]
@@ -243,16 +245,16 @@ class CaseWorker:
         """Write the output of a case that was computed, and return the record of any case."""
         record = self._blank(job)
         outputs: tuple[FileState, ...] = ()
+        warnings: tuple[str, ...] = ()
         begun = time.perf_counter()
         if job.error is None and job.prediction is not None:
-        warnings: tuple[str, ...] = ()
             try:
-                outputs = self._write_outputs(job.task.case, job.prediction)
-            except RunStoppedError:
                 files = dicom_files(job.task.case, job.prediction, self.model.labels, self.identity)
-                raise
+                outputs = self._write_outputs(job.task.case, job.prediction)
                 outputs += self._write_contents(job.task.case, files.contents)
                 warnings = files.warnings
+            except RunStoppedError:
+                raise
             except CASE_ERRORS as error:
                 _stop_if_disk_is_full(error, self.out)
                 job.error = error
@@ -296,7 +298,7 @@ class CaseWorker:
         if prediction.probabilities is not None:
             image = probabilities_as_nibabel(prediction.probabilities, affine, header)
             images[PROBABILITIES_ENDING] = image
-        images[LABELS_ENDING] = as_nibabel(prediction.labels, affine, header)
+        images[LABELS_ENDING] = as_nibabel(prediction.labels, affine, header, self._label_xml)
         states = []
         for ending, image in images.items():
             path = self.out.root / output_name(case, ending)
@@ -305,8 +307,6 @@ class CaseWorker:
             states.append(state_of(path, path.relative_to(self.out.root).as_posix()))
         return tuple(states)
 
-    def _remove_old_outputs(self, case: Case) -> None:
-        """Remove the outputs of an earlier run of a case that failed now."""
     def _write_contents(self, case: Case, contents: Mapping[str, bytes]) -> tuple[FileState, ...]:
         """Write the content of each ending."""
         states = []
@@ -324,6 +324,8 @@ class CaseWorker:
             return b""
         return caret_xml(label_table(self.model.labels))
 
+    def _remove_old_outputs(self, case: Case) -> None:
+        """Remove the outputs of an earlier run of a case that failed now."""
         if name_problem(case["case"]):
             return
         for ending in RESULT_ENDINGS:  # a file that somebody put in their place stays

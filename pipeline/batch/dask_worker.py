@@ -23,10 +23,10 @@ from distributed import Worker, WorkerPlugin, get_worker
 
 from pipeline.batch.case_worker import CaseWorker, Predict, Task
 from pipeline.batch.claims import holds_claim
-from pipeline.batch.identity import results_identity
+from pipeline.batch.identity import LABEL_TABLE, results_identity
 from pipeline.batch.outputs import OutputFolder, case_key
 from pipeline.batch.records import CaseRecord, read_record, record_time
-from pipeline.bundle import open_bundle
+from pipeline.bundle import open_for_cases
 from pipeline.errors import ConfigError, PipelineError, RunStoppedError, describe_error
 from pipeline.io import DicomSeries, read_json, source_list
 from pipeline.types import Case, ImageSource
@@ -63,7 +63,7 @@ class RunSettings:
 
     Attributes:
         run: name of the run that holds the claims.
-        bundle: arguments of `open_bundle`. Weights are not sent: each worker reads its own copy,
+        bundle: arguments of `open_for_cases`. Weights are not sent: each worker reads its own copy,
             and its hash is compared.
         folder: the output folder, absolute.
         start: folder that relative paths of cases start from.
@@ -194,11 +194,12 @@ def open_worker(settings: RunSettings) -> CaseWorker:
         ConfigError: this process cannot compute for the output folder.
     """
     out = _shared_folder(settings)
-    model = open_bundle(**settings.bundle)
-    found = results_identity(model)
-    if found != settings.identity:
-        keys = [key for key, text in settings.identity.items() if found.get(key) != text]
-        listed = ", ".join(f"{key} {found.get(key)}, not {settings.identity[key]}" for key in keys)
+    model = open_for_cases(**settings.bundle)
+    found, wanted = results_identity(model), dict(settings.identity)
+    wanted.pop(LABEL_TABLE, None)  # no fact of the model
+    if found != wanted:
+        keys = [key for key, text in wanted.items() if found.get(key) != text]
+        listed = ", ".join(f"{key} {found.get(key)}, not {wanted[key]}" for key in keys)
         raise ConfigError(
             f"{settings.bundle['bundle']}: the bundle that the worker has is another one "
             f"({listed}); give all machines the same"
@@ -243,13 +244,13 @@ def _with_paths(task: Task, start: Path) -> Task:
     return replace(task, case=Case(**(task.case | {"image": image})))
 
 
-def _stored_record(out: OutputFolder, task: Task) -> CaseRecord | None:
 def _from_folder(start: Path, source: ImageSource) -> ImageSource:
     if isinstance(source, DicomSeries):
         return source.below(start)
     return start / source if isinstance(source, str | Path) else source
 
 
+def _stored_record(out: OutputFolder, task: Task) -> CaseRecord | None:
     """Return the record of a case, if it was written since the run began."""
     if record_time(out, task.name) in (0, task.record_time):
         return None

@@ -28,6 +28,7 @@ from pipeline.io import (
 # To be raised when the voxels of results may change from one version of volseg to the next:
 # results of different numbers do not belong together.
 RESULTS_VERSION = 1
+LABEL_TABLE = "label_table"  # whether label maps hold the names and colours of their labels
 
 
 def results_identity(model: CaseModel) -> dict[str, str]:
@@ -50,18 +51,22 @@ def _wiring(paths: BundlePaths) -> str:
     return "volseg" if ours else code_hash(paths.folder)
 
 
-def settle_identity(out: OutputFolder, model: CaseModel, *, overwrite: bool) -> dict[str, str]:
-    """Return the identity of an output folder's results, which is the model's.
+def settle_identity(
+    out: OutputFolder, model: CaseModel, *, overwrite: bool, label_table: bool | None = None
+) -> dict[str, str]:
+    """Return the identity of an output folder's results: the model's, and what its files hold.
 
     Args:
         out: the output folder.
         model: an opened bundle.
         overwrite: whether results of another model or setting are removed.
+        label_table: whether label maps hold the names and colours of their labels; None as in the
+            folder's results, and with them in a new folder.
 
     Raises:
         ConfigError: the folder holds results of another model or setting.
     """
-    wanted = results_identity(model)
+    wanted = _wanted_identity(out, model, label_table)
     if overwrite:
         _remove_others(out, model, wanted)
     found = _stored(out)
@@ -71,9 +76,28 @@ def settle_identity(out: OutputFolder, model: CaseModel, *, overwrite: bool) -> 
         raise ConfigError(_difference(out, found, wanted))
     if not _write_new(out, out.identity, wanted):
         found = _stored(out)  # another run was first
+        wanted = _wanted_identity(out, model, label_table)
         if found != wanted:
             raise ConfigError(_difference(out, found or {}, wanted))
     return wanted
+
+
+def _wanted_identity(
+    out: OutputFolder, model: CaseModel, label_table: bool | None
+) -> dict[str, str]:
+    """Return the identity that the folder's results are to have; see `settle_identity`."""
+    wanted, stored = results_identity(model), _stored(out) or {}
+    same_model = all(stored.get(key) == text for key, text in wanted.items())
+    if label_table is None:
+        label_table = has_label_table(stored) if same_model else True
+    if same_model and LABEL_TABLE not in stored and not label_table:
+        return wanted  # results of a version without this choice, which are to stay as they are
+    return {**wanted, LABEL_TABLE: str(label_table)}
+
+
+def has_label_table(identity: Mapping[str, str]) -> bool:
+    """Return whether the label maps of an identity hold the names and colours of their labels."""
+    return identity.get(LABEL_TABLE) == str(True)
 
 
 def _remove_others(out: OutputFolder, model: CaseModel, wanted: Mapping[str, str]) -> None:

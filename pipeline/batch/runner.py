@@ -137,6 +137,7 @@ def run_batch(
     *,
     overwrite: bool = False,
     check_hashes: bool = False,
+    label_table: bool | None = None,
     progress: Progress | None = None,
     predict: Predict | None = None,
 ) -> BatchSummary:
@@ -154,6 +155,8 @@ def run_batch(
         overwrite: whether cases that are done are done again, and results of another model or
             setting in the folder are removed.
         check_hashes: whether files are compared by hash even if size and time are the same.
+        label_table: whether label maps hold the names and colours of their labels, as an extension
+            of their header; None as in the folder's results, and with them in a new folder.
         progress: called with the record of each case.
         predict: segments a prepared case; the model's own `predict` by default.
 
@@ -164,7 +167,7 @@ def run_batch(
     """
     begun = time.monotonic()
     out = OutputFolder.create(Path(output_dir))
-    identity = settle_identity(out, model, overwrite=overwrite)
+    identity = settle_identity(out, model, overwrite=overwrite, label_table=label_table)
     settle_labels(out, model)
     worker = CaseWorker(
         model=model, out=out, identity=identity, predict=predict, overwrite=overwrite

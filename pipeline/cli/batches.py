@@ -20,6 +20,7 @@ from pipeline.cli.options import (
     device_option,
     json_option,
     precision_option,
+    set_option,
     trust_option,
 )
 from pipeline.cli.progress import case_line, progress_bar
@@ -27,7 +28,7 @@ from pipeline.defaults import DEFAULT_BUNDLE
 
 if TYPE_CHECKING:
     from pipeline.batch import BatchSummary, CaseRecord, Forecast
-    from pipeline.inference import Model
+    from pipeline.inference import CaseModel
     from pipeline.types import Case
 
 MIB, GIB = 2**20, 2**30
@@ -68,9 +69,11 @@ def model_options() -> Decorator:
             type=RUNTIMES,
             default="auto",
             show_default=True,
-            help="Runtime of the network; auto takes OpenVINO on a CPU where it agrees with torch.",
+            help="Runtime of the network; auto takes OpenVINO on a CPU where it agrees with torch, "
+            "stock the own inferer of a bundle of MONAI's form.",
         ),
         precision_option(),
+        set_option(),
     )
 
 
@@ -131,9 +134,19 @@ def repetition_options() -> Decorator:
     )
 
 
+def label_table_option() -> Decorator:
+    """Return the option that says whether label maps hold names and colours."""
+    return click.option(
+        "--label-table/--no-label-table",
+        default=None,
+        show_default="as in the output folder, on in a new one",
+        help="Write names and colours of the labels into the header of each label map.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:
-    """Values of `worker_options` and `repetition_options`.
+    """Values of `worker_options`, `repetition_options` and `label_table_option`.
 
     Attributes:
         jobs: number of worker processes; None to choose.
@@ -145,6 +158,7 @@ class BatchOptions:
         check_hashes: whether files are compared by hash.
         dry_run: whether the cases are only shown.
         as_json: whether rows are printed as JSON.
+        label_table: whether label maps hold names and colours; None as in the output folder.
     """
 
     jobs: int | None
@@ -156,17 +170,18 @@ class BatchOptions:
     check_hashes: bool
     dry_run: bool
     as_json: bool
+    label_table: bool | None = None
 
     @classmethod
     def split(cls, given: Mapping[str, Any]) -> tuple[BatchOptions, dict[str, Any]]:
         """Return the options of a batch among those of a command, and all others."""
         names = {item.name for item in fields(cls)}
         others = {name: value for name, value in given.items() if name not in names}
-        return cls(**{name: given[name] for name in names}), others
+        return cls(**{name: given[name] for name in names & set(given)}), others
 
 
 def segment_batch(
-    find: Callable[[Model], Sequence[Case]],
+    find: Callable[[CaseModel], Sequence[Case]],
     output: Path,
     options: BatchOptions,
     settings: Mapping[str, Any],
@@ -179,15 +194,15 @@ def segment_batch(
         find: returns the cases for a model.
         output: folder of the results.
         options: of the batch.
-        settings: arguments of `open_bundle`.
+        settings: arguments of `open_for_cases`.
         on_record: called with the record of each case.
     """
     from pipeline.batch import parse_shard
-    from pipeline.bundle import open_bundle
+    from pipeline.bundle import open_for_cases
 
     part = parse_shard(options.shard) if options.shard else None
     workers = _Workers(options, settings)
-    model = open_bundle(**settings)
+    model = open_for_cases(**settings)
     cases = find(model)
     if part is not None:
         cases = part.of(cases)
@@ -211,6 +226,7 @@ def segment_batch(
             progress,
             overwrite=options.overwrite,
             check_hashes=options.check_hashes,
+            label_table=options.label_table,
         )
     if options.as_json:
         _print_rows(rows)
@@ -238,13 +254,14 @@ class _Workers:
 
     def run(
         self,
-        model: Model,
+        model: CaseModel,
         cases: Sequence[Case],
         output: Path,
         progress: Callable[[CaseRecord], None],
         *,
         overwrite: bool,
         check_hashes: bool,
+        label_table: bool | None,
     ) -> BatchSummary:
         """Segment cases in worker processes."""
         from pipeline.batch import choose_jobs, dask_executor, pool_executor, run_batch
@@ -261,15 +278,15 @@ class _Workers:
             if self.dask is None
             else dask_executor(self.dask, {**self.settings, "max_memory": limit}, **workers)
         )
-        model = replace(model, max_memory=limit)
         return run_batch(
-            model,
+            model.limited(limit),
             cases,
             output,
             executor,
             progress=progress,
             overwrite=overwrite,
             check_hashes=check_hashes,
+            label_table=label_table,
         )
 
 
@@ -294,7 +311,7 @@ def _show_outcome(summary: BatchSummary, output: Path) -> int:
     return SOME_FAILED if failed else DONE
 
 
-def _show_forecasts(model: Model, cases: Sequence[Case], output: Path, *, as_json: bool) -> int:
+def _show_forecasts(model: CaseModel, cases: Sequence[Case], output: Path, *, as_json: bool) -> int:
     """Print what would be done, and return the exit status."""
     from pipeline.batch import forecast_cases
 

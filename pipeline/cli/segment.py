@@ -10,6 +10,7 @@ import click
 
 from pipeline.cli.batches import (
     BatchOptions,
+    label_table_option,
     model_options,
     repetition_options,
     segment_batch,
@@ -18,10 +19,10 @@ from pipeline.cli.batches import (
 from pipeline.cli.options import command, usage_errors
 from pipeline.cli.reports import show_report
 
-
 if TYPE_CHECKING:
     from pipeline.inference import Model
     from pipeline.types import Case
+
 
 @command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
@@ -58,7 +59,6 @@ if TYPE_CHECKING:
     help="Number of the volume to segment in 4D files, from 0.",
 )
 @click.option(
-@click.option(
     "--modality",
     "modalities",
     multiple=True,
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     help="Write <name>_sr.dcm as well: the volumes as a DICOM report; takes --dicom-seg.",
 )
 @label_table_option()
+@click.option(
     "--report",
     is_flag=True,
     help="Write the report of the output folder as well, as volseg report does.",
@@ -106,10 +107,9 @@ def segment(
     per channel.
     """
     with usage_errors():
-        from pipeline.io import find_cases
         from pipeline.batch import with_dicom_outputs
+        from pipeline.io import find_cases
 
-        options, settings = BatchOptions.split(given)
         if dicom_seg and given["labels_spacing"]:
             raise click.UsageError(
                 "--dicom-seg is on the frames of the series: no --labels-spacing"
@@ -119,6 +119,7 @@ def segment(
             cases = find_cases(inputs, model.spec, [code.upper() for code in modalities])
             return with_dicom_outputs(cases, dicom_seg, report=dicom_sr)
 
+        options, settings = BatchOptions.split(given)
         status = segment_batch(find, output, options, settings)
         if report and not options.dry_run:
             show_report(output)

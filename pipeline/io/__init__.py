@@ -52,11 +52,11 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
-from pipeline.io.discovery import (
 from pipeline.io.dicom_seg import Algorithm, DicomObjects, dicom_objects
 from pipeline.io.dicom_series import DicomSeries
-    LABELS_ENDING,
+from pipeline.io.discovery import (
     DICOM_ENDINGS,
+    LABELS_ENDING,
     PROBABILITIES_ENDING,
     RESULT_ENDINGS,
     UNCERTAINTY_ENDING,
@@ -94,8 +94,8 @@ from pipeline.io.writer import (
 )
 
 __all__ = [
-    "ENTITY_NAMES",
     "DICOM_ENDINGS",
+    "ENTITY_NAMES",
     "LABELS_ENDING",
     "LABEL_FILES",
     "PARTICIPANTS_TSV",
@@ -106,12 +106,12 @@ __all__ = [
     "TEMPORARY_SUFFIX",
     "UNCERTAINTY_ENDING",
     "WRITTEN_ENDINGS",
-    "BidsName",
     "Algorithm",
+    "BidsName",
     "BidsQuery",
-    "Grid",
     "DicomObjects",
     "DicomSeries",
+    "Grid",
     "Header",
     "Image",
     "LabelColor",
@@ -130,8 +130,8 @@ __all__ = [
     "check_same_grid",
     "corner_distance",
     "derivative_stem",
-    "dseg_text",
     "dicom_objects",
+    "dseg_text",
     "expand_variables",
     "find_bids_cases",
     "find_cases",
@@ -157,12 +157,12 @@ __all__ = [
     "read_participants",
     "read_splits",
     "retry_io",
-    "sha256",
     "series_of",
+    "sha256",
     "source_files",
     "source_list",
-    "structure_name",
     "source_path",
+    "structure_name",
     "training_cases",
     "validation_cases",
     "warnings_of",

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 from batch_folders import record_of, store
 from phantom import nifti, save, smooth
 
 from pipeline.batch import identity
-from pipeline.batch.identity import results_identity, settle_identity, settle_runtime
+from pipeline.batch.identity import (
+    has_label_table,
+    results_identity,
+    settle_identity,
+    settle_runtime,
+)
 from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import read_record, write_record
 from pipeline.batch.runner import local_executor, run_batch
@@ -37,7 +44,7 @@ def test_the_first_process_decides(model_3d: Model, tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [results_identity(model_3d)] * 4
+    assert found == [results_identity(model_3d) | {"label_table": "True"}] * 4
     assert not list(out.staging.iterdir())
 
 
@@ -48,7 +55,8 @@ def test_a_damaged_identity_is_no_identity(content: bytes, model_3d: Model, tmp_
     out.identity.write_bytes(content)
     with pytest.raises(ConfigError, match="--overwrite"):
         settle_identity(out, model_3d, overwrite=False)
-    assert settle_identity(out, model_3d, overwrite=True) == results_identity(model_3d)
+    settled = settle_identity(out, model_3d, overwrite=True)
+    assert settled == results_identity(model_3d) | {"label_table": "True"}
     assert read_record(out.record("a")) is None
 
 
@@ -101,3 +109,48 @@ def test_a_folder_has_one_runtime(tiny_bundle_3d: Path, tmp_path: Path) -> None:
     described = settle_runtime(out, auto)
     assert described is not None
     assert described["runtime"] == "torch"
+
+
+def codes(path: Path) -> list[int]:
+    """Return the codes of the extensions of a NIfTI file."""
+    return list(nib.load(path).header.extensions.get_codes())
+
+
+@pytest.mark.slow
+def test_label_tables_are_a_choice_of_the_folder(model_3d: Model, tmp_path: Path) -> None:
+    """Later runs follow it without asking; asking for the other one is refused, never mixed."""
+    for name in ("a", "b", "c"):
+        save(tmp_path / f"{name}.nii.gz", nifti(smooth(SMALL)))
+    out = tmp_path / "out"
+
+    def run(name: str, **options: Any) -> None:
+        cases = find_cases([str(tmp_path / f"{name}.nii.gz")], model_3d.spec)
+        run_batch(model_3d, cases, out, local_executor, **options)
+
+    run("a", label_table=False)
+    with pytest.raises(ConfigError, match="label_table False, now True"):
+        run("b", label_table=True)
+    run("b")
+    assert codes(out / "a_seg.nii.gz") == codes(out / "b_seg.nii.gz") == []
+    run("a", label_table=True, overwrite=True)
+    assert codes(out / "a_seg.nii.gz") == [30]
+    assert not (out / "b_seg.nii.gz").exists()
+    run("c")
+    assert codes(out / "c_seg.nii.gz") == [30]
+    plain = nib.load(out / "c_seg.nii.gz").header
+    assert plain.get_intent()[0] == "label"
+
+
+def test_results_of_earlier_versions_stay_without_tables(model_3d: Model, tmp_path: Path) -> None:
+    """Their identity does not name the choice; a run that does not ask changes nothing in it."""
+    out = store(tmp_path / "out", record_of("a"))
+    before = results_identity(model_3d)
+    out.identity.write_text(json.dumps(before))
+    for choice in (None, False):
+        settled = settle_identity(out, model_3d, overwrite=False, label_table=choice)
+        assert settled == before
+        assert not has_label_table(settled)
+    with pytest.raises(ConfigError, match="label_table"):
+        settle_identity(out, model_3d, overwrite=False, label_table=True)
+    assert settle_identity(out, model_3d, overwrite=True) == before
+    assert read_record(out.record("a")) is not None
