@@ -8,12 +8,16 @@ metadata       metadata.json, from spec and card
 check          MONAI's checks, offline, and ours
 export         the network for other runtimes
 weight_import  published checkpoints as bundles
+nnunet_import  trained models of nnU-Net as bundles
+nnunet_plans   what their plans say, as a spec
+imported       what all imports write
 templates/     the wiring itself, and the schema of the metadata
 """
 
 from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
 from pipeline.bundle.info import BundleInfo, bundle_info
+from pipeline.bundle.nnunet_import import NnUNetModel, import_nnunet, is_nnunet_folder
 from pipeline.bundle.opening import find_bundle, open_bundle, shipped_bundles
 from pipeline.bundle.trust import code_hash
 from pipeline.bundle.weight_import import PublishedNetwork, import_checkpoint
@@ -30,6 +34,7 @@ __all__ = [
     "WIRING",
     "BundleInfo",
     "ExportReport",
+    "NnUNetModel",
     "PublishedNetwork",
     "Refreshed",
     "bundle_info",
@@ -38,6 +43,8 @@ __all__ = [
     "export_bundle",
     "find_bundle",
     "import_checkpoint",
+    "import_nnunet",
+    "is_nnunet_folder",
     "open_bundle",
     "read_wiring",
     "refresh_bundle",

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
-from pipeline.bundle.wiring import refresh_bundle
+from pipeline.bundle.imported import write_imported
 from pipeline.config import BundlePaths
 from pipeline.errors import ConfigError
-from pipeline.io import sha256, write_atomically
+from pipeline.io import sha256
 from pipeline.networks import (
     InferredUNet,
     PublishedKind,
@@ -136,27 +132,16 @@ def import_checkpoint(checkpoint: PathOrStr, output: PathOrStr) -> PublishedNetw
     shape = published_network(state)
     spec = _spec(published, shape)
     source = f"{Path(checkpoint).name} (SHA-256 {sha256(Path(checkpoint))})"
-    _write_weights(paths.weights, state)
-    _write_yaml(paths.spec, spec)
-    _write_yaml(paths.card, _card(published, source))
-    _write_yaml(paths.run, _run(published, paths, shape.spatial_dims))
-    write_atomically(paths.licence, _licence(source).encode())
-    write_atomically(paths.readme, _readme(published, source, str(output)).encode())
-    refresh_bundle(paths.folder)
+    write_imported(
+        paths,
+        spec=spec,
+        card=_card(published, source),
+        run=_run(published, shape.spatial_dims),
+        state=state,
+        source=source,
+        readme=_readme(published, source, str(output)),
+    )
     return published
-
-
-def _write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Write a state dict in the precision that it has, so that outputs equal the published ones."""
-    buffer = io.BytesIO()
-    torch.save({name: tensor.detach().contiguous() for name, tensor in state.items()}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def _write_yaml(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a configuration file, its keys in the order given."""
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomically(path, text.encode())
 
 
 def _spec(published: PublishedNetwork, shape: InferredUNet) -> dict[str, Any]:
@@ -208,7 +193,7 @@ def _channel_names(published: PublishedNetwork, count: int) -> list[str]:
 
 
 def _card(published: PublishedNetwork, source: str) -> dict[str, Any]:
-    """Return the content of card.yaml.
+    """Return what the bundle's card has in addition to that of every import.
 
     Args:
         published: which network it is.
@@ -218,40 +203,21 @@ def _card(published: PublishedNetwork, source: str) -> dict[str, Any]:
         "name": published.name,
         "description": f"{published.name}, imported from {source}.",
         "task": published.task,
-        "authors": "the authors of the weights",
-        "copyright": "the authors of the weights",
-        "intended_use": "Research; not a medical device, not for diagnosis.",
         "data_source": published.data_source,
         "data_type": "NIfTI",
         "references": list(published.references),
-        "eval_metrics": {},
-        "changelog": {"0.1.0": f"imported from {source}"},
     }
 
 
-def _run(published: PublishedNetwork, paths: BundlePaths, dims: int) -> dict[str, Any]:
-    """Return the content of run.yaml, for training that continues from the weights.
+def _run(published: PublishedNetwork, dims: int) -> dict[str, Any]:
+    """Return what run.yaml has in addition, for training that continues from the weights.
 
     Args:
         published: which network it is.
-        paths: the bundle.
         dims: spatial dimensions, 2 or 3.
     """
-    return {
-        "bundle": str(paths.folder),
-        "dataset": "data",
-        "epochs": 100,
-        "batch_size": 16 if dims == 2 else 2,  # slices as in brain-segmentation-pytorch; windows
-        **published.run,
-    }
-
-
-def _licence(source: str) -> str:
-    """Return the text of LICENSE."""
-    return (
-        f"The weights were imported from {source}.\n"
-        "The licence of their source applies to them; check it before you share them.\n"
-    )
+    # slices as in brain-segmentation-pytorch; windows
+    return {"batch_size": 16 if dims == 2 else 2, **published.run}
 
 
 def _readme(published: PublishedNetwork, source: str, bundle: str) -> str:

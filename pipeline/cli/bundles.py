@@ -116,7 +116,7 @@ def refresh(bundle: Path, overwrite: bool) -> None:
 
 
 @command("import")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -124,17 +124,54 @@ def refresh(bundle: Path, overwrite: bool) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the bundle to write; it must not hold a bundle.",
 )
-def import_command(checkpoint: Path, output: Path) -> None:
-    """Make a bundle from a published checkpoint, which is recognised by its keys.
+@click.option(
+    "--fold",
+    "folds",
+    multiple=True,
+    metavar="FOLD",
+    help="Fold of nnU-Net, its number or all; may be repeated. Default: every finished fold.",
+)
+@click.option(
+    "--best", is_flag=True, help="Take nnU-Net's checkpoint_best.pth, not its checkpoint_final.pth."
+)
+@click.option(
+    "--mirror",
+    is_flag=True,
+    help="Average mirror images, as nnUNetv2_predict does without --disable_tta.",
+)
+def import_command(
+    source: Path, output: Path, folds: tuple[str, ...], best: bool, mirror: bool
+) -> None:
+    """Make a bundle from a trained model of nnU-Net or a published checkpoint.
 
-    Known are the tutorial U-Net and brain-segmentation-pytorch (the unet of PyTorch Hub), in 2D and
-    3D and of any size.
+    SOURCE is the folder of a model of nnU-Net 2, with plans.json, dataset.json and fold_0 …, or a
+    bundle that MONAI made of one; several folds become an ensemble. Or it is a file of a U-Net that
+    is recognised by its keys: the tutorial U-Net and brain-segmentation-pytorch (the unet of
+    PyTorch Hub), in 2D and 3D and of any size.
     """
     with usage_errors():
-        from pipeline.bundle import import_checkpoint
+        from pipeline.bundle import import_checkpoint, import_nnunet, is_nnunet_folder
 
-        network = import_checkpoint(checkpoint, output)
-    click.echo(f"recognised the {network.name}; the bundle is in {output}", err=True)
+        if not is_nnunet_folder(source):
+            _refuse_nnunet_options(folds, best=best, mirror=mirror)
+            network = import_checkpoint(source, output)
+            click.echo(f"recognised the {network.name}; the bundle is in {output}", err=True)
+            return
+        model = import_nnunet(source, output, folds=folds, best=best, mirror=mirror)
+    files = ", ".join(f"{name}/{path.name}" for name, path in model.checkpoints.items())
+    click.echo(
+        f"recognised nnU-Net's {model.name}, {model.configuration}, {files}; the bundle is in "
+        f"{output}",
+        err=True,
+    )
+
+
+def _refuse_nnunet_options(folds: tuple[str, ...], *, best: bool, mirror: bool) -> None:
+    """Raise UsageError if an option was given that only models of nnU-Net have."""
+    if folds or best or mirror:
+        raise click.UsageError(
+            "--fold, --best and --mirror are for the folder of a model of nnU-Net; SOURCE is a file"
+        )
 
 
 @command()
