@@ -20,13 +20,21 @@ from pipeline.io import (
     read_channels,
     source_list,
 )
+from pipeline.transforms.tensors import (
+    NO_ORIENTATION,
+    has_orientation,
+    images_in_memory,
+    is_in_memory,
+)
 from pipeline.types import ImageSource
 
 
 class LoadVolumed(MapTransform):
     """Load each key's file, or one file per channel, into a (C, X, Y, Z) float32 MetaTensor.
 
-    A single 4D file with as many volumes as the model has channels becomes these channels.
+    A single 4D file with as many volumes as the model has channels becomes these channels. Images
+    in memory are taken as well: those of nibabel and SimpleITK, and tensors and arrays, as MONAI
+    Label and MONAI Deploy hand them over after loading them by themselves.
 
     Besides MONAI's own keys, `meta` holds the grid of the label map (`Grid.from_meta`), the
     warnings about the files (`warnings_of`) and `sources`, the path of each channel.
@@ -65,7 +73,8 @@ class LoadVolumed(MapTransform):
             VolumeError: a file does not hold one grey volume.
             GeometryError: the channels lie on different grids.
         """
-        channels = source_list(sources)
+        given = source_list(sources)
+        channels = images_in_memory(given, self.channels)
         images = read_channels(channels, self.channels, self.volume)
         first = images[0]
         # As shown to readers: handlers of MONAI print and hash these, and fail at undecodable names
@@ -81,6 +90,8 @@ class LoadVolumed(MapTransform):
             **self._labels_grid(first).to_meta(),
         }
         add_warnings(meta, *_warnings(channels, images))
+        if any(is_in_memory(x) and not has_orientation(x) for x in given):
+            add_warnings(meta, NO_ORIENTATION)
         array = np.stack([np.asarray(image.array, dtype=np.float32) for image in images])
         tensor: MetaTensor = MetaTensor.ensure_torch_and_prune_meta(array, meta)
         return tensor
@@ -88,6 +99,13 @@ class LoadVolumed(MapTransform):
     def _labels_grid(self, image: Image) -> Grid:
         grid = Grid(affine=image.affine, shape=image.array.shape, header=image.header)
         return grid if self.labels_spacing is None else grid.with_spacing(self.labels_spacing)
+
+
+def _shown(source: ImageSource) -> str:
+    """Return what names a source in messages; empty for an image in memory."""
+    if isinstance(source, DicomSeries):
+        return str(source)
+    return printable(source) if isinstance(source, str | Path) else ""
 
 
 def _warnings(channels: list[ImageSource], images: list[Image]) -> list[str]:
@@ -99,10 +117,3 @@ def _warnings(channels: list[ImageSource], images: list[Image]) -> list[str]:
     if len(identities) < len(channels):
         warnings["one file serves for several channels: the segmentation is less reliable"] = None
     return list(warnings)
-def _shown(source: ImageSource) -> str:
-    """Return what names a source in messages; empty for an image in memory."""
-    if isinstance(source, DicomSeries):
-        return str(source)
-    return printable(source) if isinstance(source, str | Path) else ""
-
-
