@@ -281,7 +281,7 @@ def _printable_texts(value: Any) -> Any:
 
 def _write_pages(target: Path) -> None:
     if target.exists() and not target.is_dir():
-        raise WriteError(f"{printable(target)}: is a file; give another folder by --output")
+        raise WriteError(f"{printable(target)}: is a file; give another folder by --to")
     for name, content in page_files():
         path = target / name
         # the viewer's script is the largest part: it is written once
