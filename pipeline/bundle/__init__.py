@@ -16,9 +16,16 @@ templates/     the wiring itself, and the schema of the metadata
 
 from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
+from pipeline.bundle.foreign_files import ForeignFacts, foreign_facts
 from pipeline.bundle.info import BundleInfo, bundle_info
 from pipeline.bundle.nnunet_import import NnUNetModel, import_nnunet, is_nnunet_folder
-from pipeline.bundle.opening import find_bundle, open_bundle, shipped_bundles
+from pipeline.bundle.opening import (
+    find_bundle,
+    open_bundle,
+    open_for_cases,
+    shipped_bundles,
+)
+from pipeline.bundle.overrides import parse_overrides
 from pipeline.bundle.trust import code_hash
 from pipeline.bundle.weight_import import PublishedNetwork, import_checkpoint
 from pipeline.bundle.wiring import (
@@ -34,6 +41,7 @@ __all__ = [
     "WIRING",
     "BundleInfo",
     "ExportReport",
+    "ForeignFacts",
     "NnUNetModel",
     "PublishedNetwork",
     "Refreshed",
@@ -42,10 +50,13 @@ __all__ = [
     "code_hash",
     "export_bundle",
     "find_bundle",
+    "foreign_facts",
     "import_checkpoint",
     "import_nnunet",
     "is_nnunet_folder",
     "open_bundle",
+    "open_for_cases",
+    "parse_overrides",
     "read_wiring",
     "refresh_bundle",
     "shipped_bundles",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.resources
 import textwrap
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from pipeline.bundle.foreign import open_foreign
+from pipeline.bundle.foreign_files import foreign_configuration
+from pipeline.bundle.overrides import overrides_text
 from pipeline.bundle.wiring import read_wiring
 from pipeline.config import BundlePaths
 from pipeline.errors import ConfigError, ReadError, describe_error, find_pipeline_error
-from pipeline.inference import Model, resolve_device
+from pipeline.inference import CaseModel, Model, resolve_device
 from pipeline.networks import read_state
 from pipeline.types import PathOrStr
 
@@ -37,13 +42,41 @@ def find_bundle(name: PathOrStr) -> Path:
     """
     shipped = shipped_bundles()
     for path in (Path(name), shipped / name):
-        if BundlePaths(path).inference.is_file():
+        if BundlePaths(path).inference.is_file() or foreign_configuration(path) is not None:
             return path
     names = sorted(path.parent.parent.name for path in shipped.glob("*/configs/spec.yaml"))
     raise ConfigError(
-        f"{name}: no such bundle; expected a folder with configs/inference.yaml, "
+        f"{name}: no such bundle; expected a folder with configs/inference.yaml (or .json, .yml), "
         f"or one of {', '.join(names)}"
     )
+
+
+def open_for_cases(
+    bundle: PathOrStr,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> CaseModel:
+    """Return a bundle opened for inference: one of volseg's, or one in MONAI's form.
+
+    Args:
+        bundle: a folder, or the name of a shipped bundle.
+        overrides: id → value in the configuration of a bundle in MONAI's form, from
+            `parse_overrides`.
+        settings: further arguments of `open_bundle`, which `open_foreign` takes too.
+
+    Raises:
+        ConfigError: there is no such bundle, it is not trusted, or it cannot be opened.
+    """
+    root = find_bundle(bundle)
+    if foreign_configuration(root) is not None:
+        return open_foreign(root, overrides=dict(overrides or {}), **settings)
+    if overrides:
+        raise ConfigError(
+            f"{root}: --set {overrides_text(overrides)} is for bundles in MONAI's form; volseg's "
+            "own have a spec and options"
+        )
+    return open_bundle(root, **settings)
 
 
 def open_bundle(

@@ -22,7 +22,7 @@ OTHER_LOGGERS = ("monai", "ignite", "torch", "nncf", "matplotlib", "pydicom", "h
 
 DEVICES = click.Choice(["auto", "cpu", "cuda", "mps"])
 PRECISIONS = click.Choice(["auto", "float32", "bfloat16", "int8"])
-RUNTIMES = click.Choice(["auto", "torch", "openvino"])
+RUNTIMES = click.Choice(["auto", "torch", "openvino", "stock"])
 
 
 class UsageError(click.ClickException):
@@ -124,6 +124,28 @@ def trust_option() -> Decorator:
         help="Open a bundle although volseg did not write its wiring, which can run any code: "
         "look at it first.",
     )
+
+
+def set_option() -> Decorator:
+    """Return the option `--set`, which changes the configuration of a foreign bundle."""
+    return click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="ID=VALUE",
+        callback=lambda context, parameter, texts: _parsed(texts),
+        help="Change a bundle of MONAI's form: an id of its configuration and a new value, such as "
+        "inferer#overlap=0.25; without a value the key is removed. May be given several times.",
+    )
+
+
+def _parsed(texts: tuple[str, ...]) -> dict[str, Any]:
+    if not texts:  # without importing what only foreign bundles need
+        return {}
+    with usage_errors():
+        from pipeline.bundle import parse_overrides
+
+        return parse_overrides(texts)
 
 
 def json_option(text: str) -> Decorator:

@@ -16,11 +16,12 @@ Modules:
     memory_plan, process_memory, device, forking   the machine at hand
 """
 
-from pipeline.inference.aggregator import window_grid
+from pipeline.inference.aggregator import ScoreBlock, window_grid
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
-from pipeline.inference.device import keep_freed_memory, resolve_device
+from pipeline.inference.device import keep_freed_memory, processor_name, resolve_device
 from pipeline.inference.invert import LabelInversion
+from pipeline.inference.label_resampling import labels_of_blocks
 from pipeline.inference.memory_plan import (
     MemoryEstimate,
     estimate_memory,
@@ -32,6 +33,7 @@ from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import (
     OpenVinoNetwork,
     RuntimeAgreement,
+    cache_folder,
     compare_runtimes,
     convert_to_openvino,
     forks_can_compile,
@@ -51,6 +53,7 @@ from pipeline.inference.predictor import (
 from pipeline.inference.process_memory import peak_bytes, reset_peak, resident_bytes
 from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import WindowInferer, build_inferer
+from pipeline.inference.volumes import volumes_mm3
 
 __all__ = [
     "CaseModel",
@@ -63,8 +66,10 @@ __all__ = [
     "Runtime",
     "RuntimeAgreement",
     "RuntimeDescription",
+    "ScoreBlock",
     "WindowInferer",
     "build_inferer",
+    "cache_folder",
     "clean_components",
     "compare_runtimes",
     "convert_to_openvino",
@@ -73,6 +78,7 @@ __all__ = [
     "forks_can_compile",
     "import_openvino",
     "keep_freed_memory",
+    "labels_of_blocks",
     "largest_components",
     "model_hashes",
     "noise_window",
@@ -83,11 +89,13 @@ __all__ = [
     "predict_case",
     "predict_prepared",
     "prepare",
+    "processor_name",
     "ready_bytes",
     "reset_peak",
     "resident_bytes",
     "resolve_device",
     "streaming_iteration",
+    "volumes_mm3",
     "weights_hash",
     "window_grid",
 ]

@@ -142,6 +142,8 @@ class WindowInferer(Inferer):
         head_top: direction of the top of the head, for images of heads: windows are spread only
             over the box that contains all structures (`localise`), often a single window. Needs
             `foreground_threshold`. None spreads windows over the whole foreground.
+        padding_mode: how images smaller than a window are padded, a mode of torch; `constant` pads
+            with zeros.
         add_background: whether a background channel with the logit 0 is put before the network's
             channels, for networks with sigmoid outputs.
         buffer_bytes: largest size of the windows' sums that are held at a time, bytes. The logits
@@ -149,7 +151,7 @@ class WindowInferer(Inferer):
 
     Shapes:
         (B, C, *spatial) of any size → (B, classes, *spatial) float32; images smaller than a window
-        are padded with 0. For a network of several outputs (a sequence or a mapping), the result
+        are padded. For a network of several outputs (a sequence or a mapping), the result
         has the same structure, and each output keeps its resolution.
 
     Raises:
@@ -168,6 +170,7 @@ class WindowInferer(Inferer):
         mirroring: Mirroring | None = None,
         foreground_threshold: float | None = None,
         head_top: HeadTop | None = None,
+        padding_mode: str = "constant",
         add_background: bool = False,
         buffer_bytes: float = BUFFER_BYTES,
     ) -> None:
@@ -177,7 +180,7 @@ class WindowInferer(Inferer):
             raise ConfigError(f"sw_batch_size: expected 1 or more, got {sw_batch_size}")
         self.roi_size, self.overlap, self.slice_dim = tuple(roi_size), overlap, slice_dim
         self.sw_batch_size, self.placement, self.mode = sw_batch_size, placement, mode
-        self.mirroring = mirroring
+        self.mirroring, self.padding_mode = mirroring, padding_mode
         self.foreground_threshold, self.head_top = foreground_threshold, head_top
         self.add_background, self.buffer_bytes = add_background, buffer_bytes
         self.window = self.roi_size  # size of a window along the image's axes: slices are 1 thick
@@ -264,7 +267,7 @@ class WindowInferer(Inferer):
         threshold = self.foreground_threshold
         level = None if threshold is None else foreground_level(plain, threshold)
         region = self._region(plain, level, self._complete(network), image.device)
-        padded, margins = pad_to_window(crop_box(plain, region), self.window)
+        padded, margins = pad_to_window(crop_box(plain, region), self.window, self.padding_mode)
         scores = WindowScores(
             padded,
             self._complete(average_mirrored(network, self.mirroring)),

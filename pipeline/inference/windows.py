@@ -90,12 +90,15 @@ class WindowScores:
         return results
 
 
-def pad_to_window(image: torch.Tensor, roi_size: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-    """Return an image padded with zeros, at both ends of each axis, to at least a window's size.
+def pad_to_window(
+    image: torch.Tensor, roi_size: Sequence[int], mode: str = "constant"
+) -> tuple[torch.Tensor, list[int]]:
+    """Return an image padded at both ends of each axis to at least a window's size.
 
     Args:
         image: (C, *spatial) image.
         roi_size: size of a window, voxels.
+        mode: of torch's padding; `constant` pads with zeros.
 
     Returns:
         The padded image, and the number of voxels added along each spatial axis, both ends
@@ -106,7 +109,7 @@ def pad_to_window(image: torch.Tensor, roi_size: Sequence[int]) -> tuple[torch.T
         padding = []
         for margin in reversed(margins):  # torch pads the last axis first
             padding += [margin // 2, margin - margin // 2]
-        image = functional.pad(image, padding)
+        image = functional.pad(image, padding, mode=mode)
     return image, margins
 
 

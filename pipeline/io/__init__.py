@@ -44,6 +44,7 @@ from pipeline.io.bids_dataset import (
 from pipeline.io.bids_names import ENTITY_NAMES, BidsName, derivative_stem, parse_bids_name
 from pipeline.io.case_warnings import add_warnings, warnings_of
 from pipeline.io.cases import case_name, find_cases
+from pipeline.io.copies import write_copy, write_part
 from pipeline.io.dataset import (
     expand_variables,
     fold_cases,
@@ -167,8 +168,10 @@ __all__ = [
     "validation_cases",
     "warnings_of",
     "write_atomically",
+    "write_copy",
     "write_csv",
     "write_json",
     "write_label_files",
     "write_labels",
+    "write_part",
 ]

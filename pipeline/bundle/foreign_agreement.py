@@ -1,0 +1,176 @@
+"""Whether volseg's inferer gives a foreign bundle's own labels, and the memory of that decision."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pipeline.bundle.foreign_files import ForeignFacts, weights_hash
+from pipeline.bundle.overrides import overrides_text
+from pipeline.bundle.trust import code_hash
+from pipeline.errors import ConfigError, WriteError
+from pipeline.inference import cache_folder, processor_name
+from pipeline.io import Grid, read_json, write_json, write_part
+from pipeline.types import LabelMap
+
+MIN_VOXELS = 100  # of a label; smaller ones are not compared
+MIN_DICE = 0.999
+RULE = 1  # to be raised when the comparison or what is compared changes
+PACKAGES = ("volseg", "monai", "torch", "openvino")
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far the labels by a runtime are the bundle's own.
+
+    Attributes:
+        runtime: `torch`, `openvino`, or `stock` for the bundle's own inferer.
+        good: whether they agree.
+        text: in words.
+    """
+
+    runtime: str
+    good: bool
+    text: str
+
+    @property
+    def reason(self) -> str:
+        """Why the runtime computes."""
+        return self.text
+
+
+class KeySettings(Protocol):
+    """The settings that a decision depends on."""
+
+    @property
+    def device(self) -> torch.device:
+        """That computes."""
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Id → value."""
+
+    @property
+    def overlap(self) -> float | None:
+        """Of neighbouring windows."""
+
+
+def label_agreement(runtime: str, found: LabelMap, expected: LabelMap) -> Agreement | None:
+    """Return how far two label maps agree; None where there are too few labels to tell.
+
+    Args:
+        runtime: that computed `found`.
+        found: labels or masks.
+        expected: by the bundle's own inferer.
+    """
+    if found.shape != expected.shape:
+        return Agreement(
+            runtime, good=False, text=f"{runtime}: shape {found.shape}, expected {expected.shape}"
+        )
+    ours, own = (x if x.ndim == 4 else x[None] for x in (found, expected))
+    lowest = 2.0
+    for number in range(len(own)):
+        for value in np.union1d(np.unique(ours[number]), np.unique(own[number])):
+            one, other = ours[number] == value, own[number] == value
+            sizes = np.count_nonzero(one), np.count_nonzero(other)
+            if value == 0 or max(sizes) <= MIN_VOXELS:
+                continue
+            lowest = min(lowest, 2 * np.count_nonzero(one & other) / sum(sizes))
+    if lowest > 1:
+        return None
+    return Agreement(
+        runtime, good=lowest >= MIN_DICE, text=f"{runtime}: lowest Dice of a label {lowest:.5f}"
+    )
+
+
+@contextmanager
+def trial_items(
+    item: Mapping[str, Any], grid: Grid, length_mm: float
+) -> Iterator[Iterator[tuple[dict[str, Any], Grid]]]:
+    """Yield the middle of a case, and then other parts of it, as items and their grids.
+
+    A case that is not much larger than a part is yielded whole.
+
+    Args:
+        item: of the bundle's dataset.
+        grid: of the case's files.
+        length_mm: of a part along each axis.
+    """
+    with tempfile.TemporaryDirectory(prefix="volseg-") as folder:
+        yield _parts(item, grid, length_mm, Path(folder))
+
+
+def _parts(
+    item: Mapping[str, Any], grid: Grid, length_mm: float, folder: Path
+) -> Iterator[tuple[dict[str, Any], Grid]]:
+    spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
+    sizes = [
+        min(n, int(np.ceil(length_mm / mm))) for n, mm in zip(grid.shape, spacing, strict=True)
+    ]
+    if all(size == n for size, n in zip(sizes, grid.shape, strict=True)):
+        yield dict(item), grid
+        return
+    for fraction in (0.5, 0.25, 0.75):
+        box = []
+        for size, n in zip(sizes, grid.shape, strict=True):
+            start = min(max(0, round(n * fraction - size / 2)), n - size)
+            box.append(slice(start, start + size))
+        yield _part(item, box, folder)
+
+
+def _part(item: Mapping[str, Any], box: list[slice], folder: Path) -> tuple[dict[str, Any], Grid]:
+    """Return the item of a box of a case; entries that are no files stay."""
+    part: dict[str, Any] = {}
+    grids = []
+    for key, value in item.items():
+        listed = value if isinstance(value, list) else [value]
+        if not all(isinstance(x, str) and Path(x).is_file() for x in listed):
+            part[key] = value
+            continue
+        paths = []
+        for number, source in enumerate(listed):
+            paths.append(str(folder / f"{key}-{number}.nii"))
+            grids.append(write_part(source, box, paths[-1]))
+        part[key] = paths if isinstance(value, list) else paths[0]
+    return part, grids[0]
+
+
+def stored_decision(facts: ForeignFacts, settings: KeySettings) -> Agreement | None:
+    """Return what was decided for a bundle on this processor; None where nothing was."""
+    with suppress(ConfigError, OSError, KeyError, TypeError):
+        stored = read_json(_entry(facts, settings))
+        return Agreement(str(stored["runtime"]), good=True, text=str(stored["reason"]))
+    return None
+
+
+def store_decision(facts: ForeignFacts, settings: KeySettings, decided: Agreement) -> None:
+    """Keep what was decided for a bundle on this processor; nothing where there is no cache."""
+    with suppress(OSError, WriteError):
+        path = _entry(facts, settings)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, {"runtime": decided.runtime, "reason": decided.text})
+
+
+def _entry(facts: ForeignFacts, settings: KeySettings) -> Path:
+    parts = [
+        RULE,
+        code_hash(facts.folder),
+        weights_hash(facts.folder),
+        overrides_text(settings.overrides),
+        settings.overlap,
+        str(settings.device),
+        processor_name(settings.device),
+        [version(name) for name in PACKAGES],
+    ]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return cache_folder() / f"foreign-{key}.json"

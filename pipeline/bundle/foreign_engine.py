@@ -1,0 +1,397 @@
+"""A bundle in MONAI's form at work: its evaluator, driven case by case."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
+from monai.transforms import Activationsd, AsDiscreted, Spacingd
+from numpy.typing import NDArray
+
+from pipeline.bundle.foreign_agreement import (
+    Agreement,
+    label_agreement,
+    store_decision,
+    stored_decision,
+    trial_items,
+)
+from pipeline.bundle.foreign_files import ForeignFacts
+from pipeline.bundle.foreign_imports import BundleImports
+from pipeline.bundle.foreign_labels import checked_labels
+from pipeline.bundle.foreign_road import FastRoad, plan_road
+from pipeline.bundle.foreign_wiring import open_parts
+from pipeline.errors import ConfigError, VolumeError, describe_error
+from pipeline.io import Grid
+from pipeline.log import LOGGER
+from pipeline.types import Array, LabelMap
+
+PRED, KEPT = "pred", "volseg_probabilities"
+BYTE = 255
+STOCK, AUTO = "stock", "auto"
+STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
+
+
+class EngineSettings(Protocol):
+    """What the engine needs of `ForeignSettings`."""
+
+    @property
+    def device(self) -> torch.device:
+        """That computes."""
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Id → value."""
+
+    @property
+    def overlap(self) -> float | None:
+        """Of neighbouring windows; None for the bundle's own."""
+
+    @property
+    def runtime(self) -> str:
+        """`auto`, `torch`, `openvino` or `stock`."""
+
+    @property
+    def uncertainty(self) -> bool:
+        """Whether the entropy of the class probabilities is computed."""
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether the probability of each output is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForeignOutput:
+    """What a bundle gives for a case.
+
+    Attributes:
+        pred: output of its postprocessing, (C, X, Y, Z).
+        seconds: name of each step → its wall time.
+        uncertainty: (X, Y, Z) entropy of the class probabilities, 0 to 1, if it was asked for.
+        probabilities: (N, X, Y, Z) uint8, 255 for 1, if they were asked for.
+    """
+
+    pred: torch.Tensor
+    seconds: dict[str, float]
+    uncertainty: Array | None = None
+    probabilities: NDArray[np.uint8] | None = None
+
+
+class _Keep:
+    """A transform that keeps the probabilities before they become labels."""
+
+    def __call__(self, data: Any) -> Any:
+        return {**data, KEPT: data[PRED]}
+
+
+class ForeignEngine:
+    """The opened parts of a bundle, and the road that a case takes through them.
+
+    Args:
+        facts: what the bundle's files say.
+        settings: how it is opened.
+
+    Raises:
+        ConfigError: it cannot be opened, or a setting does not apply to it.
+    """
+
+    def __init__(self, facts: ForeignFacts, settings: EngineSettings) -> None:
+        self.facts, self.settings = facts, settings
+        self.imports = BundleImports(facts.folder)
+        self.parts = open_parts(
+            facts, self.imports, settings.overrides, settings.device, settings.overlap
+        )
+        evaluator = self.parts.evaluator
+        self._own = (evaluator.inferer, evaluator.network)
+        if settings.uncertainty or settings.probabilities:
+            self._keep_probabilities()
+        chain = self.parts.postprocessing
+        self._transforms = () if chain is None else tuple(chain.transforms)
+        self._computed_at = 0.0
+        evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._note_time)
+        self.spacing = _spacing(self.parts.preprocessing)
+        self._road: FastRoad | None = None
+        self.description: dict[str, Any] | None = None
+        self._settle_without_case()
+
+    def run(self, item: Mapping[str, Any], grid: Grid) -> ForeignOutput:
+        """Return what the bundle gives for a case.
+
+        Args:
+            item: of the bundle's dataset.
+            grid: of the case's first file.
+        """
+        return self._run(item, grid, self._road)
+
+    def _settle_without_case(self) -> None:
+        """Decide what computes, as far as that needs no case."""
+        asked = self.settings.runtime
+        if asked == STOCK:
+            self._settle(STOCK, None, "asked for")
+            return
+        planned = plan_road(self.parts.evaluator, self._transforms)
+        if isinstance(planned, str):
+            if asked != AUTO:
+                raise ConfigError(
+                    f"{self.facts.folder}: --runtime {asked} does not apply, {planned}: choose "
+                    "--runtime stock"
+                )
+            self._settle(STOCK, None, planned)
+            return
+        self._planned = planned
+        if asked == AUTO:
+            found = stored_decision(self.facts, self.settings)
+            if found is not None:
+                self._settle(found.runtime, planned, found.reason)
+
+    def follow(self, runtime: str) -> None:
+        """Compute as an output folder's results were computed.
+
+        Args:
+            runtime: `stock`, `torch` or `openvino`.
+
+        Raises:
+            ConfigError: this process cannot.
+        """
+        if runtime == STOCK:
+            self._settle(STOCK, None, "as the folder's results")
+            return
+        planned = plan_road(self.parts.evaluator, self._transforms)
+        if isinstance(planned, str):
+            raise ConfigError(f"{self.facts.folder}: --runtime {runtime}: {planned}")
+        self._settle(runtime, planned, "as the folder's results")
+
+    def decide(self, item: Mapping[str, Any], grid: Grid) -> None:
+        """Decide by a case whether volseg's inferer computes the bundle's own labels.
+
+        A part of the case is computed both ways, so that the bundle's own does not exceed the
+        memory. Nothing is decided where it holds no labels.
+
+        Args:
+            item: of the bundle's dataset.
+            grid: of the case's first file.
+
+        Raises:
+            ConfigError: the runtime that was asked for does not agree.
+        """
+        asked = self.settings.runtime
+        names = ["openvino", "torch"] if self.settings.device.type == "cpu" else ["torch"]
+        tried = []
+        for name in names if asked == AUTO else [asked]:
+            agreement = self._compare(name, item, grid)
+            if agreement is None:
+                return
+            tried.append(agreement)
+            if agreement.good:
+                reason = "; ".join(one.text for one in tried)
+                self._settle(name, self._planned, reason)
+                store_decision(self.facts, self.settings, Agreement(name, good=True, text=reason))
+                return
+        reason = "; ".join(agreement.text for agreement in tried)
+        if asked != AUTO:
+            raise ConfigError(
+                f"{self.facts.folder}: --runtime {asked} does not agree with the bundle's own "
+                f"inferer ({reason}): choose --runtime stock"
+            )
+        LOGGER.warning(
+            "%s: computed by its own inferer, because volseg's does not agree (%s)",
+            self.facts.folder,
+            reason,
+        )
+        self._settle(STOCK, None, reason)
+        store_decision(self.facts, self.settings, Agreement(STOCK, good=True, text=reason))
+
+    def _compare(self, name: str, item: Mapping[str, Any], grid: Grid) -> Agreement | None:
+        """Return how far a runtime agrees on a case; None where nothing is found in it."""
+        try:
+            road = self._planned.with_runtime(name, self.settings.device)
+            with trial_items(item, grid, self._trial_mm()) as trials:
+                for part, part_grid in trials:
+                    expected = self._labels(self._run(part, part_grid, None).pred, part_grid)
+                    found = self._labels(self._run(part, part_grid, road).pred, part_grid)
+                    agreement = label_agreement(name, found, expected)
+                    if agreement is not None:
+                        return agreement
+        except (VolumeError, MemoryError):
+            raise  # the case cannot be segmented at all
+        except Exception as error:
+            return Agreement(name, good=False, text=f"{name} fails: {describe_error(error)}")
+        return None
+
+    def _labels(self, pred: torch.Tensor, grid: Grid) -> LabelMap:
+        """Return the labels in an output of the bundle's postprocessing, as they are written."""
+        return checked_labels(pred, [grid], self.facts.labels, self.facts.names).labels
+
+    def _trial_mm(self) -> float:
+        """Return how long a part is that holds a few windows along each axis, mm."""
+        spacing = [mm for mm in self.spacing or () if mm > 0]
+        return self._planned.longest_side * 1.5 * max(spacing, default=1.0)
+
+    def _settle(self, runtime: str, road: FastRoad | None, reason: str) -> None:
+        device = self.settings.device
+        self._road = None if road is None else road.with_runtime(runtime, device)
+        self.description = {
+            "runtime": runtime,
+            "precision": "float32",
+            "inferer": "the bundle's own" if road is None else f"volseg's, {road.words}",
+            "reason": reason,
+            "device": str(device),
+        }
+
+    def _run(self, item: Mapping[str, Any], grid: Grid, road: FastRoad | None) -> ForeignOutput:
+        evaluator = self.parts.evaluator
+        with self.imports.active():
+            begun = time.perf_counter()
+            data = self.parts.preprocessing(dict(item))
+            prepared = time.perf_counter()
+            evaluator.data_loader = [self.parts.collate([data])]
+            del data
+            evaluator.state.epoch_length = 1
+            try:
+                with torch.no_grad(), self._on(road, grid) as inferer:
+                    evaluator.run()
+                (output,) = evaluator.state.output
+            finally:
+                evaluator.data_loader, evaluator.state.output, evaluator.state.batch = (
+                    [],
+                    None,
+                    None,
+                )
+                # after an error Ignite keeps the generator of the run, and the next would resume it
+                evaluator._internal_run_generator = None
+        network = self._computed_at - prepared
+        seconds = {
+            "preprocess": prepared - begun,
+            "network": network,
+            "invert": time.perf_counter() - self._computed_at,
+        }
+        kept = output.get(KEPT)
+        if inferer is not None and inferer.kept is not None:
+            uncertainty, probabilities = inferer.kept
+        else:
+            uncertainty, probabilities = self._measures(kept, output[PRED])
+        return ForeignOutput(
+            pred=output[PRED],
+            seconds=seconds,
+            uncertainty=uncertainty if self.settings.uncertainty else None,
+            probabilities=probabilities if self.settings.probabilities else None,
+        )
+
+    @contextmanager
+    def _on(self, road: FastRoad | None, grid: Grid) -> Iterator[Any]:
+        """Have the evaluator take a road; None for the bundle's own inferer and network."""
+        evaluator, chain = self.parts.evaluator, self.parts.postprocessing
+        if road is None:
+            yield None
+            return
+        settings = self.settings
+        inferer = road.inferer(
+            grid, uncertainty=settings.uncertainty, probabilities=settings.probabilities
+        )
+        evaluator.inferer = inferer
+        if chain is not None:
+            chain.transforms = self._transforms[road.replaced :]
+        try:
+            yield inferer
+        finally:
+            evaluator.inferer, evaluator.network = self._own
+            if chain is not None:
+                chain.transforms = self._transforms
+
+    def _note_time(self, engine: Any) -> None:
+        self._computed_at = time.perf_counter()
+
+    def _keep_probabilities(self) -> None:
+        """Keep the probabilities of each case before they become labels.
+
+        Raises:
+            ConfigError: the postprocessing has no step at which they are there.
+        """
+        chain = self.parts.postprocessing
+        transforms = () if chain is None else tuple(chain.transforms)
+        soft = False
+        for number, step in enumerate(transforms):
+            soft = soft or isinstance(step, Activationsd)
+            if soft and isinstance(step, AsDiscreted) and chain is not None:
+                chain.transforms = (*transforms[:number], _Keep(), *transforms[number:])
+                return
+        raise ConfigError(
+            f"{self.facts.configuration}: --uncertainty and --probabilities need a postprocessing "
+            "with Activationsd before AsDiscreted, by which the network's probabilities are known"
+        )
+
+    def _measures(
+        self, kept: torch.Tensor | None, pred: torch.Tensor
+    ) -> tuple[Array | None, NDArray[np.uint8] | None]:
+        """Return the entropy and the probabilities, from what `_Keep` kept."""
+        if kept is None:
+            return None, None
+        if kept.shape[1:] != pred.shape[-3:]:
+            raise VolumeError(
+                "--uncertainty and --probabilities: this bundle makes labels before it leads back "
+                "to the grid of the input, where its probabilities are not known"
+            )
+        values = (kept.as_tensor() if isinstance(kept, MetaTensor) else kept).float().cpu()
+        total = values.sum(dim=0)
+        exclusive = bool(torch.allclose(total, torch.ones(()), atol=1e-3))
+        found = _entropy(values) if exclusive else _binary_entropy(values)
+        scaled = (values.clamp(0, 1) * BYTE).round().to(torch.uint8)
+        return found.numpy(), scaled.numpy()
+
+    def compute_empty_window(self, channels: int) -> None:
+        """Run the network once, on an empty window."""
+        roi = getattr(self.parts.evaluator.inferer, "roi_size", None)
+        if roi is None:
+            return
+        sides = [roi] * 3 if isinstance(roi, int) else list(roi)
+        window = torch.zeros(1, channels, *sides, device=self.settings.device)
+        with torch.no_grad(), self.imports.active():
+            network = self._own[1] if self._road is None else self._road.network
+            network(window)
+
+    def held_outputs(self, channels: int, grid_voxels: int, file_voxels: int) -> int:
+        """Return how many numbers of the network's output are held at a time, about."""
+        if self._road is not None and self._road.streams:
+            return self._road.held(channels, grid_voxels) + 2 * file_voxels
+        return STOCK_COPIES * channels * grid_voxels + channels * file_voxels
+
+    def window_count(self, shape: Sequence[int]) -> int:
+        """Return how many windows cover a volume of a size on the network's grid."""
+        inferer = self.parts.evaluator.inferer
+        roi, overlap = getattr(inferer, "roi_size", None), getattr(inferer, "overlap", 0.0)
+        if roi is None or not isinstance(overlap, float | int):
+            return 1
+        sides = [roi] * len(shape) if isinstance(roi, int) else list(roi)
+        if len(sides) == len(shape) - 1:  # slices
+            sides.append(1)
+        count = 1
+        for size, side in zip(shape, sides, strict=True):
+            step = max(1, int(side * (1 - overlap)))
+            count *= max(1, math.ceil((size - side) / step) + 1) if side > 0 else 1
+        return count
+
+
+def _spacing(preprocessing: Any) -> tuple[float, ...] | None:
+    """Return the spacing of the network's grid, mm; None where the file's own is kept."""
+    for step in getattr(preprocessing, "transforms", ()):
+        if isinstance(step, Spacingd):
+            pixdim = np.atleast_1d(np.asarray(step.spacing_transform.pixdim, dtype=float))
+            return tuple(np.resize(pixdim, 3).tolist())
+    return None
+
+
+def _entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    logs = probabilities.clamp_min(1e-12).log()
+    return -(probabilities * logs).sum(dim=0) / math.log(max(2, len(probabilities)))
+
+
+def _binary_entropy(probabilities: torch.Tensor) -> torch.Tensor:
+    p = probabilities.clamp(1e-12, 1 - 1e-7)
+    return (-(p * p.log2() + (1 - p) * (1 - p).log2())).mean(dim=0)

@@ -1,0 +1,336 @@
+"""volseg's own inferer in place of a foreign bundle's: the same labels in less time and memory.
+
+The first steps of the bundle's postprocessing are replaced where they are of the usual kind:
+
+- `Activationsd` (softmax) → `Invertd` → `AsDiscreted` (argmax): each block of logits is inverted
+  before the next one is computed;
+- `Activationsd` (softmax) → `AsDiscreted` (argmax): each block becomes labels on the network's
+  grid;
+- anything else: nothing is replaced, and the logits are held whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import collate_meta_tensor
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer, SlidingWindowInferer
+from monai.transforms import Activationsd, AsDiscreted, Invertd
+from numpy.typing import NDArray
+from torch import nn
+
+from pipeline.errors import ConfigError
+from pipeline.inference import (
+    OpenVinoNetwork,
+    ScoreBlock,
+    WindowInferer,
+    import_openvino,
+    labels_of_blocks,
+)
+from pipeline.io import Grid
+from pipeline.types import Affine, Array, NetworkFunction
+
+Form = Literal["inverted", "labels", "logits"]
+WORDS = {
+    "inverted": "with streamed inversion",
+    "labels": "with labels by blocks",
+    "logits": "with whole logits",
+}
+SIGMA = 0.125  # of MONAI's Gaussian, the only one that volseg's inferer has
+CROPS = ("CropForeground", "SpatialCrop", "CenterSpatialCrop", "RandSpatialCrop", "Crop")
+EDGE = 1e-3  # voxels
+BUFFER_VALUES = 2**28  # that volseg's inferer sums at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastRoad:
+    """How volseg computes a foreign bundle's cases.
+
+    Attributes:
+        form: what comes out of the inferer.
+        replaced: number of the first steps of the postprocessing that are left out.
+        own: the bundle's own inferer.
+        network: what computes a window.
+    """
+
+    form: Form
+    replaced: int
+    own: SlidingWindowInferer
+    network: NetworkFunction
+
+    @property
+    def roi_size(self) -> tuple[int, ...]:
+        """Size of a window, voxels."""
+        roi = self.own.roi_size
+        return (roi,) * 3 if isinstance(roi, int) else tuple(roi)
+
+    @property
+    def longest_side(self) -> int:
+        """The longest side of a window, voxels."""
+        return max(self.roi_size)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the logits are never held whole."""
+        return self.form != "logits"
+
+    @property
+    def words(self) -> str:
+        """What is replaced, in words."""
+        return WORDS[self.form]
+
+    def held(self, channels: int, grid_voxels: int) -> int:
+        """Return how many numbers the sums of windows hold at a time, at most about."""
+        return min(channels * grid_voxels, BUFFER_VALUES + channels * prod(self.roi_size)) + (
+            4 * channels * prod(self.roi_size)
+        )
+
+    def with_runtime(self, name: str, device: torch.device) -> FastRoad:
+        """Return the same road with a runtime for the network.
+
+        Args:
+            name: `torch` or `openvino`.
+            device: that computes.
+
+        Raises:
+            ConfigError: OpenVINO is for the CPU.
+        """
+        if name == "torch":
+            return self
+        if device.type != "cpu":
+            raise ConfigError(f"OpenVINO runs on the CPU here, the device is {device}")
+        return replace(self, network=ConvertedOnce(self.network, self.roi_size))
+
+    def inferer(
+        self, grid: Grid, *, uncertainty: bool = False, probabilities: bool = False
+    ) -> BlockInferer:
+        """Return an inferer for one case, on the grid of its first file."""
+        return BlockInferer(self, grid, uncertainty=uncertainty, probabilities=probabilities)
+
+
+def plan_road(evaluator: Any, transforms: Sequence[Any]) -> FastRoad | str:
+    """Return how volseg can compute a bundle's cases, or why it cannot.
+
+    Args:
+        evaluator: of the bundle.
+        transforms: of its postprocessing.
+    """
+    inferer, network = evaluator.inferer, evaluator.network
+    if type(evaluator) is not SupervisedEvaluator:
+        return f"its evaluator is {type(evaluator).__name__}, not MONAI's SupervisedEvaluator"
+    if type(inferer) is not SlidingWindowInferer:
+        return f"its inferer is {type(inferer).__name__}, not MONAI's SlidingWindowInferer"
+    problem = _inferer_problem(inferer)
+    if problem:
+        return problem
+    if any(p.dtype != torch.float32 for p in network.parameters()):
+        return "its network is not in float32"
+    form, replaced = _form(transforms)
+    return FastRoad(form=form, replaced=replaced, own=inferer, network=network)
+
+
+def _inferer_problem(inferer: SlidingWindowInferer) -> str:
+    roi = inferer.roi_size
+    sides = [roi] if isinstance(roi, int) else list(roi)
+    if len(sides) not in (1, 3) or min(sides) < 1:
+        return f"its windows have the size {roi}, expected three numbers above 0"
+    if not isinstance(inferer.overlap, float | int):
+        return "the overlap of its windows differs between axes"
+    if inferer.with_coord or inferer.sigma_scale != SIGMA:
+        return "its inferer has settings that volseg's has not"
+    zeros = inferer.padding_mode == "constant" and inferer.cval == 0
+    if not zeros and inferer.padding_mode != "replicate":
+        return f"it pads small images by {inferer.padding_mode}"
+    return ""
+
+
+def _form(transforms: Sequence[Any]) -> tuple[Form, int]:
+    """Return what of a postprocessing can be done block by block, and how many steps that is."""
+    steps = list(transforms)
+    softened = bool(steps) and _softmax(steps[0])
+    if softened and len(steps) > 2 and _linear_invert(steps[1]) and _argmax(steps[2]):
+        return "inverted", 3
+    # `_Keep` needs the probabilities, so it stays out of what is replaced
+    first = 1 if softened else 0
+    if len(steps) > first and _argmax(steps[first]):
+        return "labels", first + 1
+    return "logits", 0
+
+
+def _softmax(step: Any) -> bool:
+    return (
+        isinstance(step, Activationsd)
+        and _all(step.softmax, True)
+        and _all(step.sigmoid, False)
+        and _all(step.other, None)
+    )
+
+
+def _argmax(step: Any) -> bool:
+    return (
+        isinstance(step, AsDiscreted)
+        and _all(step.argmax, True)
+        and _all(step.to_onehot, None)
+        and _all(step.threshold, None)
+        and _all(step.rounding, None)
+    )
+
+
+def _linear_invert(step: Any) -> bool:
+    return isinstance(step, Invertd) and _all(step.nearest_interp, False)
+
+
+def _all(values: Sequence[Any], wanted: Any) -> bool:
+    return all(value == wanted for value in values)
+
+
+class ConvertedOnce:
+    """A network in OpenVINO, converted for the first window that comes.
+
+    Args:
+        network: in torch.
+        roi_size: of its windows, voxels.
+
+    Shapes:
+        (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
+    """
+
+    def __init__(self, network: nn.Module, roi_size: Sequence[int]) -> None:
+        self.network, self.roi_size = network, tuple(roi_size)
+        self._converted: OpenVinoNetwork | None = None
+
+    def __call__(self, window: torch.Tensor) -> Any:
+        if self._converted is None:
+            self._converted = OpenVinoNetwork(self._convert(window.shape[1]), "float32")
+        return self._converted(window)
+
+    def _convert(self, channels: int) -> Any:
+        noise = torch.randn(1, channels, *self.roi_size, generator=torch.manual_seed(0))
+        with torch.no_grad():
+            return import_openvino().convert_model(
+                self.network.eval(), example_input=noise, input=[-1, channels, *self.roi_size]
+            )
+
+
+class BlockInferer(Inferer):
+    """Computes one case by volseg's windows, and reduces each block of logits at once.
+
+    Args:
+        road: how.
+        grid: of the case's first file.
+        uncertainty: whether the entropy of the class probabilities is kept.
+        probabilities: whether the probability of each output is kept.
+
+    Attributes:
+        kept: entropy and probabilities, where the road inverts; None elsewhere.
+    """
+
+    def __init__(
+        self, road: FastRoad, grid: Grid, *, uncertainty: bool, probabilities: bool
+    ) -> None:
+        super().__init__()
+        self.road, self.grid = road, grid
+        self.uncertainty, self.probabilities = uncertainty, probabilities
+        self.kept: tuple[Array | None, NDArray[np.uint8] | None] | None = None
+
+    def __call__(
+        self, inputs: torch.Tensor, network: NetworkFunction, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return what the road's form says, for a batch of one image (1, C, X, Y, Z)."""
+        own = self.road.own
+        windows = WindowInferer(
+            self.road.roi_size,
+            float(own.overlap),
+            placement="monai",
+            mode=str(own.mode),
+            padding_mode=str(own.padding_mode),
+        )
+        if self.road.form == "logits":
+            return windows(inputs, self.road.network)
+        blocks = windows.blocks(inputs[0], self.road.network)
+        if self.road.form == "labels":
+            found = labels_on_network_grid(blocks)
+        else:
+            found = self._inverted(blocks, inputs[0])
+            affine = torch.as_tensor(self.grid.affine)
+            return collate_meta_tensor([MetaTensor(found[None].float(), affine=affine)])
+        if not isinstance(inputs, MetaTensor):
+            return found[None, None].float()
+        # with the operations of the image, so that later steps can invert them
+        like = MetaTensor(found[None].float(), meta=inputs[0].meta.copy())
+        like.applied_operations = inputs[0].applied_operations
+        return collate_meta_tensor([like])
+
+    def _inverted(self, blocks: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
+        """Return the label map on the file's grid, (X, Y, Z)."""
+        if not isinstance(image, MetaTensor):
+            raise ConfigError("its preprocessing drops the affine of the image")
+        affine = np.asarray(image.affine.cpu(), dtype=np.float64)
+        shape, channels = tuple(self.grid.shape), 0
+        uncertainty = torch.zeros(shape) if self.uncertainty else None
+        probabilities = None
+        if self.probabilities:
+            first = next(blocks)
+            channels = len(first.scores)
+            blocks = chain([first], blocks)
+            probabilities = torch.zeros((channels, *shape), dtype=torch.uint8)
+        labels = labels_of_blocks(
+            blocks,
+            affine,
+            self.grid.affine,
+            shape,
+            uncertainty=uncertainty,
+            probabilities=probabilities,
+        )
+        if any(step["class"] in CROPS for step in image.applied_operations):
+            labels[outside(affine, tuple(image.shape[1:]), self.grid)] = 0
+        if uncertainty is not None or probabilities is not None:
+            self.kept = (
+                None if uncertainty is None else uncertainty.numpy(),
+                None if probabilities is None else probabilities.numpy(),
+            )
+        return labels
+
+
+def labels_on_network_grid(blocks: Iterator[ScoreBlock]) -> torch.Tensor:
+    """Return the number of the highest class in each voxel, (X, Y, Z)."""
+    labels = None
+    for block in blocks:
+        if labels is None:
+            labels = torch.zeros(block.shape, dtype=torch.int32, device=block.scores.device)
+        sizes = block.scores.shape[1:]
+        box = tuple(slice(s, s + n) for s, n in zip(block.start, sizes, strict=True))
+        labels[box] = block.scores.argmax(dim=0).to(torch.int32)
+        del block  # or it would be held while the next one is computed
+    if labels is None:
+        raise ValueError("expected at least one block of scores, got none")
+    return labels
+
+
+def outside(affine: Affine, shape: Sequence[int], grid: Grid) -> torch.Tensor:
+    """Return which voxels of a grid lie outside a cropped image, (X, Y, Z) bool.
+
+    MONAI pads what was cropped with probabilities of 0, where the first class wins. Up to a voxel
+    beyond the edge, the classes at the edge still win.
+
+    Args:
+        affine: of the cropped image, voxel → world, mm.
+        shape: of the cropped image, voxels.
+        grid: of the label map.
+    """
+    matrix = np.linalg.inv(affine) @ grid.affine
+    beyond = torch.zeros(tuple(grid.shape), dtype=torch.bool)
+    along = [torch.arange(n, dtype=torch.float64) for n in grid.shape]
+    for axis, size in enumerate(shape):
+        x, y, z = (step * float(matrix[axis, number]) for number, step in enumerate(along))
+        position = x[:, None, None] + y[None, :, None] + z[None, None, :] + float(matrix[axis, 3])
+        beyond |= (position <= -1 + EDGE) | (position >= size - EDGE)
+    return beyond
