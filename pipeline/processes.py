@@ -13,14 +13,14 @@ SAFE_PATH = "PYTHONSAFEPATH"  # variable of Python's that keeps the working fold
 def without_working_folder() -> Iterator[None]:
     """Have Python processes that start meanwhile import nothing from their working folder.
 
-    It would be the first place that they look in, and may be the folder of a foreign bundle.
+    It would be the first place that they look in, and may be the folder of a foreign bundle. At the
+    end all variables of the environment are as they were: Dask, for one, sets some for good.
     """
-    before = os.environ.get(SAFE_PATH)
+    before = dict(os.environ)
     os.environ[SAFE_PATH] = "1"
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(SAFE_PATH, None)
-        else:
-            os.environ[SAFE_PATH] = before
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

@@ -31,6 +31,19 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Check that no test leaves variables behind that change how other programs run."""
+    before = _variables_of_programs()
+    yield
+    assert _variables_of_programs() == before
+
+
+def _variables_of_programs() -> dict[str, str]:
+    prefixes = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests that need a GPU where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -25,7 +25,7 @@ from pipeline.batch.outputs import LOG
 from pipeline.batch.runner import Executor, Guard
 from pipeline.errors import ConfigError, RunStoppedError
 from pipeline.log import LOGGER
-from pipeline.processes import SAFE_PATH
+from pipeline.processes import without_working_folder
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -117,7 +117,11 @@ def _client(address: str, jobs: int, guard: Guard) -> Iterator[Client]:
     from distributed import Client
 
     if address == LOCAL:
-        with _local_cluster(jobs, guard) as cluster, Client(cluster, set_as_default=False) as it:
+        with (
+            without_working_folder(),  # as long as workers may be started again
+            _local_cluster(jobs, guard) as cluster,
+            Client(cluster, set_as_default=False) as it,
+        ):
             yield it
         return
     try:
@@ -145,8 +149,6 @@ def _local_cluster(jobs: int, guard: Guard) -> Iterator[Any]:
     options = {
         "temporary_directory": folder,
         "distributed.worker.profile.enabled": False,
-        # workers import nothing from their working folder, which may be that of a foreign bundle
-        f"distributed.nanny.pre-spawn-environ.{SAFE_PATH}": "1",
     }
     with dask.config.set(options):
         cluster = LocalCluster(
