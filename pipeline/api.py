@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.batch import predict_many
-from pipeline.bundle import open_bundle
+from pipeline.bundle import open_bundle, open_for_cases
 from pipeline.defaults import DEFAULT_BUNDLE
 from pipeline.errors import PipelineError
 from pipeline.evaluation import TOLERANCE_MM, Evaluation
 from pipeline.evaluation import evaluate as evaluate_cases
-from pipeline.inference import Model, Prediction, predict_case
+from pipeline.inference import CaseModel, Model, Prediction
 from pipeline.io import as_nibabel, as_sitk, caret_xml, fold_cases
 from pipeline.io import label_table as label_colors
 from pipeline.training import train
@@ -79,7 +79,8 @@ def load(
     uncertainty: bool = False,
     labels_spacing: float | None = None,
     trust: bool = False,
-) -> Model:
+    overrides: Mapping[str, Any] | None = None,
+) -> CaseModel:
     """Return a model for `segment`: a bundle, opened for inference.
 
     Opening takes seconds; open a bundle once and use the model for many images.
@@ -89,16 +90,19 @@ def load(
         device: device that the network runs on: `auto`, `cpu`, `cuda` or `mps`.
         overlap: overlap of neighbouring windows, as a fraction of a window; None takes the
             bundle's.
-        runtime: library that computes the network: `auto`, `torch` or `openvino`.
+        runtime: library that computes the network: `auto`, `torch` or `openvino`; `stock` is
+            the own inferer of a bundle of MONAI's form.
         precision: number format of the network: `auto`, `float32`, `bfloat16` or `int8`.
         uncertainty: whether the uncertainty of each voxel is computed.
         labels_spacing: voxel size of the label maps, mm; None gives each the grid of its image.
         trust: whether a bundle may run wiring that volseg did not write: such wiring is code.
+        overrides: id → value in the configuration of a bundle of MONAI's form, such as
+            `{"inferer#overlap": 0.25}`.
 
     Raises:
         PipelineError: there is no such bundle or device, or its wiring needs `trust`.
     """
-    return open_bundle(
+    return open_for_cases(
         bundle,
         device=device,
         overlap=overlap,
@@ -107,10 +111,11 @@ def load(
         uncertainty=uncertainty,
         labels_spacing=labels_spacing,
         trust=trust,
+        overrides={key.replace("#", "::"): value for key, value in (overrides or {}).items()},
     )
 
 
-def segment(model: Model, image: Any, *, label_table: bool = True) -> Segmentation:
+def segment(model: CaseModel, image: Any, *, label_table: bool = True) -> Segmentation:
     """Segment one image in Python.
 
     The label map equals, voxel for voxel, the one that `volseg segment` writes.
@@ -128,11 +133,11 @@ def segment(model: Model, image: Any, *, label_table: bool = True) -> Segmentati
     Raises:
         PipelineError: the image cannot be read or segmented; the message says why and what to do.
     """
-    return _segmentation(predict_case(model, image), image, _label_xml(model, wanted=label_table))
+    return _segmentation(model.predict_case(image), image, _label_xml(model, wanted=label_table))
 
 
 def segment_many(
-    model: Model, images: Iterable[Any], *, jobs: int = 1, label_table: bool = True
+    model: CaseModel, images: Iterable[Any], *, jobs: int = 1, label_table: bool = True
 ) -> Iterator[SegmentedImage]:
     """Segment many images, and yield a result for each, including those that fail.
 
@@ -164,7 +169,7 @@ def segment_many(
             yield SegmentedImage(image=image, error=result)
 
 
-def _label_xml(model: Model, *, wanted: bool) -> bytes:
+def _label_xml(model: CaseModel, *, wanted: bool) -> bytes:
     return caret_xml(label_colors(model.labels)) if wanted else b""
 
 
@@ -215,6 +220,6 @@ def evaluate(
         PipelineError: the bundle, the dataset or the fold cannot be used, or the folder holds
             results of another model.
     """
-    model = bundle if isinstance(bundle, Model) else load(bundle)
+    model = bundle if isinstance(bundle, Model) else open_bundle(bundle)
     cases = fold_cases(dataset, splits, fold, "val")
     return evaluate_cases(model, cases, output_dir, tolerance_mm=tolerance_mm, overwrite=overwrite)

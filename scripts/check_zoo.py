@@ -14,6 +14,7 @@ The bundles need the packages einops and itk.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -291,7 +292,8 @@ def by_monai(root: Path, output: Path, item: Mapping[str, Any], how: How) -> NDA
             for part in place:
                 node = node[part]
             del node[last]
-        ConfigParser.export_config_file(content, str(configuration), fmt="json")
+        configuration = configuration.with_name("monai.json")
+        configuration.write_text(json.dumps(content))
     command = [sys.executable, "-m", "monai.bundle", "run", run]
     command += ["--config_file", str(configuration.absolute())]
     command += ["--meta_file", str((root / "configs" / "metadata.json").absolute())]

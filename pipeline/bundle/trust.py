@@ -87,7 +87,7 @@ def foreign_files(root: PathOrStr, wiring: Sequence[Path]) -> list[str]:
     for name in sorted(_code_files(paths.folder)):
         path = paths.folder / name
         is_code = path.suffix.lower() in SCRIPTS or path.parent == paths.configs
-        if is_code and path not in data:
+        if is_code and path not in data and name not in found:
             found.append(name)
     return found
 

@@ -59,7 +59,8 @@ def info(bundle: str, as_json: bool) -> None:
     """Describe a bundle without running anything in it.
 
     BUNDLE is a folder, or the name of a shipped bundle. Shows who wrote its wiring, whether it
-    needs --trust, and the hashes of its code, its spec and its weights.
+    needs --trust, and the hashes of its code, its spec and its weights; of a bundle of MONAI's form
+    also which files a case consists of and what it gives.
     """
     with usage_errors():
         from pipeline.bundle import bundle_info
@@ -90,6 +91,8 @@ def _print_info(found: BundleInfo) -> None:
     width = max(map(len, lines))
     for name, value in lines.items():
         click.echo(f"{name:{width}}  {value}")
+    for note in found.notes:
+        click.echo(f"{'note':{width}}  {note}")
 
 
 @bundle_group.command(cls=Command)

@@ -20,7 +20,7 @@ from pipeline.cli.options import command, usage_errors
 from pipeline.cli.reports import show_report
 
 if TYPE_CHECKING:
-    from pipeline.inference import Model
+    from pipeline.inference import CaseModel
     from pipeline.types import Case
 
 
@@ -115,8 +115,8 @@ def segment(
                 "--dicom-seg is on the frames of the series: no --labels-spacing"
             )
 
-        def find(model: Model) -> list[Case]:
-            cases = find_cases(inputs, model.spec, [code.upper() for code in modalities])
+        def find(model: CaseModel) -> list[Case]:
+            cases = find_cases(inputs, model, [code.upper() for code in modalities])
             return with_dicom_outputs(cases, dicom_seg, report=dicom_sr)
 
         options, settings = BatchOptions.split(given)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -42,13 +42,15 @@ def as_nibabel(
     """Return a label map as a NIfTI image.
 
     Args:
-        labels: (X, Y, Z), of an unsigned type.
+        labels: (X, Y, Z), of an unsigned type; (N, X, Y, Z) masks are stacked along a fourth axis.
         affine: voxel index → RAS+ world, mm; not used where there is a header.
         header: the bytes of the input's NIfTI header. Its qform and sform, their codes and its
             units are kept to the last bit, and the image's affine is in its unit.
         label_xml: names and colours of the labels, from `caret_xml`; they are written between the
             header and the voxels, and change nothing but where the voxels begin.
     """
+    if labels.ndim == 4:
+        return _stacked(labels, _plain_nibabel(labels[0], affine, header))
     image = _plain_nibabel(labels, affine, header)
     if label_xml:
         image.header["vox_offset"] = 0  # nibabel sets it to where the extension ends
@@ -104,16 +106,20 @@ def probabilities_as_nibabel(
         affine: see `as_nibabel`.
         header: see `as_nibabel`.
     """
-    first = as_nibabel(values[0], affine, header)
-    stacked = np.moveaxis(values, 0, -1)
+    image = _stacked(values, as_nibabel(values[0], affine, header))
+    image.header.set_slope_inter(1 / BYTE, 0)
+    image.header.set_intent("none")
+    return image
+
+
+def _stacked(volumes: NDArray[Any], first: nib.Nifti1Image) -> nib.Nifti1Image:
+    """Return (N, X, Y, Z) volumes along the fourth axis of an image like the first one."""
+    stacked = np.moveaxis(volumes, 0, -1)
     kept = first.header
     zooms = kept.get_zooms()[:3]
     kept.set_data_shape(stacked.shape)
     kept.set_zooms((*zooms, 1))
-    image = type(first)(stacked, affine, kept)
-    image.header.set_slope_inter(1 / BYTE, 0)
-    image.header.set_intent("none")
-    return image
+    return type(first)(stacked, kept.get_best_affine(), kept)
 
 
 def write_labels(path: Path, image: nib.Nifti1Image, *, staging: Path | None = None) -> None:
