@@ -37,7 +37,13 @@ from pipeline.batch.dicom_outputs import with_dicom_outputs
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
-from pipeline.batch.reading import BatchResults, count_records, file_problem, read_results
+from pipeline.batch.reading import (
+    BatchResults,
+    count_records,
+    file_problem,
+    read_case,
+    read_results,
+)
 from pipeline.batch.records import CaseRecord, FileState
 from pipeline.batch.resources import allotted_cores, allotted_memory
 from pipeline.batch.runner import (
@@ -75,6 +81,7 @@ __all__ = [
     "parse_shard",
     "pool_executor",
     "predict_many",
+    "read_case",
     "read_results",
     "remove_orphans",
     "run_batch",

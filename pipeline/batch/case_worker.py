@@ -269,6 +269,7 @@ class CaseWorker:
             warnings=(*job.prediction.warnings, *warnings),
             seconds=seconds,
             volumes_mm3=job.prediction.volumes_mm3,
+            **_quality(job.prediction),
             outputs=outputs,
         )
 
@@ -333,6 +334,16 @@ class CaseWorker:
             path = self.out.root / name
             if path.is_file() and self._may_replace(path, case["case"]):
                 remove_output(self.out, name)
+
+
+def _quality(prediction: Prediction) -> dict[str, Any]:
+    """Return the fields of a record for the predicted Dice; none where nothing was predicted."""
+    fields: dict[str, Any] = {}
+    if prediction.predicted_dice is not None:
+        fields["predicted_dice"] = prediction.predicted_dice.columns()
+    if prediction.quality_features is not None:
+        fields["quality_features"] = prediction.quality_features.columns()
+    return fields
 
 
 def failed_record(

@@ -14,6 +14,7 @@ from pipeline.io import DICOM_ENDINGS, LABELS_ENDING, RESULT_ENDINGS
 from pipeline.types import Case
 
 CASES, VOLUMES, RUN, LOG = "cases.csv", "volumes.csv", "run.json", "volseg.log"
+QUALITY = "quality.csv"
 STATE = ".volseg"
 NAME_BYTES = 255  # of a file name on ext4, XFS, APFS and NTFS
 KEY_LETTERS = 32  # hexadecimal letters of a case's key: collisions are out of the question

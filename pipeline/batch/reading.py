@@ -55,6 +55,11 @@ def read_results(folder: Path) -> BatchResults:
     )
 
 
+def read_case(folder: Path, case: str) -> CaseRecord | None:
+    """Return the record of one case in an output folder; None where there is none."""
+    return read_record(OutputFolder(folder).record(case))
+
+
 def count_records(folder: Path) -> int:
     """Return the number of records in an output folder; 0 where it is none."""
     return sum(1 for _ in record_files(OutputFolder(folder)))

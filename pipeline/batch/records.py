@@ -51,6 +51,9 @@ class CaseRecord:
         seconds: step → wall time.
         peak_memory: largest resident memory of the process while it computed the case, bytes.
         volumes_mm3: structure → mm³.
+        predicted_dice: `mean` → `dice`, `low` and `high` of the mean over all structures, and
+            `labels` → structure → the same; empty if the bundle predicts none.
+        quality_features: from `QualityFeatures.columns`; empty unless they were requested.
         inputs: the files that were read.
         outputs: the files that were written.
         columns: further columns of the manifest.
@@ -71,6 +74,8 @@ class CaseRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     volumes_mm3: Mapping[str, float] = field(default_factory=dict)
+    predicted_dice: Mapping[str, Any] = field(default_factory=dict)
+    quality_features: Mapping[str, Any] = field(default_factory=dict)
     inputs: tuple[FileState, ...] = ()
     outputs: tuple[FileState, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +96,7 @@ class CaseRecord:
 _KINDS: Mapping[str, type | UnionType] = {
     **dict.fromkeys(("image", "warnings", "inputs", "outputs"), tuple),
     **dict.fromkeys(("seconds", "volumes_mm3", "columns", "made_by", "versions"), dict),
+    **dict.fromkeys(("predicted_dice", "quality_features"), dict),
     "peak_memory": int,
     "computed": dict | None,
 }

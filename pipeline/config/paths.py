@@ -99,6 +99,11 @@ class BundlePaths:
         return self.models / "model_int8.xml"
 
     @property
+    def quality(self) -> Path:
+        """The fits of the predicted Dice."""
+        return self.models / "quality.json"
+
+    @property
     def training(self) -> Path:
         """The folder of the history (table and figure) of the training run."""
         return self.folder / "train"

@@ -3,6 +3,7 @@
 - `metrics`: metrics of two masks: Dice, surface distances, volumes.
 - `scores`: rows of scores, their summary, and the comparison of two results.
 - `evaluation`: segment and score the cases of a dataset.
+- `quality_fit`: fits of the predicted Dice, and how good they are.
 - `figures`: charts of Dice and of a training run.
 - `overlays`: labels drawn over slices of a volume.
 """
@@ -11,6 +12,13 @@ from pipeline.evaluation.evaluation import Evaluation, evaluate, segment_and_sco
 from pipeline.evaluation.figures import draw_dice, draw_training_curves
 from pipeline.evaluation.metrics import METRICS, TOLERANCE_MM, LabelScore, dice, score_masks
 from pipeline.evaluation.overlays import ComparedCase, draw_overlay, draw_worst_cases
+from pipeline.evaluation.quality_fit import (
+    QualityCase,
+    QualityScore,
+    fit_quality,
+    nested_quality,
+    score_quality,
+)
 from pipeline.evaluation.scores import (
     Comparison,
     Mean,
@@ -33,6 +41,8 @@ __all__ = [
     "Evaluation",
     "LabelScore",
     "Mean",
+    "QualityCase",
+    "QualityScore",
     "ScoreRow",
     "SummaryRow",
     "compare_scores",
@@ -42,10 +52,13 @@ __all__ = [
     "draw_training_curves",
     "draw_worst_cases",
     "evaluate",
+    "fit_quality",
     "mean_dice_of_cases",
+    "nested_quality",
     "read_scores",
     "score_case",
     "score_masks",
+    "score_quality",
     "segment_and_score",
     "summarise_scores",
     "worst_cases",

@@ -13,6 +13,7 @@ Modules:
     cropped_volume           background outside of a volume that was cropped
     probabilities, volumes   soft volumes and entropy; volumes in mm³
     refinement, connected_components, quality_checks   after the labels
+    quality_features, mirror_agreement, predicted_quality   the Dice that labels may have
     memory_plan, process_memory, device, forking   the machine at hand
 """
 
@@ -43,6 +44,21 @@ from pipeline.inference.openvino_models import (
     openvino_core,
     weights_hash,
 )
+from pipeline.inference.predicted_quality import (
+    COVERAGE,
+    LOW_DICE,
+    DiceFit,
+    Interval,
+    PredictedDice,
+    QualityModel,
+    Term,
+    label_row,
+    logistic,
+    mean_row,
+    read_quality,
+    residual_spread,
+    write_quality,
+)
 from pipeline.inference.predictor import (
     evaluate_prepared,
     predict_case,
@@ -51,22 +67,32 @@ from pipeline.inference.predictor import (
     streaming_iteration,
 )
 from pipeline.inference.process_memory import peak_bytes, reset_peak, resident_bytes
+from pipeline.inference.quality_features import QualityFeatures, stored_features
 from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import WindowInferer, build_inferer
+from pipeline.inference.test_time_augmentation import other_side, side_of
 from pipeline.inference.volumes import volumes_mm3
 
 __all__ = [
+    "COVERAGE",
+    "LOW_DICE",
     "CaseModel",
+    "DiceFit",
+    "Interval",
     "LabelInversion",
     "MemoryEstimate",
     "Model",
     "OpenVinoNetwork",
+    "PredictedDice",
     "Prediction",
     "PreparedCase",
+    "QualityFeatures",
+    "QualityModel",
     "Runtime",
     "RuntimeAgreement",
     "RuntimeDescription",
     "ScoreBlock",
+    "Term",
     "WindowInferer",
     "build_inferer",
     "cache_folder",
@@ -78,11 +104,15 @@ __all__ = [
     "forks_can_compile",
     "import_openvino",
     "keep_freed_memory",
+    "label_row",
     "labels_of_blocks",
     "largest_components",
+    "logistic",
+    "mean_row",
     "model_hashes",
     "noise_window",
     "openvino_core",
+    "other_side",
     "parse_size",
     "peak_bytes",
     "plan_memory",
@@ -90,12 +120,17 @@ __all__ = [
     "predict_prepared",
     "prepare",
     "processor_name",
+    "read_quality",
     "ready_bytes",
     "reset_peak",
     "resident_bytes",
+    "residual_spread",
     "resolve_device",
+    "side_of",
+    "stored_features",
     "streaming_iteration",
     "volumes_mm3",
     "weights_hash",
     "window_grid",
+    "write_quality",
 ]

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.inference.predicted_quality import PredictedDice
+from pipeline.inference.quality_features import QualityFeatures
 from pipeline.io import Header
 from pipeline.types import Affine, Array, LabelMap, PathOrStr
 
@@ -45,6 +47,9 @@ class Prediction:
             requested.
         probabilities: (N, X, Y, Z) uint8 probability of each of `spec.outputs`, 255 for 1; None if
             they were not requested.
+        predicted_dice: predicted Dice of the case and of each structure; None if the bundle has no
+            fit of it.
+        quality_features: what such a fit is made from; None if it was not requested.
     """
 
     labels: LabelMap
@@ -55,6 +60,8 @@ class Prediction:
     volumes_mm3: dict[str, float]
     uncertainty: Array | None = None
     probabilities: NDArray[np.uint8] | None = None
+    predicted_dice: PredictedDice | None = None
+    quality_features: QualityFeatures | None = None
 
 
 class CaseModel(Protocol):

@@ -22,6 +22,11 @@ from pipeline.inference.label_resampling import (
     labels_of_blocks,
 )
 from pipeline.inference.probabilities import ProbabilityCollector
+from pipeline.inference.quality_features import (
+    QualityCollector,
+    QualityFeatures,
+    quality_features,
+)
 from pipeline.inference.refinement import refine_borders
 from pipeline.io import Grid
 from pipeline.transforms import IMAGE, SCAN, filled_spacing, parallel_axes, separate_axis
@@ -43,6 +48,7 @@ class InvertedLabels:
             not requested.
         probabilities: (N, X', Y', Z') uint8 probability of each of `spec.outputs`, 255 for 1; None
             if they were not requested.
+        quality: features from which the Dice is predicted; None if they were not requested.
     """
 
     labels: LabelMap
@@ -50,6 +56,7 @@ class InvertedLabels:
     soft_mm3: tuple[float, ...] | None = None
     uncertainty: Array | None = None
     probabilities: NDArray[np.uint8] | None = None
+    quality: QualityFeatures | None = None
 
 
 class LabelInversion(MapTransform):
@@ -90,7 +97,11 @@ class LabelInversion(MapTransform):
         return case
 
     def from_blocks(
-        self, blocks: Iterator[ScoreBlock], image: MetaTensor, scan: MetaTensor | None = None
+        self,
+        blocks: Iterator[ScoreBlock],
+        image: MetaTensor,
+        scan: MetaTensor | None = None,
+        quality: QualityCollector | None = None,
     ) -> InvertedLabels:
         """Return the label map of a volume from blocks of its logits.
 
@@ -99,6 +110,7 @@ class LabelInversion(MapTransform):
             image: (C, X, Y, Z) image on the network's grid; its `meta` has the label map's grid.
             scan: (C, I, J, K) intensities as read, for `spec.refine`; None leaves borders
                 unrefined.
+            quality: collects the features of the predicted Dice; None collects nothing.
         """
         own = np.asarray(image.affine, dtype=np.float64)
         grid = Grid.from_meta(image.meta)
@@ -108,6 +120,8 @@ class LabelInversion(MapTransform):
         collector = ProbabilityCollector(contested, regions=regions)
         if self.spec.soft_volumes or contested:
             blocks = collector.pass_through(blocks)
+        if quality is not None:
+            blocks = quality.pass_through(blocks)
         probabilities = None
         if self.probabilities:
             outputs = len(self.spec.outputs)
@@ -139,12 +153,18 @@ class LabelInversion(MapTransform):
         if self.spec.soft_volumes:
             voxel_mm3 = abs(float(np.linalg.det(own[:3, :3])))
             soft_mm3 = tuple((collector.voxels * voxel_mm3).tolist())
+        labels = self._output_values(keep_components(index[None], image, self.spec)[0])
+        features = None
+        if quality is not None:
+            read_affine = np.asarray(image.meta.get("original_affine", grid.affine))
+            features = quality_features(quality, labels, grid.affine, self.spec, own, read_affine)
         return InvertedLabels(
-            labels=self._output_values(keep_components(index[None], image, self.spec)[0]),
+            labels=labels,
             grid=grid,
             soft_mm3=soft_mm3,
             uncertainty=None if uncertainty is None else uncertainty.numpy(),
             probabilities=None if probabilities is None else probabilities.numpy(),
+            quality=features,
         )
 
     def _output_values(self, index: torch.Tensor) -> LabelMap:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipeline.config import BundlePaths, Spec, spec_fingerprint
 from pipeline.inference import memory_plan, predictor
 from pipeline.inference.case_model import Prediction, PreparedCase
 from pipeline.inference.invert import LabelInversion
+from pipeline.inference.predicted_quality import QualityModel, read_quality
 from pipeline.inference.runtime import Runtime
 from pipeline.inference.sliding_window import WindowInferer
 from pipeline.io import (
@@ -24,6 +26,7 @@ from pipeline.io import (
     Header,
     sha256,
 )
+from pipeline.log import LOGGER
 from pipeline.transforms import Preprocessing, network_grid_shape
 from pipeline.types import PathOrStr
 
@@ -44,6 +47,8 @@ class Model:
         inversion: transform from logits to a label map on the grid of the file.
         device: device that the network runs on.
         max_memory: largest resident memory of the process, bytes; None sets no limit.
+        keep_quality_features: whether predictions hold the features from which a fit of the
+            predicted Dice is made.
     """
 
     root: PathOrStr
@@ -54,6 +59,25 @@ class Model:
     inversion: LabelInversion
     device: torch.device
     max_memory: int | None = None
+    keep_quality_features: bool = False
+
+    @cached_property
+    def quality(self) -> QualityModel | None:
+        """Fits of the predicted Dice; None if the bundle has none for its weights.
+
+        Raises:
+            ConfigError: its file holds something else.
+        """
+        paths = BundlePaths(self.root)
+        found = read_quality(paths.quality)
+        if found is None or found.weights_sha256 == sha256(paths.weights):
+            return found
+        LOGGER.warning(
+            "%s: fitted for other weights, so that no Dice is predicted; remove the file, or fit "
+            "it again",
+            paths.quality,
+        )
+        return None
 
     @property
     def channels(self) -> tuple[str, ...]:

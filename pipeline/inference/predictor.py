@@ -24,7 +24,9 @@ from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.case_model import Prediction, PreparedCase
 from pipeline.inference.invert import PRED, InvertedLabels
 from pipeline.inference.memory_plan import plan_memory
+from pipeline.inference.predicted_quality import quality_warning
 from pipeline.inference.quality_checks import quality_warnings
+from pipeline.inference.quality_features import QualityCollector
 from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
 from pipeline.inference.volumes import structure_volumes
 from pipeline.io import channel_headers, warnings_of
@@ -126,13 +128,19 @@ def segment_volume(
     timer = _Timer()
 
     def attempt(sums_device: torch.device) -> InvertedLabels:
+        wanted = model.keep_quality_features or model.quality is not None
+        quality = QualityCollector(image, model.spec) if wanted else None
         if isinstance(model.inferer, WindowInferer):
             blocks = model.inferer.blocks(
-                on_device, model.network, device=sums_device, buffer_bytes=buffer_bytes
+                on_device,
+                model.network,
+                device=sums_device,
+                buffer_bytes=buffer_bytes,
+                agreement=None if quality is None else quality.mirror,
             )
         else:
             blocks = _one_block(model, on_device)
-        return model.inversion.from_blocks(timer.time(blocks), image, scan)
+        return model.inversion.from_blocks(timer.time(blocks), image, scan, quality)
 
     with torch.no_grad():
         inverted = with_host_fallback(attempt, on_device)
@@ -173,15 +181,22 @@ def _prediction(
     """Return the prediction of a case: its labels with volumes and warnings."""
     spec, labels, affine = model.spec, inverted.labels, inverted.grid.affine
     volumes = structure_volumes(labels, affine, spec, inverted.soft_mm3)
+    warnings = [*warnings_of(image.meta), *quality_warnings(labels, affine, volumes, spec)]
+    predicted = None
+    if model.quality is not None and inverted.quality is not None:
+        predicted = model.quality.predict(inverted.quality)
+        warnings += filter(None, [quality_warning(predicted)])
     return Prediction(
         labels=labels,
         affine=affine,
         header=inverted.grid.header,
-        warnings=(*warnings_of(image.meta), *quality_warnings(labels, affine, volumes, spec)),
+        warnings=tuple(warnings),
         seconds=seconds,
         volumes_mm3=volumes,
         uncertainty=inverted.uncertainty,
         probabilities=inverted.probabilities,
+        predicted_dice=predicted,
+        quality_features=inverted.quality if model.keep_quality_features else None,
     )
 
 

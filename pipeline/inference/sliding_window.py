@@ -30,6 +30,7 @@ from pipeline.inference.foreground import (
     foreground_level,
 )
 from pipeline.inference.localisation import HeadTop, head_top, localise
+from pipeline.inference.mirror_agreement import MirrorAgreement
 from pipeline.inference.multi_output import aggregate_outputs, map_tensors
 from pipeline.inference.overlap_tile import BackgroundInferer, build_tile_inferer, with_background
 from pipeline.inference.test_time_augmentation import (
@@ -40,6 +41,7 @@ from pipeline.inference.test_time_augmentation import (
 )
 from pipeline.inference.windows import WindowScores, crop_padding, pad_to_window
 from pipeline.io import add_warnings
+from pipeline.transforms import SCAN
 from pipeline.types import Box, NetworkFunction
 
 T = TypeVar("T")
@@ -183,6 +185,8 @@ class WindowInferer(Inferer):
         self.mirroring, self.padding_mode = mirroring, padding_mode
         self.foreground_threshold, self.head_top = foreground_threshold, head_top
         self.add_background, self.buffer_bytes = add_background, buffer_bytes
+        # what runs the network that a caller gives: the network itself, or a runtime of it
+        self.runtime_of: Callable[[Any], Any] = _itself
         self.window = self.roi_size  # size of a window along the image's axes: slices are 1 thick
         if slice_dim is not None:
             self.window = (*self.roi_size[:slice_dim], 1, *self.roi_size[slice_dim:])
@@ -196,7 +200,7 @@ class WindowInferer(Inferer):
             inputs: (B, C, *spatial) images.
             network: network, (B, C, *roi_size) → logits.
             args: further arguments of the network.
-            kwargs: further arguments of the network.
+            kwargs: further arguments of the network; `scan` is left out.
 
         Raises:
             ShapeError: the inputs do not have the spatial axes of a window.
@@ -207,8 +211,12 @@ class WindowInferer(Inferer):
                 f"input has shape {tuple(inputs.shape)}, expected (B, C, *spatial) with "
                 f"{len(self.window)} spatial axes"
             )
-        is_meta = isinstance(inputs, MetaTensor)
-        images = decollate_batch(inputs, detach=False) if is_meta else list(inputs)
+        # MONAI Deploy passes every tensor that preprocessing leaves in a case to the network
+        kwargs.pop(SCAN, None)
+        network = self.runtime_of(network)
+        is_batch = isinstance(inputs, MetaTensor) and inputs.is_batch
+        # meta that was not collated is that of every image
+        images = decollate_batch(inputs, detach=False) if is_batch else list(inputs)
 
         def bound(patch: torch.Tensor) -> Any:
             return network(patch, *args, **kwargs)
@@ -216,7 +224,7 @@ class WindowInferer(Inferer):
         results = []
         for image in images:
             results.append(with_host_fallback(partial(self._whole, image, bound), image))
-        return _collated(results)
+        return _collated(results, is_batch=is_batch)
 
     def blocks(
         self,
@@ -225,6 +233,7 @@ class WindowInferer(Inferer):
         *,
         device: torch.device | None = None,
         buffer_bytes: float | None = None,
+        agreement: MirrorAgreement | None = None,
     ) -> Iterator[ScoreBlock]:
         """Yield the logits of one image as finished blocks; each is computed when it is requested.
 
@@ -234,12 +243,13 @@ class WindowInferer(Inferer):
             device: device that holds the sums of the windows; None takes the image's.
             buffer_bytes: largest size of the sums that are held at a time, bytes; None takes the
                 inferer's own limit.
+            agreement: counts how well mirror images agree; None counts nothing.
 
         Raises:
             VolumeError: the network gave logits that are NaN or infinite.
         """
         # in the generator, so that a caller's stopwatch counts placing as part of the first block
-        started = self._start(image, network, device or image.device)
+        started = self._start(image, network, device or image.device, agreement)
         yield from self._placed_blocks(started, buffer_bytes)
 
     def windows(
@@ -259,7 +269,11 @@ class WindowInferer(Inferer):
         return group_windows(grid, channels, limit)
 
     def _start(
-        self, image: torch.Tensor, network: NetworkFunction, device: torch.device
+        self,
+        image: torch.Tensor,
+        network: NetworkFunction,
+        device: torch.device,
+        agreement: MirrorAgreement | None = None,
     ) -> _WindowPass:
         """Place the windows over an image (C, *spatial); the first one is computed."""
         plain = _replace_nonfinite(_plain(image).to(device, torch.float32))
@@ -270,7 +284,7 @@ class WindowInferer(Inferer):
         padded, margins = pad_to_window(crop_box(plain, region), self.window, self.padding_mode)
         scores = WindowScores(
             padded,
-            self._complete(average_mirrored(network, self.mirroring)),
+            self._complete(average_mirrored(network, self.mirroring, agreement)),
             self.window,
             slice_dim=self.slice_dim,
             batch=self.sw_batch_size,
@@ -362,6 +376,10 @@ def with_host_fallback(compute: Callable[[torch.device], T], image: torch.Tensor
     return compute(torch.device("cpu"))
 
 
+def _itself(network: Any) -> Any:
+    return network
+
+
 def _single_output(scores: Any) -> torch.Tensor:
     if not isinstance(scores, torch.Tensor):
         raise ConfigError(
@@ -404,15 +422,20 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return plain
 
 
-def _collated(results: list[Any]) -> Any:
-    """Return the results of several images as a batch: tensors with a first axis B."""
+def _collated(results: list[Any], *, is_batch: bool) -> Any:
+    """Return the results of several images as a batch: tensors with a first axis B.
+
+    Args:
+        results: one for each image.
+        is_batch: whether their `meta` is collated, as that of the inputs was.
+    """
     if not isinstance(results[0], torch.Tensor):
         return map_tensors(lambda *parts: torch.stack(parts), *results)
     if len({tuple(result.shape) for result in results}) > 1:
         raise ShapeError(
             "the images of one batch come from grids of different sizes: use a batch size of 1"
         )
-    if isinstance(results[0], MetaTensor):
+    if is_batch:
         batch: torch.Tensor = collate_meta_tensor(results)
         return batch
     return torch.stack(results)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError
+from pipeline.inference.mirror_agreement import MirrorAgreement
 from pipeline.inference.multi_output import map_tensors
 from pipeline.transforms import mirror_padded_box
 from pipeline.types import NetworkFunction
@@ -72,6 +73,17 @@ def mirroring_of(spec: Spec) -> Mirroring | None:
     return Mirroring(axes=axes, sides=sides, order=counterparts(spec.outputs))
 
 
+def other_side(name: str) -> str:
+    """Return the name of a structure on the other side; a name without a side as it is."""
+    return SIDE_WORD.sub(lambda match: OTHER_SIDE[match[0]], name)
+
+
+def side_of(name: str) -> str:
+    """Return `left` or `right`; empty for the name of a structure without a side."""
+    match = SIDE_WORD.search(name)
+    return match[0].lower() if match else ""
+
+
 def counterparts(names: Sequence[str]) -> tuple[int, ...]:
     """Return, for each name, the index of its counterpart on the other side of the body.
 
@@ -80,7 +92,7 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
     Raises:
         ConfigError: a name with a side has no counterpart in `names`.
     """
-    mirrored = [SIDE_WORD.sub(lambda match: OTHER_SIDE[match[0]], name) for name in names]
+    mirrored = [other_side(name) for name in names]
     lonely = [name for name, other in zip(names, mirrored, strict=True) if other not in names]
     if lonely:
         raise ConfigError(
@@ -90,12 +102,18 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(names.index(other) for other in mirrored)
 
 
-def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> NetworkFunction:
+def average_mirrored(
+    network: NetworkFunction,
+    mirroring: Mirroring | None,
+    agreement: MirrorAgreement | None = None,
+) -> NetworkFunction:
     """Return a network whose output is the mean over a window and its mirror images.
 
     Args:
         network: network, (B, C, *spatial) → (B, classes, *spatial), one tensor or several.
         mirroring: mirror images; None returns the network itself.
+        agreement: counts how well the images agree, for a network of one output; None counts
+            nothing.
     """
     if mirroring is None:
         return network
@@ -106,7 +124,7 @@ def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> N
         )
 
     def averaged(patch: torch.Tensor) -> Any:
-        total = None
+        total, decisions = None, []
         for axes in combinations:
             output = network(patch.flip([axis + 2 for axis in axes]))
             # divided before they are summed, so that float16 does not overflow
@@ -114,7 +132,11 @@ def average_mirrored(network: NetworkFunction, mirroring: Mirroring | None) -> N
                 lambda scores, axes=axes: _unmirror(scores, axes, mirroring) / len(combinations),
                 output,
             )
+            if agreement is not None and isinstance(part, torch.Tensor):
+                decisions.append(agreement.decision(part))
             total = part if total is None else map_tensors(torch.add, total, part)
+        if agreement is not None and decisions:
+            agreement.add(decisions, part.shape[1])
         return total
 
     return averaged

@@ -15,7 +15,12 @@
 """
 
 from pipeline.report.batch_page import ReportOptions, read_marks, write_batch_report
-from pipeline.report.bundle_page import bundle_page, trained_page
+from pipeline.report.bundle_page import (
+    bundle_page,
+    quality_section,
+    trained_page,
+    with_section,
+)
 from pipeline.report.training_page import TrainingRecord, read_training_record, training_page
 from pipeline.report.view_server import ViewServer, view_files
 from pipeline.report.writing import write_training_report
@@ -25,11 +30,13 @@ __all__ = [
     "TrainingRecord",
     "ViewServer",
     "bundle_page",
+    "quality_section",
     "read_marks",
     "read_training_record",
     "trained_page",
     "training_page",
     "view_files",
+    "with_section",
     "write_batch_report",
     "write_training_report",
 ]

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.config import Card, Spec
-from pipeline.evaluation import ScoreRow, SummaryRow, summarise_scores
+from pipeline.evaluation import QualityScore, ScoreRow, SummaryRow, summarise_scores
 from pipeline.report.markdown import markdown_table
 
+QUALITY_HEADING = "## Predicted quality"
 # the last line of a README that the next training may replace
 GENERATED = "<!-- Written by `volseg train`; remove this line to keep your changes. -->"
 
 
 def bundle_page(
-    card: Card, summary: Sequence[SummaryRow], by_fold: Mapping[int, Sequence[SummaryRow]]
+    card: Card,
+    summary: Sequence[SummaryRow],
+    by_fold: Mapping[int, Sequence[SummaryRow]],
+    quality: str = "",
 ) -> str:
     """Return the README of a cross-validated bundle as Markdown.
 
@@ -24,6 +28,7 @@ def bundle_page(
         card: description of the bundle.
         summary: summary over the cases of all folds: one row per label, and one for their mean.
         by_fold: fold number → summary of its held-out cases, with the same labels.
+        quality: section on the predicted Dice, from `quality_section`; empty leaves it out.
     """
     return f"""\
 {_introduction(card)}
@@ -40,7 +45,7 @@ The settings of the training run are in `configs/run.yaml`. To repeat it:
 ```bash
 volseg crossval configs/run.yaml
 ```
-
+{quality and chr(10) + quality}
 Data: {card.data_source}.
 """
 
@@ -83,6 +88,66 @@ Data: {card.data_source}.
 
 {GENERATED}
 """
+
+
+def quality_section(scores: Sequence[QualityScore], method: str, command: str) -> str:
+    """Return the section of a README on the predicted Dice, as Markdown.
+
+    Args:
+        scores: figures on cases that were not fitted, the mean over all structures first; empty if
+            there are none.
+        method: sentences on the cases that were fitted and scored.
+        command: command that makes the figures.
+    """
+    table = "No figures: there were too few cases to leave some out of the fit."
+    if scores:
+        header = [
+            *("label", "cases", "MAE", "MAE of the mean", "coverage of the 90 % interval"),
+            *("its width", "cases below .7", "AUROC for Dice < .7", "correlation"),
+        ]
+        table = markdown_table(header, [_quality_line(score) for score in scores])
+    return f"""\
+{QUALITY_HEADING}
+
+{method}
+
+{table}
+
+MAE is the mean absolute error of the predicted Dice; the MAE of the mean is that of a prediction
+that is always the mean of these cases. AUROC is nan where no case, or every case, is below .7. The
+command is
+
+```bash
+{command}
+```
+"""
+
+
+def with_section(page: str, section: str) -> str:
+    """Return a page with a section in place of the one with the same heading, or at its end.
+
+    Args:
+        page: a page in Markdown.
+        section: it begins with a heading of level 2.
+    """
+    heading = section.splitlines()[0]
+    lines = page.splitlines()
+    if heading not in lines:
+        return f"{page.rstrip()}\n\n{section}"
+    begin = lines.index(heading)
+    later = [i for i in range(begin + 1, len(lines)) if lines[i].startswith("## ")]
+    end = later[0] if later else len(lines)
+    before, after = "\n".join(lines[:begin]), "\n".join(lines[end:])
+    return f"{before}\n{section.rstrip()}\n" + (f"\n{after}\n" if after else "")
+
+
+def _quality_line(score: QualityScore) -> list[object]:
+    figures = (score.mae, score.mae_constant, score.coverage, score.width)
+    shown = [f"{figure:.3f}" for figure in figures]
+    return [
+        *(score.label, score.cases, *shown),
+        *(score.low, f"{score.auroc:.3f}", f"{score.correlation:.3f}"),
+    ]
 
 
 def _introduction(card: Card) -> str:

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.batch import output_path
+from pipeline.batch import output_path, read_case
 from pipeline.bundle import open_bundle, refresh_bundle
 from pipeline.config import BundlePaths, Card, Run, load_config, load_spec, read_yaml
 from pipeline.errors import ConfigError
 from pipeline.evaluation import (
+    QualityCase,
+    QualityScore,
     ScoreRow,
     SummaryRow,
     draw_dice,
+    fit_quality,
+    nested_quality,
     segment_and_score,
     summarise_scores,
 )
-from pipeline.io import fold_cases, read_splits, write_atomically, write_csv, write_json
+from pipeline.inference import stored_features, write_quality
+from pipeline.io import fold_cases, read_splits, sha256, write_atomically, write_csv, write_json
 from pipeline.networks import member_states, read_state, save_state
-from pipeline.report import bundle_page
+from pipeline.report import bundle_page, quality_section
 from pipeline.training.postprocessing import (
     HeldOutCase,
     Postprocessing,
@@ -33,6 +38,11 @@ from pipeline.training.postprocessing import (
 )
 from pipeline.training.trainer import EpochDone, train_bundle
 from pipeline.types import Case
+
+QUALITY_METHOD = """\
+The Dice that is predicted for each case, against its true Dice. The cases of each fold were
+predicted from the out-of-fold predictions of the other folds; the fit that the bundle keeps is that
+of all folds. A single network made the fitted predictions, and the bundle averages several."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +107,13 @@ def cross_validate(
     postprocessing = choose_postprocessing(
         load_spec(_single_fold_spec(paths)), _held_out_predictions(paths, run, out_of_fold)
     )
-    _write_scores(paths, out_of_fold, postprocessing)
-    _write_card_and_page(paths, out_of_fold)
+    quality = _quality_cases(paths, out_of_fold)
+    structures = list(load_spec(_single_fold_spec(paths)).values_of)
+    nested = nested_quality(quality, structures)
+    _write_scores(paths, out_of_fold, postprocessing, nested)
+    _write_card_and_page(paths, out_of_fold, nested)
     _join_folds(paths, trained, postprocessing)
+    _fit_quality(paths, quality, structures, nested)
     return out_of_fold.summary
 
 
@@ -170,7 +184,7 @@ def _score_folds(paths: BundlePaths, run: Run, folds: Sequence[int]) -> OutOfFol
     by_fold: dict[int, Sequence[SummaryRow]] = {}
     all_rows: list[ScoreRow] = []
     for fold in folds:
-        model = open_bundle(paths.fold(fold).folder)
+        model = replace(open_bundle(paths.fold(fold).folder), keep_quality_features=True)
         cases = _held_out_cases(run, fold)
         evaluation = segment_and_score(model, cases, _predictions(paths, fold))
         scores[fold] = evaluation.scores
@@ -179,8 +193,52 @@ def _score_folds(paths: BundlePaths, run: Run, folds: Sequence[int]) -> OutOfFol
     return OutOfFold(scores=scores, summary=summarise_scores(all_rows), by_fold=by_fold)
 
 
+def _quality_cases(paths: BundlePaths, out_of_fold: OutOfFold) -> list[QualityCase]:
+    """Return the held-out cases with the features of their predictions, a group per fold.
+
+    Cases that an earlier version segmented have no features, and are left out.
+    """
+    found = []
+    for fold, rows in out_of_fold.scores.items():
+        dice: dict[str, dict[str, float]] = {}
+        for row in rows:
+            dice.setdefault(row.case, {})[row.label] = row.score.dice
+        for case, of_label in dice.items():
+            record = read_case(_predictions(paths, fold), case)
+            if record is not None and record.status == "done" and record.quality_features:
+                features = stored_features(record.quality_features)
+                found.append(
+                    QualityCase(case=case, group=str(fold), features=features, dice=of_label)
+                )
+    return found
+
+
+def _fit_quality(
+    paths: BundlePaths,
+    cases: Sequence[QualityCase],
+    structures: Sequence[str],
+    nested: Sequence[QualityScore],
+) -> None:
+    """Fit the predicted Dice of the bundle, for its present weights, or remove an old fit."""
+    folds = len({case.group for case in cases})
+    model = fit_quality(
+        cases,
+        structures,
+        weights_sha256=sha256(paths.weights),
+        fitted_on=f"{len(cases)} out-of-fold predictions of {folds} folds",
+        scores=nested,
+    )
+    if model is None:
+        paths.quality.unlink(missing_ok=True)
+    else:
+        write_quality(paths.quality, model)
+
+
 def _write_scores(
-    paths: BundlePaths, out_of_fold: OutOfFold, postprocessing: Postprocessing
+    paths: BundlePaths,
+    out_of_fold: OutOfFold,
+    postprocessing: Postprocessing,
+    nested: Sequence[QualityScore],
 ) -> None:
     """Write scores.csv, summary.json and dice.png of all folds together."""
     folder = paths.cross_validation
@@ -200,6 +258,7 @@ def _write_scores(
             "labels": [row.columns() for row in out_of_fold.summary],
             "by_fold": by_fold,
             "postprocessing": postprocessing.columns(),
+            "predicted_quality": [score.columns() for score in nested],
         },
     )
     draw_dice(all_rows, folder / "dice.png", title=f"{paths.folder.name}, out of fold")
@@ -219,7 +278,9 @@ def _held_out_predictions(
     return found
 
 
-def _write_card_and_page(paths: BundlePaths, out_of_fold: OutOfFold) -> None:
+def _write_card_and_page(
+    paths: BundlePaths, out_of_fold: OutOfFold, nested: Sequence[QualityScore]
+) -> None:
     """Write the mean Dice into the bundle's card, and the bundle's page."""
     content = read_yaml(paths.card, "card")
     metrics = {}
@@ -228,7 +289,8 @@ def _write_card_and_page(paths: BundlePaths, out_of_fold: OutOfFold) -> None:
     content["eval_metrics"] = metrics
     _write_yaml(paths.card, content)
     card = load_config(Card, paths.card, "card")
-    page = bundle_page(card, out_of_fold.summary, out_of_fold.by_fold)
+    quality = quality_section(nested, QUALITY_METHOD, "volseg crossval configs/run.yaml")
+    page = bundle_page(card, out_of_fold.summary, out_of_fold.by_fold, quality)
     write_atomically(paths.readme, page.encode())
 
 

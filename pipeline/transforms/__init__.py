@@ -16,6 +16,7 @@ elastic_deformation  random elastic deformation
 border_weights       weights of voxels in the loss
 mirror_padding       volumes continued by mirroring
 synthesis            training images drawn from label maps
+degradation          scans made worse, with known labels
 tissue_classes       the tissue table: the meaning of the values in label maps
 """
 
@@ -27,6 +28,7 @@ from pipeline.transforms.checks import (
     check_values,
 )
 from pipeline.transforms.compose import Preprocessing, TrainingTransform
+from pipeline.transforms.degradation import Degradation, degrade, draw_degradation
 from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.mirror_padding import mirror_padded_box
 from pipeline.transforms.network_grid import network_grid_shape
@@ -42,6 +44,7 @@ __all__ = [
     "SCAN",
     "WEIGHT",
     "CheckVolumed",
+    "Degradation",
     "LoadVolumed",
     "Preprocessing",
     "TrainingTransform",
@@ -50,6 +53,8 @@ __all__ = [
     "check_proportion",
     "check_values",
     "crop_size",
+    "degrade",
+    "draw_degradation",
     "filled_spacing",
     "mirror_padded_box",
     "network_grid_shape",

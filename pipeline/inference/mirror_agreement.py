@@ -1,0 +1,78 @@
+"""How well the segmentations of a window and of its mirror images agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import OutputKind
+
+
+class MirrorAgreement:
+    """Counts, per output of the network, where mirror images of a window are segmented alike.
+
+    Windows that overlap count each on their own, so the counts do not depend on how windows are
+    grouped. Nothing but counts is kept between windows.
+
+    Args:
+        output: kind of the network's output.
+
+    Attributes:
+        common: (C,) voxels that both of two images have, per channel of the network's output.
+        total: (C,) sum of the voxels that each of two images has; (0,) before the first window.
+    """
+
+    def __init__(self, output: OutputKind) -> None:
+        self.output = output
+        self.common: NDArray[np.float64] = np.zeros(0)
+        self.total: NDArray[np.float64] = np.zeros(0)
+
+    def decision(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return which channels the scores of one image choose.
+
+        Args:
+            scores: (B, C, *spatial) logits, without a background channel unless it is a softmax.
+
+        Returns:
+            (B, C, *spatial) bool for regions, which may overlap; (B, *spatial) channel numbers for
+            all others, -1 for the background of a sigmoid.
+        """
+        if self.output == "regions":
+            return scores > 0
+        highest, number = scores.max(dim=1)
+        return number if self.output == "softmax" else number.masked_fill(highest <= 0, -1)
+
+    def add(self, decisions: Sequence[torch.Tensor], channels: int) -> None:
+        """Count the decisions on one batch of windows.
+
+        Args:
+            decisions: of the windows themselves, then of each of their mirror images.
+            channels: C, number of channels of the network's output.
+        """
+        if not len(self.common):
+            self.common, self.total = np.zeros(channels), np.zeros(channels)
+        first = decisions[0]
+        own = self._counts(first, channels)
+        for other in decisions[1:]:
+            self.total += own + self._counts(other, channels)
+            if self.output == "regions":
+                self.common += self._counts(first & other, channels)
+            else:
+                self.common += self._counts(first.masked_fill(first != other, -1), channels)
+
+    def _counts(self, decision: torch.Tensor, channels: int) -> NDArray[np.float64]:
+        if self.output == "regions":
+            counts = decision.sum([0, *range(2, decision.ndim)])
+        else:  # 0 counts what no channel has
+            counts = torch.bincount(decision.flatten() + 1, minlength=channels + 1)[1:]
+        return np.asarray(counts.cpu(), dtype=np.float64)
+
+    @property
+    def dice(self) -> NDArray[np.float64]:
+        """Dice between images and their mirror images, (C,), nan where neither has a voxel."""
+        with np.errstate(invalid="ignore"):
+            agreement: NDArray[np.float64] = 2 * self.common / self.total
+        return agreement
