@@ -19,7 +19,7 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.outputs import CASES, LOG, RUN, VOLUMES, OutputFolder
+from pipeline.batch.outputs import LOG, RUN, OutputFolder
 from pipeline.batch.reading import read_labels
 from pipeline.batch.records import CaseRecord
 from pipeline.errors import ConfigError
@@ -42,9 +42,8 @@ GROUP_TSV, GROUP_JSON = "group_volumes.tsv", "group_volumes.json"
 MISSING = "n/a"  # BIDS's word for a missing value
 # files that BIDS has no names for
 IGNORE = (
-    *(CASES, VOLUMES, RUN, LOG, GROUP_TSV, GROUP_JSON),
-    *LABEL_FILES,
-    *(f"*{STATS_TSV}", f"*{STATS_JSON}", "report/"),
+    *(RUN, LOG, "/*.csv", "/volumes_*.tsv", GROUP_TSV, GROUP_JSON, *LABEL_FILES),
+    *(f"*{STATS_TSV}", f"*{STATS_JSON}", "/report/", "/freesurfer/"),
 )
 RAW = "raw"  # name of the source dataset in BIDS URIs
 # set by whoever builds a container image; the second and the third by Apptainer and Singularity
