@@ -13,6 +13,7 @@ from pipeline.inference import (
     Model,
     Runtime,
     build_inferer,
+    bundle_inferer,
     keep_freed_memory,
     streaming_iteration,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "build_network",
     "build_optimizer",
     "build_schedule",
+    "bundle_inferer",
     "compile_network",
     "data_parallel",
     "find_cases",

@@ -73,7 +73,15 @@ def _input_format(spec: Spec) -> dict[str, Any]:
 
 
 def _output_format(spec: Spec) -> dict[str, Any]:
-    """Return MONAI's description of the network's output."""
+    """Return MONAI's description of the network's output.
+
+    The numbers of `channel_def` are values of the label map, in ascending order, as in MONAI's own
+    bundle vista3d, because MONAI Label takes them for the values. Regions have none; there they are
+    the numbers of the channels.
+    """
+    names = dict(enumerate(spec.outputs))
+    if spec.output != "regions":
+        names = {value: name for name, value in spec.labels.items()}
     return {
         "type": "image",
         "format": "segmentation",
@@ -82,7 +90,7 @@ def _output_format(spec: Spec) -> dict[str, Any]:
         "dtype": "float32",
         "value_range": [],
         "is_patch_data": True,
-        "channel_def": {str(i): name for i, name in enumerate(spec.outputs)},
+        "channel_def": {str(value): names[value] for value in sorted(names)},
     }
 
 

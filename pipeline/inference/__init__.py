@@ -5,6 +5,7 @@ Modules:
     case_model               what a batch needs of any model, and what a prediction results in
     model                    a bundle of volseg's, opened
     sliding_window           the network over a volume of any size
+    bundle_inferer           the same for callers that bring the network in torch
     windows, aggregator, boxes   batches of windows, and their sums as finished blocks
     foreground, localisation where windows are needed
     test_time_augmentation, overlap_tile, multi_output   other ways to apply a network
@@ -18,6 +19,7 @@ Modules:
 """
 
 from pipeline.inference.aggregator import ScoreBlock, window_grid
+from pipeline.inference.bundle_inferer import bundle_inferer
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
 from pipeline.inference.device import keep_freed_memory, processor_name, resolve_device
@@ -95,6 +97,7 @@ __all__ = [
     "Term",
     "WindowInferer",
     "build_inferer",
+    "bundle_inferer",
     "cache_folder",
     "clean_components",
     "compare_runtimes",
