@@ -11,6 +11,7 @@ Modules:
     records       the record of a case
     reading       what an output folder holds, for reports
     tables        cases.csv, volumes.csv and run.json, derived from records
+    statistics    volumes in mL, as fractions, by side, in long form, as FreeSurfer writes them
     bids_derivatives, bids_group   what lies beside the label maps of a BIDS dataset; its table
     dicom_outputs     the DICOM objects of a case
     identity      whose results a folder holds: model, settings, runtime
@@ -55,6 +56,7 @@ from pipeline.batch.runner import (
     segment_cases,
 )
 from pipeline.batch.shards import Shard, parse_shard
+from pipeline.batch.statistics import write_statistics
 from pipeline.batch.tables import case_columns, write_tables
 
 __all__ = [
@@ -89,5 +91,6 @@ __all__ = [
     "segment_cases",
     "with_dicom_outputs",
     "write_group_table",
+    "write_statistics",
     "write_tables",
 ]

@@ -19,8 +19,8 @@ from importlib.metadata import metadata, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.identity import read_labels
 from pipeline.batch.outputs import LOG, RUN, OutputFolder
-from pipeline.batch.reading import read_labels
 from pipeline.batch.records import CaseRecord
 from pipeline.errors import ConfigError
 from pipeline.io import (

@@ -12,8 +12,8 @@ from typing import Any
 from pipeline.batch.locks import locked
 from pipeline.batch.outputs import RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
-from pipeline.bundle import code_hash, wiring_origin
-from pipeline.config import BundlePaths
+from pipeline.bundle import code_hash, find_bundle, shipped_bundles, wiring_origin
+from pipeline.config import BundlePaths, load_spec, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference import CaseModel
 from pipeline.io import (
@@ -230,6 +230,22 @@ def settle_labels(out: OutputFolder, model: CaseModel) -> None:
     """Write the names and values of the labels into an output folder, for those who read it."""
     if not out.labels.exists():
         _write_new(out, out.labels, model.labels)
+
+
+def read_labels(out: OutputFolder) -> dict[str, int]:
+    """Return name → value of the labels in the results of a folder; empty where not known.
+
+    Folders of earlier versions do not hold them: they are those of the shipped bundle that made the
+    results, if this version ships the same one.
+    """
+    with suppress(ConfigError, AttributeError, TypeError, ValueError):
+        return {str(name): int(value) for name, value in read_json(out.labels).items()}
+    stored = _stored(out) or {}
+    with suppress(ConfigError, KeyError, TypeError):
+        spec = load_spec(BundlePaths(find_bundle(shipped_bundles() / stored["bundle"])).spec)
+        if spec_fingerprint(spec) == stored.get("spec_sha256"):
+            return spec.labels
+    return {}
 
 
 def remove_output(out: OutputFolder, relative: str) -> None:

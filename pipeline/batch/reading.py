@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.batch.identity import read_labels
 from pipeline.batch.outputs import RUN, STATE, OutputFolder
 from pipeline.batch.records import CaseRecord, FileState, read_record, record_files, state_of
 from pipeline.batch.tables import run_facts
@@ -82,13 +83,6 @@ def file_problem(folder: Path, state: FileState) -> str:
     except OSError as error:
         return f"{printable(path)} is gone or cannot be read ({error.strerror})"
     return f"{printable(path)} was changed after the case was segmented"
-
-
-def read_labels(out: OutputFolder) -> dict[str, int]:
-    """Return name → value of the labels in the results of a folder; empty where not known."""
-    with suppress(ConfigError, AttributeError, TypeError, ValueError):
-        return {str(name): int(value) for name, value in read_json(out.labels).items()}
-    return {}
 
 
 def _last_command(folder: Path) -> list[str]:

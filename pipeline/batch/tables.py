@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batch.case_worker import STEPS
+from pipeline.batch.identity import read_labels
 from pipeline.batch.locks import locked
-from pipeline.batch.outputs import CASES, RUN, STATE, VOLUMES, OutputFolder
+from pipeline.batch.outputs import CASES, QUALITY, RUN, STATE, VOLUMES, OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_files
 from pipeline.errors import ConfigError, WriteError
-from pipeline.io import printable, read_json, write_csv, write_json
+from pipeline.io import printable, read_json, write_csv, write_json, write_label_files
 
 WARNING_SEPARATOR = "; "
 INPUT_SEPARATOR = ";"  # between the files of a case with several channels
@@ -29,6 +30,8 @@ COLUMNS = (
     "peak_memory_mb",
     "reason",
 )
+# further columns of a case with a predicted Dice
+PREDICTED = ("predicted_dice", "predicted_dice_low", "predicted_dice_high")
 
 
 def case_columns(record: CaseRecord) -> dict[str, str]:
@@ -47,8 +50,10 @@ def case_columns(record: CaseRecord) -> dict[str, str]:
         "peak_memory_mb": peak,
         "reason": record.reason,
     }
+    if record.predicted_dice:
+        row |= _interval_columns("predicted_dice", record.predicted_dice["mean"])
     for name, text in record.columns.items():
-        row[f"manifest_{name}" if name in COLUMNS else name] = text
+        row[f"manifest_{name}" if name in (*COLUMNS, *PREDICTED) else name] = text
     return row
 
 
@@ -56,12 +61,35 @@ def _seconds(record: CaseRecord, step: str) -> str:
     return f"{record.seconds[step]:.3f}" if step in record.seconds else ""
 
 
+def _interval_columns(name: str, interval: Mapping[str, float]) -> dict[str, str]:
+    """Return the columns of a predicted Dice and of the ends of its interval."""
+    ends = {name: "dice", f"{name}_low": "low", f"{name}_high": "high"}
+    return {column: f"{interval[end]:.3f}" for column, end in ends.items()}
+
+
+def quality_columns(record: CaseRecord) -> dict[str, Any]:
+    """Return the columns of `quality.csv` for one case that has a predicted Dice.
+
+    They are `<structure>`, `<structure>_low` and `<structure>_high`; a structure without voxels has
+    none.
+    """
+    row: dict[str, Any] = {"case": printable(record.case)}
+    for name, interval in record.predicted_dice["labels"].items():
+        row |= _interval_columns(name, interval)
+    return row | further_columns(record, row)
+
+
 def volume_columns(record: CaseRecord) -> dict[str, Any]:
     """Return the columns of `volumes.csv` for one case that was done."""
     row = {"case": printable(record.case), **record.volumes_mm3}
-    for name, text in record.columns.items():
-        row[f"manifest_{name}" if name in row else name] = text
-    return row
+    return row | further_columns(record, row)
+
+
+def further_columns(record: CaseRecord, row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns of the manifest; one with a name of `row` gets `manifest_` in front."""
+    return {
+        f"manifest_{name}" if name in row else name: text for name, text in record.columns.items()
+    }
 
 
 @dataclass
@@ -117,6 +145,10 @@ def run_facts(records: Iterable[CaseRecord], command: Sequence[str]) -> dict[str
 def write_tables(folder: Path) -> dict[str, int]:
     """Write cases.csv, volumes.csv and run.json of an output folder from its records.
 
+    quality.csv is written as well if any case has a predicted Dice.
+
+    The names and colours of the labels are written as well, where they are known.
+
     Rows are sorted by case. Of several processes that do so at the same time, each waits for the
     one before it, so that the tables of the last one hold all records.
 
@@ -141,7 +173,7 @@ def write_tables(folder: Path) -> dict[str, int]:
 
 
 def _derive_tables(out: OutputFolder) -> dict[str, int]:
-    run, cases, volumes = _Run(), _Rows(), _Rows()
+    run, cases, volumes, quality = _Run(), TableRows(), TableRows(), TableRows()
     for path in record_files(out):
         record = read_record(path)
         if record is None:
@@ -150,30 +182,40 @@ def _derive_tables(out: OutputFolder) -> dict[str, int]:
         cases.add(case_columns(record))
         if record.status == "done":
             volumes.add(volume_columns(record))
+        if record.predicted_dice:
+            quality.add(quality_columns(record))
     cases.write(out.root / CASES, out.staging)
     volumes.write(out.root / VOLUMES, out.staging)
+    if len(quality):
+        quality.write(out.root / QUALITY, out.staging)
     write_json(out.root / RUN, run.content(_command(out.root)), staging=out.staging)
+    labels = read_labels(out)
+    if labels:
+        write_label_files(out.root, labels, staging=out.staging)
     return run.counts
 
 
-class _Rows:
+class TableRows:
     """The rows of a table, held as short as possible: there may be a million."""
 
     def __init__(self) -> None:
         self._columns: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._rows: list[tuple[tuple[str, ...], tuple[Any, ...]]] = []
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def add(self, row: Mapping[str, Any]) -> None:
         columns = tuple(row)
         columns = self._columns.setdefault(columns, columns)  # one tuple for all rows alike
         self._rows.append((columns, tuple(row.values())))
 
-    def write(self, path: Path, staging: Path) -> None:
+    def write(self, path: Path, staging: Path, *, delimiter: str = ",") -> None:
         """Write the table, sorted by case, which is the first column."""
         self._rows.sort(key=lambda row: row[1][0])
         names = list({name: None for columns in self._columns for name in columns})
         rows = (dict(zip(columns, values, strict=True)) for columns, values in self._rows)
-        write_csv(path, rows, columns=names, staging=staging)
+        write_csv(path, rows, columns=names, delimiter=delimiter, staging=staging)
 
 
 def _command(folder: Path) -> list[str]:

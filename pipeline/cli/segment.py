@@ -18,6 +18,7 @@ from pipeline.cli.batches import (
 )
 from pipeline.cli.options import command, usage_errors
 from pipeline.cli.reports import show_report
+from pipeline.defaults import INTRACRANIAL, STATISTICS
 
 if TYPE_CHECKING:
     from pipeline.inference import CaseModel
@@ -128,15 +129,37 @@ def segment(
 
 @command()
 @click.argument("output", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def tables(output: Path) -> None:
+@click.option(
+    "--stats",
+    "kinds",
+    multiple=True,
+    type=click.Choice([*STATISTICS, "all"]),
+    help="Write statistics as well; may be given several times. ml: volumes_ml.csv, in mL; icv: "
+    "volumes_icv.csv, fractions of the intracranial volume; asymmetry: asymmetry.csv, "
+    "(left - right) / (left + right); long: volumes_long.tsv, a row per case and structure; aseg: "
+    "freesurfer/<case>/stats/aseg.stats, for scripts that read FreeSurfer's.",
+)
+@click.option(
+    "--icv",
+    default=INTRACRANIAL,
+    show_default=True,
+    metavar="NAME",
+    help="Structure or sum in volumes.csv that is the intracranial volume.",
+)
+def tables(output: Path, kinds: tuple[str, ...], icv: str) -> None:
     """Derive cases.csv, volumes.csv and run.json of an output folder again.
 
     They are derived from the records of the cases, which every run keeps; a table that was edited,
-    damaged or lost is written again.
+    damaged or lost is written again. So are the lists of labels with their colours: labels.tsv
+    (BIDS), labels_itksnap.txt, labels.ctbl (3D Slicer) and labels_freesurfer.txt (FreeView).
     """
     with usage_errors():
-        from pipeline.batch import write_tables
+        from pipeline.batch import write_statistics, write_tables
 
         counts = write_tables(output)
+        wanted = STATISTICS if "all" in kinds else kinds
+        written = write_statistics(output, wanted, icv=icv) if wanted else []
     text = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
     click.echo(f"{sum(counts.values())} cases: {text or 'none'}", err=True)
+    for path in written:
+        click.echo(f"wrote {path}", err=True)

@@ -29,9 +29,11 @@ Images are read and written here only; all other packages take arrays and affine
 - `dataset`: labelled cases and their folds.
 - `label_table`: names, values and colours of labels.
 - `label_files`: the same as files that viewers read, and as an extension of NIfTI files.
+- `aseg_stats`: volumes in the format of FreeSurfer's statistics.
 - `tables`: CSV and JSON files.
 """
 
+from pipeline.io.aseg_stats import AsegMeasure, AsegRow, aseg_stats_text
 from pipeline.io.bids_dataset import (
     PARTICIPANTS_TSV,
     SEGMENTATION_ENDING,
@@ -57,6 +59,7 @@ from pipeline.io.dicom_seg import Algorithm, DicomObjects, dicom_objects
 from pipeline.io.dicom_series import DicomSeries
 from pipeline.io.discovery import (
     DICOM_ENDINGS,
+    LABEL_MAP_ENDINGS,
     LABELS_ENDING,
     PROBABILITIES_ENDING,
     RESULT_ENDINGS,
@@ -99,6 +102,7 @@ __all__ = [
     "ENTITY_NAMES",
     "LABELS_ENDING",
     "LABEL_FILES",
+    "LABEL_MAP_ENDINGS",
     "PARTICIPANTS_TSV",
     "PROBABILITIES_ENDING",
     "RESULT_ENDINGS",
@@ -108,6 +112,8 @@ __all__ = [
     "UNCERTAINTY_ENDING",
     "WRITTEN_ENDINGS",
     "Algorithm",
+    "AsegMeasure",
+    "AsegRow",
     "BidsName",
     "BidsQuery",
     "DicomObjects",
@@ -123,6 +129,7 @@ __all__ = [
     "add_warnings",
     "as_nibabel",
     "as_sitk",
+    "aseg_stats_text",
     "bids_subjects",
     "caret_xml",
     "case_name",

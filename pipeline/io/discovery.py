@@ -32,6 +32,8 @@ RESULT_ENDINGS = (
     PROBABILITIES_ENDING,
     *DICOM_ENDINGS.values(),
 )
+# endings of label maps, those of BIDS derivatives included
+LABEL_MAP_ENDINGS = (LABELS_ENDING, "_dseg.nii.gz")
 # endings of all files that volseg writes, those of BIDS derivatives included
 WRITTEN_ENDINGS = (*RESULT_ENDINGS, "_dseg.nii.gz")
 Identity = tuple[int, int]

@@ -19,6 +19,7 @@ def write_csv(
     rows: Iterable[Mapping[str, Any]],
     *,
     columns: Sequence[str] | None = None,
+    delimiter: str = ",",
     staging: Path | None = None,
 ) -> None:
     """Write a CSV file atomically (complete or not at all).
@@ -28,6 +29,7 @@ def write_csv(
         rows: one mapping per row, column → value; a cell is empty where the row lacks the column.
         columns: the columns in order; by default those of all rows, in the order in which they
             first occur, for which all rows are held in memory.
+        delimiter: between the cells: a tab makes a TSV file.
         staging: folder of the temporary file; see `write_atomically`.
 
     Raises:
@@ -39,7 +41,9 @@ def write_csv(
     text = io.StringIO()
     if columns:
         # "\n" on every system, so that the same table is the same bytes
-        writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
+        writer = csv.DictWriter(
+            text, fieldnames=list(columns), delimiter=delimiter, lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
     # names of files may hold bytes that are no text
