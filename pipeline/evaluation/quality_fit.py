@@ -37,6 +37,7 @@ PENALTIES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e9)
 # a Dice of exactly 0 or 1 has no logit
 LOWEST_DICE = 0.005
 NEWTON_STEPS = 30
+RANK_TOLERANCE = 1e-9
 NORMAL_QUARTILES = 1.349  # quartile range of a normal distribution, in standard deviations
 # features that are as telling when they are too low as when they are too high
 TWO_SIDED = ("log_volume", "mean_log_volume", "soft_ratio", "kept", "deviation")
@@ -182,7 +183,9 @@ def conformal_quantiles(residuals: Column) -> tuple[float | None, float | None]:
     """
     ordered = np.sort(residuals)
     count, tail = len(ordered), (1 - COVERAGE) / 2
-    below, above = floor(tail * (count + 1)), ceil((1 - tail) * (count + 1))
+    # 0.05 · 20 is a little less than 1 in floating point
+    below = floor(tail * (count + 1) + RANK_TOLERANCE)
+    above = ceil((1 - tail) * (count + 1) - RANK_TOLERANCE)
     low = float(ordered[below - 1]) if below >= 1 else None
     high = float(ordered[above - 1]) if above <= count else None
     return low, high

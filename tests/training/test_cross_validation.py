@@ -87,7 +87,13 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
         np.mean([float(r["dice"]) for r in rows if r["label"] == "front"])
     )
     assert set(summary["by_fold"]) == {"0", "1", "2"}
-    assert "| all | 6 |" in (root / "docs" / "README.md").read_text()
+    page = (root / "docs" / "README.md").read_text()
+    assert "| all | 6 |" in page
+    assert page.count("## Predicted quality") == 1
+    nested = {row["label"]: row for row in summary["predicted_quality"]}
+    assert set(nested) == {"mean", "front", "back"}
+    assert nested["mean"]["cases"] == 6
+    assert f"| mean | 6 | {nested['mean']['mae']:.3f} |" in page
     written = {path.name for path in (root / "crossval" / "fold_0").iterdir()}
     assert not written & {"scores.csv", "summary.json", "dice.png", "worst.png"}
 
@@ -110,6 +116,28 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     volume = save(run_file.parent / "in" / "a.nii.gz")
     segmented = call("segment", str(volume), "-o", str(run_file.parent / "out"), "-b", str(root))
     assert segmented.exit_code == 0, segmented.output
+    fit = json.loads((root / "models" / "quality.json").read_text())
+    assert fit["weights_sha256"] == sha256(root / "models" / "model.pt")
+    assert fit["mean"]["cases"] == 6
+    (row,) = read_csv(run_file.parent / "out" / "cases.csv")
+    low, dice, high = (float(row[f"predicted_dice{end}"]) for end in ("_low", "", "_high"))
+    assert 0 <= low <= dice <= high <= 1
+    assert ("predicted Dice" in row["warnings"]) == (dice < 0.7)
+    (of_label,) = read_csv(run_file.parent / "out" / "quality.csv")
+    assert set(of_label) <= {
+        "case", *(f"{name}{end}" for name in ("front", "back") for end in ("", "_low", "_high"))
+    }  # fmt: skip
+    assert "front" in of_label
+
+    # other weights: no prediction, and a word about it
+    (root / "models" / "quality.json").write_text(json.dumps(fit | {"weights_sha256": "of others"}))
+    again = call("segment", str(volume), "-o", str(run_file.parent / "other"), "-b", str(root))
+    assert again.exit_code == 0, again.output
+    (row,) = read_csv(run_file.parent / "other" / "cases.csv")
+    assert "predicted_dice" not in row
+    assert not (run_file.parent / "other" / "quality.csv").exists()
+    first, second = (run_file.parent / name / "a_seg.nii.gz" for name in ("out", "other"))
+    assert np.array_equal(nib.load(first).dataobj, nib.load(second).dataobj)
 
 
 @pytest.mark.slow
