@@ -22,7 +22,7 @@ from pipeline.cli.reports import show_report
 from pipeline.log import LOGGER
 
 if TYPE_CHECKING:
-    from pipeline.inference import Model
+    from pipeline.inference import CaseModel
     from pipeline.types import Case
 
 LABEL = re.compile(r"(sub-|ses-)?[A-Za-z0-9+]+(,\S*)?")
@@ -140,7 +140,7 @@ def bids(
         check_derivatives_folder(bids_dir, output)
         options, settings = BatchOptions.split(given)
 
-        def find(model: Model) -> list[Case]:
+        def find(model: CaseModel) -> list[Case]:
             suffixes = _suffixes(model, suffix)
             filters = {}
             if bids_filter_file is not None:
@@ -162,11 +162,11 @@ def bids(
     sys.exit(status)
 
 
-def _suffixes(model: Model, suffix: str | None) -> tuple[str, ...]:
+def _suffixes(model: CaseModel, suffix: str | None) -> tuple[str, ...]:
     """Return the suffix of the images of each channel."""
     from pipeline.errors import ConfigError
 
-    channels = model.spec.channels
+    channels = model.channels
     if len(channels) == 1:
         return (suffix or SUFFIX,)
     if suffix is not None:
