@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
@@ -97,7 +98,7 @@ def test_the_extension_changes_where_voxels_begin_and_nothing_else(
     assert changed <= set(range(*VOX_OFFSET[size].indices(size)))
     assert changed
     assert (plain[size : size + 4], named[size : size + 4]) == (bytes(4), b"\x01\x00\x00\x00")
-    order = "little" if endianness == "<" else "big"
+    order: Literal["little", "big"] = "little" if endianness == "<" else "big"
     esize, code = (int.from_bytes(named[size + 4 + i : size + 8 + i], order) for i in (0, 4))
     assert (esize, code) == (len(xml) + 8, 30)
     assert named[size + 12 : size + 12 + len(xml)] == xml
