@@ -7,9 +7,11 @@ checks the inputs before, and the labels after that.
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -232,8 +234,8 @@ class ForeignBundle:
         grids = [Grid(affine=i.affine, shape=i.array.shape, header=i.header) for i in images]
         folder = None
         if not _as_they_are(sources, len(images), self.settings.volume):
-            folder = tempfile.TemporaryDirectory(prefix="volseg-")
-            sources = _as_nifti(images, Path(folder.name))
+            folder = _Folder()
+            sources = _as_nifti(images, folder.path)
         case: dict[Hashable, Any] = {
             ITEM: self._item(sources),
             GRIDS: grids,
@@ -378,6 +380,14 @@ class ForeignBundle:
             uncertainty=output.uncertainty,
             probabilities=output.probabilities,
         )
+
+
+class _Folder:
+    """A temporary folder that is removed together with this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="volseg-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 def _image_warnings(name: str, image: Image) -> list[str]:

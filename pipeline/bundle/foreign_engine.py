@@ -27,7 +27,7 @@ from pipeline.bundle.foreign_files import ForeignFacts
 from pipeline.bundle.foreign_imports import BundleImports
 from pipeline.bundle.foreign_labels import checked_labels
 from pipeline.bundle.foreign_road import FastRoad, plan_road
-from pipeline.bundle.foreign_wiring import open_parts
+from pipeline.bundle.foreign_wiring import open_parts, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
 from pipeline.io import Grid
 from pipeline.log import LOGGER
@@ -247,7 +247,7 @@ class ForeignEngine:
 
     def _run(self, item: Mapping[str, Any], grid: Grid, road: FastRoad | None) -> ForeignOutput:
         evaluator = self.parts.evaluator
-        with self.imports.active():
+        with self.imports.active(), without_warnings():
             begun = time.perf_counter()
             data = self.parts.preprocessing(dict(item))
             prepared = time.perf_counter()

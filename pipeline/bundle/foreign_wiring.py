@@ -89,15 +89,14 @@ def open_parts(
     apply_overrides(config, overrides, facts.configuration.name)
     changes = _take_over(config, facts, device, overlap)
     parser = ConfigParser(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MONAI warns at every read that configurations run code
-        if facts.metadata:
-            parser.read_meta(dict(facts.metadata))
+    if facts.metadata:
+        parser.read_meta(dict(facts.metadata))
     parser["bundle_root"] = literal(str(facts.folder.resolve()))
     if "device" in config:
         parser["device"] = device
     numbers = torch.serialization.safe_globals(_numpy_globals())
-    with imports.active(), _explained(facts, config, device), numbers:
+    # the last one, so that an error is not one that a filter made of a warning
+    with imports.active(), _explained(facts, config, device), numbers, without_warnings():
         evaluator = parser.get_parsed_content(EVALUATOR)
         if not isinstance(evaluator, Evaluator):
             raise ConfigError(
@@ -241,6 +240,14 @@ def _network(evaluator: Evaluator) -> torch.nn.Module:
 
 
 @contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep the warnings of MONAI and of a bundle's own code quiet: they are for its author."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def _explained(
     facts: ForeignFacts, config: Mapping[str, Any], device: torch.device
 ) -> Iterator[None]:
@@ -270,7 +277,8 @@ def _advice(
                 f"MONAI {version('monai')} has no such argument: --set {ids[0]}#{unexpected[1]}= "
                 "removes it"
             )
-    if isinstance(cause, ModuleNotFoundError | ImportError) or "OptionalImportError" in text:
+    imports = ("ModuleNotFoundError", "OptionalImportError", "ImportError")
+    if isinstance(cause, ImportError) or any(word in text for word in imports):
         needed = facts.metadata.get("required_packages_version") or facts.metadata.get(
             "optional_packages_version", {}
         )

@@ -1,0 +1,134 @@
+"""Batches by a bundle in the form of MONAI's model zoo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from zoo_forms import zoo_bundle, zoo_images
+
+import pipeline
+from pipeline.batch.runner import pool_executor, run_batch
+from pipeline.bundle import open_for_cases
+from pipeline.cli.app import main
+from pipeline.errors import ConfigError
+from pipeline.io.cases import find_cases
+from pipeline.io.tables import read_csv
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle and three cases, one of which is truncated."""
+    zoo_bundle(tmp_path / "bundle", "scripts")
+    [file] = zoo_images(tmp_path / "in", "scripts")
+    for name in ("a", "b"):
+        shutil.copy(file, tmp_path / "in" / f"{name}.nii.gz")
+    broken = tmp_path / "in" / "b.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:-50])
+    return tmp_path
+
+
+def statuses(out: Path) -> dict[str, str]:
+    """Case → status, from the table."""
+    return {row["case"]: row["status"] for row in read_csv(out / "cases.csv")}
+
+
+def segment(folder: Path, out: str, **settings: Any) -> None:
+    """Segment the cases in two worker processes that are forked."""
+    model = open_for_cases(folder / "bundle", device="cpu", trust=True, **settings)
+    cases = find_cases([folder / "in"], model)
+    run_batch(model, cases, folder / out, pool_executor(jobs=2, threads=1))
+
+
+@pytest.mark.slow
+def test_a_broken_file_among_three(folder: Path) -> None:
+    """Two are written and one row says why it failed; mended, only that one is done."""
+    segment(folder, "out")
+    assert statuses(folder / "out") == {"a": "done", "b": "failed", "c": "done"}
+    written = nib.load(folder / "out" / "a_seg.nii.gz")
+    source = nib.load(folder / "in" / "a.nii.gz")
+    assert np.array_equal(written.affine, source.affine)
+    assert written.get_data_dtype() == np.uint8
+    assert written.header["sform_code"] == source.header["sform_code"]
+    rows = read_csv(folder / "out" / "volumes.csv")
+    assert all({"near", "far"} <= row.keys() for row in rows)
+    shutil.copy(folder / "in" / "a.nii.gz", folder / "in" / "b.nii.gz")
+    before = (folder / "out" / "a_seg.nii.gz").stat().st_mtime_ns
+    segment(folder, "out")
+    assert set(statuses(folder / "out").values()) == {"done"}
+    assert (folder / "out" / "a_seg.nii.gz").stat().st_mtime_ns == before
+    runtime = json.loads((folder / "out" / ".volseg" / "runtime.json").read_text())
+    assert runtime == {"runtime": "openvino", "precision": "float32"}
+
+
+@pytest.mark.slow
+def test_overrides_and_runtime_are_part_of_the_identity(folder: Path) -> None:
+    (folder / "in" / "b.nii.gz").unlink()
+    segment(folder, "out", runtime="stock")
+    with pytest.raises(ConfigError, match="overrides"):
+        segment(folder, "out", runtime="stock", overrides={"inferer::overlap": 0.25})
+    shutil.copy(folder / "in" / "a.nii.gz", folder / "in" / "d.nii.gz")
+    with pytest.raises(ConfigError, match="--runtime torch was asked for"):
+        segment(folder, "out", runtime="torch")
+    segment(folder, "out")  # auto follows
+    stock = nib.load(folder / "out" / "a_seg.nii.gz")
+    assert json.loads((folder / "out" / "run.json").read_text())["computed"]
+    segment(folder, "fast")
+    fast = nib.load(folder / "fast" / "a_seg.nii.gz")
+    assert np.mean(np.asarray(stock.dataobj) == np.asarray(fast.dataobj)) > 0.999
+
+
+@pytest.mark.slow
+def test_files_are_told_by_their_names(tmp_path: Path) -> None:
+    """The columns of a manifest and the ends of file names are the names of the bundle's files."""
+    root = zoo_bundle(tmp_path / "bundle", "keys")
+    files = zoo_images(tmp_path / "in", "keys")
+    model = open_for_cases(root, device="cpu", trust=True, runtime="stock")
+    [found] = find_cases([tmp_path / "in"], model)
+    assert found["case"] == "c"
+    assert found["image"] == files
+    table = tmp_path / "list.csv"
+    table.write_text(f"case,artery,vein,age\nx,{files[0]},{files[1]},7\n")
+    [listed] = find_cases([table], model)
+    assert listed["image"] == files
+    assert model.predict_case(listed["image"]).labels.any()
+    (tmp_path / "in" / "c_vein.nii.gz").unlink()
+    assert "vein" in find_cases([tmp_path / "in"], model)[0]["problem"]
+
+
+@pytest.mark.slow
+def test_the_python_api(folder: Path) -> None:
+    model = pipeline.load(folder / "bundle", device="cpu", trust=True, runtime="stock")
+    images = [str(folder / "in" / f"{name}.nii.gz") for name in "abc"]
+    results = {result.image: result for result in pipeline.segment_many(model, images, jobs=2)}
+    assert results[images[1]].error is not None
+    one = results[images[0]].segmentation
+    assert one is not None
+    assert np.array_equal(one.labels, pipeline.segment(model, images[2]).labels)
+    assert set(one.volumes_mm3) == {"near", "far"}
+
+
+@pytest.mark.slow
+def test_the_command(folder: Path) -> None:
+    """`--dry-run` foresees what the headers say; without --trust nothing runs."""
+    command = ["segment", str(folder / "in"), "-o", str(folder / "out")]
+    command += ["-b", str(folder / "bundle"), "--device", "cpu"]
+    runner = CliRunner()
+    refused = runner.invoke(main, command)
+    assert refused.exit_code == 2
+    assert "--trust" in refused.stderr
+    foreseen = runner.invoke(main, [*command, "--trust", "--dry-run", "--json"])
+    rows = json.loads(foreseen.stdout)
+    assert [row["case"] for row in rows] == ["a", "b", "c"]
+    assert all(int(row["windows"]) > 1 for row in rows)
+    changed = [*command, "--trust", "--set", "inferer#overlap=0.25", "--jobs", "1"]
+    assert runner.invoke(main, changed).exit_code == 1
+    assert statuses(folder / "out") == {"a": "done", "b": "failed", "c": "done"}
+    wrong = runner.invoke(main, [*command, "--trust", "--set", "inferrer#overlap=0.25"])
+    assert "did you mean inferer" in wrong.stderr

@@ -1,0 +1,246 @@
+"""Bundles in the forms of MONAI's model zoo, beside MONAI's own run of them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from zoo_forms import by_monai, invert, metadata, transform, write_bundle, zoo_bundle, zoo_config
+from zoo_forms import zoo_images as images
+
+from pipeline.bundle import bundle_info, open_for_cases, parse_overrides
+from pipeline.bundle.foreign import ForeignBundle
+from pipeline.bundle.overrides import apply_overrides
+from pipeline.errors import ConfigError, PipelineError, VolumeError
+from pipeline.inference import Prediction
+from pipeline.inference.openvino_models import CACHE_VARIABLE
+
+FORMS = (
+    "json",
+    "yaml",
+    "handler",
+    "channels",
+    "keys",
+    "sigmoid",
+    "slices",
+    "scripts",
+    "crop",
+    "labels",
+)
+
+
+def opened(root: Path, **settings: Any) -> ForeignBundle:
+    """Open a bundle in MONAI's form on the CPU."""
+    model = open_for_cases(root, device="cpu", trust=True, **settings)
+    assert isinstance(model, ForeignBundle)
+    return model
+
+
+def predicted(root: Path, files: list[str], **settings: Any) -> Prediction:
+    """Segment a case; a runtime is decided by it."""
+    model = opened(root, **settings)
+    image = files[0] if len(files) == 1 else files
+    model.prepare_runtime(image)
+    return model.predict_case(image)
+
+
+def item_of(form: str, files: list[str]) -> dict[str, Any]:
+    """The item of MONAI's dataset."""
+    if form == "keys":
+        return {"artery": files[0], "vein": files[1], "label": files[0]}
+    return {"image": files[0] if len(files) == 1 else files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_what_monai_writes(form: str, tmp_path: Path) -> None:
+    """Voxel for voxel by the bundle's own inferer, and by volseg's where it takes its place."""
+    root, files = zoo_bundle(tmp_path / "b", form), images(tmp_path / "in", form)
+    expected = by_monai(root, item_of(form, files), tmp_path / "monai")
+    stock = predicted(root, files, runtime="stock")
+    assert np.array_equal(stock.labels, expected)
+    assert len(np.unique(expected)) > 1
+    assert np.allclose(stock.affine, nib.load(files[0]).affine)
+    assert "scripts" not in sys.modules
+    assert str(root) not in sys.path
+    auto = predicted(root, files, runtime="auto")
+    assert np.mean(auto.labels == expected) > 0.999
+
+
+def test_openvino_takes_the_place_of_the_own_inferer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is decided by a case, and kept for the next process."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    root, files = zoo_bundle(tmp_path / "b", "json"), images(tmp_path / "in", "json")
+    model = opened(root)
+    assert model.prepare_runtime() is None
+    description = model.prepare_runtime(files[0])
+    assert description is not None
+    assert description["runtime"] == "openvino"
+    assert "streamed" in description["inferer"]
+    again = opened(root).prepare_runtime()
+    assert again is not None
+    assert again["runtime"] == "openvino"
+
+
+def test_a_copy_in_another_process_opens_the_bundle_again(tmp_path: Path) -> None:
+    root, files = zoo_bundle(tmp_path / "b", "scripts"), images(tmp_path / "in", "scripts")
+    model = opened(root, runtime="stock")
+    copy = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(copy.predict_case(files[0]).labels, model.predict_case(files[0]).labels)
+    assert copy.identity() == model.identity()
+
+
+def test_two_bundles_have_their_own_scripts(tmp_path: Path) -> None:
+    files = images(tmp_path / "in", "scripts")
+    roots = [zoo_bundle(tmp_path / name, "scripts") for name in "ab"]
+    own = roots[1] / "scripts" / "own.py"
+    own.write_text(own.read_text().replace("* self.factor", "* 0 + 1"))
+    first, second = (opened(root, runtime="stock") for root in roots)
+    labels = [model.predict_case(files[0]).labels for model in (first, second, first)]
+    assert np.array_equal(labels[0], labels[2])
+    assert not np.array_equal(labels[0], labels[1])
+
+
+def test_labels_are_inverted_by_the_nearest_voxel(tmp_path: Path) -> None:
+    """Between labels nothing can be interpolated; MONAI's own file has fractions."""
+    root, files = zoo_bundle(tmp_path / "b", "argmax"), images(tmp_path / "in", "argmax")
+    result = predicted(root, files, runtime="stock")
+    assert set(np.unique(result.labels)) <= {0, 1, 2}
+    assert any("nearest" in warning for warning in result.warnings)
+    nearest = {"postprocessing::transforms::1::nearest_interp": True}
+    assert np.array_equal(
+        result.labels, by_monai(root, item_of("", files), tmp_path / "o", **nearest)
+    )
+
+
+def test_labels_that_overlap_are_masks(tmp_path: Path) -> None:
+    root, files = zoo_bundle(tmp_path / "b", "masks"), images(tmp_path / "in", "masks")
+    result = predicted(root, files, runtime="stock")
+    expected = by_monai(root, item_of("", files), tmp_path / "out")
+    assert np.array_equal(np.moveaxis(result.labels, 0, -1), expected)
+    assert set(result.volumes_mm3) == {"core", "whole", "rim"}
+    voxel = abs(np.linalg.det(result.affine[:3, :3]))
+    assert result.volumes_mm3["whole"] == pytest.approx(expected[..., 1].sum() * voxel)
+
+
+def test_values_that_the_bundle_paints_itself_have_no_names(tmp_path: Path) -> None:
+    """The names in the metadata are those of channels there."""
+    root, files = zoo_bundle(tmp_path / "b", "sigmoid"), images(tmp_path / "in", "sigmoid")
+    volumes = predicted(root, files, runtime="stock").volumes_mm3
+    assert set(volumes) <= {"label 1", "label 4"}
+    assert volumes
+
+
+def test_cuda_that_is_written_into_a_configuration_is_replaced(tmp_path: Path) -> None:
+    root, files = zoo_bundle(tmp_path / "b", "cuda"), images(tmp_path / "in", "cuda")
+    assert predicted(root, files, runtime="stock").labels.any()
+    assert any("spare#device" in note for note in bundle_info(root).notes)
+
+
+def test_probabilities_and_uncertainty(tmp_path: Path) -> None:
+    """They are the same streamed and whole, and refused where labels come too early."""
+    root, files = zoo_bundle(tmp_path / "b", "json"), images(tmp_path / "in", "json")
+    wanted = {"uncertainty": True, "probabilities": True}
+    whole = predicted(root, files, runtime="stock", **wanted)
+    assert whole.probabilities is not None
+    assert whole.uncertainty is not None
+    own = np.take_along_axis(whole.probabilities, whole.labels[None].astype(int), 0)[0]
+    assert (own == whole.probabilities.max(0)).all()
+    streamed = predicted(root, files, runtime="openvino", **wanted)
+    assert streamed.probabilities is not None
+    assert streamed.uncertainty is not None
+    difference = streamed.probabilities.astype(int) - whole.probabilities.astype(int)
+    assert np.abs(difference).max() <= 1
+    assert np.abs(streamed.uncertainty - whole.uncertainty).max() < 1e-3
+    early = zoo_bundle(tmp_path / "early", "argmax")
+    with pytest.raises(ConfigError, match="Activationsd before AsDiscreted"):
+        opened(early, **wanted)
+
+
+def test_an_untrusted_bundle_does_not_run(tmp_path: Path) -> None:
+    root = zoo_bundle(tmp_path / "b", "json")
+    with pytest.raises(ConfigError, match="--trust"):
+        open_for_cases(root, device="cpu")
+    assert bundle_info(root).labels == {"background": 0, "near": 1, "far": 2}
+
+
+def test_argument_that_this_monai_does_not_take(tmp_path: Path) -> None:
+    """The error gives the option that removes it, and with it the bundle opens."""
+    config = zoo_config()
+    config["network_def"]["_target_"] = "UNet"
+    root = write_bundle(tmp_path / "b", config, metadata({"0": "i"}, {"0": "background"}, 3))
+    path = root / "configs" / "inference.json"
+    config["network_def"]["img_size"] = 96
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="--set network_def#img_size= "):
+        opened(root)
+    opened(root, overrides=parse_overrides(["network_def#img_size="]))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("overlap", "expected ID=VALUE"),
+        ("inferrer#overlap=0.1", "did you mean inferer"),
+        ("postprocessing#transforms#9=1", "a list of 4"),
+        ("output_dir#x=1", "no parts"),
+    ],
+)
+def test_overrides_that_lead_to_nothing(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(zoo_config(), parse_overrides([text]), "inference.json")
+
+
+def test_missing_weights_and_packages(tmp_path: Path) -> None:
+    root = zoo_bundle(tmp_path / "b", "json")
+    (root / "models" / "model.pt").unlink()
+    with pytest.raises(ConfigError, match="download the bundle"):
+        opened(root)
+    own = zoo_bundle(tmp_path / "own", "scripts")
+    (own / "scripts" / "own.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(ConfigError, match="install what the bundle needs"):
+        opened(own)
+
+
+def test_outputs_that_are_no_labels(tmp_path: Path) -> None:
+    config = zoo_config(labels=2)
+    config["postprocessing"]["transforms"] = [transform("Activationsd", softmax=True), invert()]
+    root = write_bundle(tmp_path / "b", config, metadata({"0": "i"}, {"0": "background"}, 2))
+    files = images(tmp_path / "in", "json")
+    with pytest.raises(VolumeError, match="no whole numbers"):
+        opened(root, runtime="stock").predict_case(files[0])
+
+
+def test_inputs_are_checked(tmp_path: Path) -> None:
+    """Truncated files, NaN and the wrong number of files are errors of the case."""
+    root, [file] = zoo_bundle(tmp_path / "b", "json"), images(tmp_path / "in", "json")
+    model = opened(root, runtime="stock")
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(Path(file).read_bytes()[:-40])
+    image = nib.load(file)
+    array = np.asarray(image.dataobj).copy()
+    array[4, 5, 6] = np.nan
+    for given in (str(broken), nib.Nifti1Image(array, image.affine), [file, file]):
+        with pytest.raises(PipelineError):
+            model.predict_case(given)
+    in_memory = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    assert np.array_equal(model.predict_case(in_memory).labels, model.predict_case(file).labels)
+
+
+def test_a_part_of_the_network_in_float64_stays_stock(tmp_path: Path) -> None:
+    root = zoo_bundle(tmp_path / "b", "slices")
+    description = opened(root).prepare_runtime()
+    assert description is not None
+    assert description["runtime"] == "stock"
+    with pytest.raises(ConfigError, match="SliceInferer"):
+        opened(root, runtime="openvino")
+    assert torch.get_default_dtype() == torch.float32
