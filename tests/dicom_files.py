@@ -105,7 +105,7 @@ def make_series(
         dataset.ImageOrientationPatient = [
             f"{value:.10f}" for value in (*turned[:, 0], *turned[:, 1])
         ]
-        made.slices.append(Slice(f"IM{(number * 7 + 3) % 97:04d}", dataset))
+        made.slices.append(Slice(f"IM{(number * 7 + 3) % 997:04d}", dataset))
     return made
 
 
