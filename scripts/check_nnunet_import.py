@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from head_to_head import nnunet_python, write_raw_dataset
 
-from pipeline.io import labelled_cases, read
+from pipeline.io import find_pairs, read
 from pipeline.types import Array, Case
 
 DATASET, NUMBER = "Dataset001_Check", "1"
@@ -198,11 +198,10 @@ def compare(variant: Variant, model: Path, test: list[Case], out: Path, tools: P
 
 def split_cases(dataset: Path, train: int, count: int, out: Path) -> tuple[list[Case], list[Case]]:
     """Return the cases to train with and those to segment; links have the names of nnU-Net."""
-    labels = json.loads((dataset / "dataset.json").read_text())["labels"]
-    named = {name: int(value) for value, name in labels.items()}
+    layout = find_pairs([dataset])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "labels.json").write_text(json.dumps(named))
-    cases = labelled_cases(dataset)[: train + count]
+    (out / "labels.json").write_text(json.dumps(layout.labels))
+    cases = layout.cases[: train + count]
     scans = out / "scans"
     scans.mkdir(exist_ok=True)
     for case in cases[train:]:

@@ -66,6 +66,9 @@ def main() -> None:
         help="Save the model under the name of nnU-Net's own trainer, so that nnUNetv2_predict "
         "opens it, and predict no validation cases.",
     )
+    parser.add_argument(
+        "--continue", dest="go_on", action="store_true", help="Start from the fold's last weights."
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes
@@ -78,6 +81,7 @@ def main() -> None:
         args.configuration,
         args.fold,
         plans_identifier=args.plans,
+        continue_training=args.go_on,
         device=torch.device("cpu"),
     )
 
