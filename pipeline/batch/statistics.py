@@ -97,9 +97,16 @@ def write_statistics(
     if not (folder / STATE).is_dir():
         raise ConfigError(f"{folder}: no output folder of volseg: {STATE} is not there")
     writers: Mapping[str, Callable[[], str]] = {
-        "ml": lambda: _write_table(out, "ml", _ml_row),
-        "icv": lambda: _write_table(out, "icv", lambda record: _icv_row(record, icv)),
-        "asymmetry": lambda: _write_table(out, "asymmetry", _asymmetry_row),
+        "ml": lambda: _write_table(out, "ml", _ml_row, "no case is done"),
+        "icv": lambda: _write_table(
+            out,
+            "icv",
+            lambda record: _icv_row(record, icv),
+            f"no case has a volume {icv!r}; --icv takes a column of volumes.csv",
+        ),
+        "asymmetry": lambda: _write_table(
+            out, "asymmetry", _asymmetry_row, "no structure has a left and a right side"
+        ),
         "long": lambda: _write_long(out, icv),
         "aseg": lambda: _write_aseg(out, icv),
     }
@@ -135,9 +142,9 @@ def _records(out: OutputFolder) -> Iterator[CaseRecord]:
 
 
 def _write_table(
-    out: OutputFolder, kind: str, row_of: Callable[[CaseRecord], dict[str, Any]]
+    out: OutputFolder, kind: str, row_of: Callable[[CaseRecord], dict[str, Any]], missing: str
 ) -> str:
-    """Write a table with a row per case, and return why there is none."""
+    """Write a table with a row per case; return `missing` if no case has content for it."""
     rows, filled = TableRows(), False
     for record in _records(out):
         if record.status == "done":
@@ -146,7 +153,7 @@ def _write_table(
             row = {"case": printable(record.case), **values}
             rows.add(row | further_columns(record, row))
     if not filled:
-        return "no case has such volumes"
+        return missing
     rows.write(out.root / FILES[kind], out.staging)
     return ""
 

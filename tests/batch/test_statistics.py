@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from batch_folders import record_of, store
+from click.testing import CliRunner
 
 from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import state_of, write_record
 from pipeline.batch.statistics import asymmetry_index, write_statistics
 from pipeline.batch.tables import write_tables
+from pipeline.cli import main
 from pipeline.config.spec import load_spec, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.io.label_files import LABEL_FILES
@@ -158,8 +160,8 @@ def test_what_has_no_content_is_left_out(tmp_path: Path, caplog: pytest.LogCaptu
     written = write_statistics(out.root)
     assert [path.name for path in written] == ["volumes_ml.csv", "volumes_long.tsv"]
     text = warnings_of(caplog)
-    assert "no volumes_icv.csv" in text
-    assert "no asymmetry.csv" in text
+    assert "no volumes_icv.csv: no case has a volume 'intracranial'; --icv takes a column" in text
+    assert "no asymmetry.csv: no structure has a left and a right side" in text
     assert "values of the labels are not known" in text
     assert write_statistics(out.root, ["icv"], icv="front") == [out.root / "volumes_icv.csv"]
     rows = pd.read_csv(out.root / "volumes_icv.csv", index_col="case")
@@ -210,3 +212,21 @@ def test_folders_of_earlier_versions_have_the_labels_of_their_bundle(tmp_path: P
         write_json(out.identity, {"bundle": "brain_mr_structures", "spec_sha256": spec_hash})
         write_tables(out.root)
         assert (out.root / LABEL_FILES[0]).exists() == known
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Kinds may be given together; an unknown one is status 2, and writes nothing."""
+    out = brain_folder(tmp_path / "out")
+    command = ["tables", str(out.root), "--stats"]
+    wrong = CliRunner().invoke(main, [*command, "litres"])
+    assert wrong.exit_code == 2
+    assert "'litres' is not one of 'ml', 'icv', 'asymmetry', 'long', 'aseg', 'all'" in wrong.stderr
+    assert not (out.root / "volumes.csv").exists()
+    result = CliRunner().invoke(main, [*command, "ml", "--stats", "icv", "--icv", "brain"])
+    assert result.exit_code == 0
+    assert "wrote" in result.stderr
+    made = {path.name for path in out.root.iterdir()}
+    assert made >= {"volumes_ml.csv", "volumes_icv.csv", "labels.tsv"}
+    assert not made & {"asymmetry.csv", "volumes_long.tsv", "freesurfer"}
+    rows = pd.read_csv(out.root / "volumes_icv.csv", index_col="case")
+    assert (rows["brain_mm3"] == 5000.5).all()
