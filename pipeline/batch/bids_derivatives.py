@@ -43,7 +43,7 @@ MISSING = "n/a"  # BIDS's word for a missing value
 # files that BIDS has no names for
 IGNORE = (
     *(RUN, LOG, "/*.csv", "/volumes_*.tsv", GROUP_TSV, GROUP_JSON, *LABEL_FILES),
-    *(f"*{STATS_TSV}", f"*{STATS_JSON}", "/report/", "/freesurfer/"),
+    *(f"*{STATS_TSV}", f"*{STATS_JSON}", "/report", "/freesurfer"),
 )
 RAW = "raw"  # name of the source dataset in BIDS URIs
 # set by whoever builds a container image; the second and the third by Apptainer and Singularity

@@ -44,12 +44,16 @@ def derivative(image: str) -> str:
 def test_derivatives_are_valid(
     dataset: Path, tiny_bundle_3d: Path, tmp_path: Path, place: str
 ) -> None:
-    """Sessions, runs and acquisitions; no error and no warning of the validator."""
+    """Sessions, runs, acquisitions, report, statistics; no issue of the validator."""
     out = tmp_path / place
-    done = bids(dataset, out, tiny_bundle_3d)
+    done = bids(dataset, out, tiny_bundle_3d, "--report")
     assert done.exit_code == 0, done.output
     assert label_maps(out) == sorted(map(derivative, IMAGES))
     assert run("bids", dataset, out, "group").exit_code == 0
+    tables = run("tables", out, "--stats", "all", "--icv", "front")
+    assert tables.exit_code == 0, tables.output
+    assert (out / "report" / "index.html").is_file()
+    assert (out / "freesurfer").is_dir()
     assert validator_issues(out) == []
     errors = [issue for issue in validator_issues(dataset) if issue.startswith("error")]
     assert errors == []
