@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import OutputKind
 
+# every third plane across the first axis is compared: enough to measure how well images agree
+STEP = 3
+
 
 class MirrorAgreement:
     """Counts, per output of the network, where mirror images of a window are segmented alike.
@@ -37,9 +40,10 @@ class MirrorAgreement:
             scores: (B, C, *spatial) logits, without a background channel unless it is a softmax.
 
         Returns:
-            (B, C, *spatial) bool for regions, which may overlap; (B, *spatial) channel numbers for
-            all others, -1 for the background of a sigmoid.
+            in every third plane: (B, C, *spatial) bool for regions, which may overlap;
+            (B, *spatial) channel numbers for all others, -1 for the background of a sigmoid.
         """
+        scores = scores[:, :, ::STEP]
         if self.output == "regions":
             return scores > 0
         highest, number = scores.max(dim=1)

@@ -2,14 +2,14 @@
 
 Sums over voxels are collected on the network's grid, block by block, as the logits pass by. They
 change no label, need no second run of the network and do not depend on how windows are grouped: a
-block adds only voxels, and pairs of neighbouring voxels, that no block before it held.
+block adds only voxels, and pairs of neighbours within a plane, that no block before it held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log, nan
+from math import log, nan, prod
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,9 @@ from pipeline.inference.test_time_augmentation import other_side
 from pipeline.inference.volumes import volumes_mm3
 from pipeline.types import Affine, Array, LabelMap
 
-# voxels of a slab of logits whose probabilities are held at a time: their memory stays small
+# logits of a window for which one more plane out of three is left out: a second for each 40 million
+VALUES_PER_STEP, LARGEST_PLANE_STEP = 8_000_000, 3
+# logits of a slab of logits whose probabilities are held at a time: their memory stays small
 SLAB_VALUES = 8_000_000
 # features of each structure, in the order in which they are stored
 LABEL_FEATURES = (
@@ -95,10 +97,10 @@ class ClassSums:
         intensity: sum of the intensity, first channel.
         squares: sum of its square.
         clipped: voxels with the lowest or highest intensity of the volume.
-        faces: pairs of neighbouring voxels of which exactly one belongs to the class.
+        faces: pairs of neighbours within a plane of which exactly one belongs to the class.
         face_entropy: sum of the mean entropy of such a pair.
         face_step: sum of the difference in intensity of such a pair.
-        inner: pairs of neighbouring voxels within the class.
+        inner: pairs of neighbours within a plane that both belong to the class.
         inner_step: sum of the difference in intensity of such a pair.
     """
 
@@ -140,13 +142,17 @@ class QualityCollector:
         spec: gives labels, `output` and `tta_mirror`.
 
     Attributes:
-        sums: sums over the voxels of each class, the background first.
+        plane_step: every how many-th plane across the first axis is looked at: 1 for a network with
+            few labels and small windows, more where looking at all of them would take longer.
+        sums: sums over the voxels of each class in these planes, the background first.
         mirror: agreement of mirror images, for the inferer; None if the spec does not mirror.
     """
 
     def __init__(self, image: torch.Tensor, spec: Spec) -> None:
         self.output: OutputKind = spec.output
         self.classes = len(spec.labels)
+        values = self.classes * prod(spec.roi_size)
+        self.plane_step = min(LARGEST_PLANE_STEP, max(1, round(values / VALUES_PER_STEP)))
         self.sums = ClassSums.zeros(self.classes)
         self.mirror = MirrorAgreement(spec.output) if spec.tta_mirror else None
         channel = image[0]
@@ -162,22 +168,31 @@ class QualityCollector:
             del block  # or it would be held while the next one is computed
 
     def _add(self, block: ScoreBlock) -> None:
-        """Add a block, slab by slab, so that little memory is needed besides the block."""
-        size = block.scores.shape[1]
-        thickness = max(1, SLAB_VALUES // max(1, block.scores[:, :1].numel()))
-        for first in range(0, size, thickness):
-            begin = max(0, first - HALO)
-            start = (block.start[0] + begin, *block.start[1:])
-            # blocks and slabs repeat the last voxels of the one before, which must count once only
-            repeats = [bool(first or block.start[0]), *map(bool, block.start[1:])]
-            new = tuple(slice(HALO if repeated else 0, None) for repeated in repeats)
-            self._add_slab(start, block.scores[:, begin : first + thickness], new)
+        """Add the planes of a block that count, slab by slab: little memory is needed besides it.
 
-    def _add_slab(
-        self, start: Sequence[int], scores: torch.Tensor, new: tuple[slice, ...]
+        A block repeats the last voxels of the one before it, which must count once only.
+        """
+        new = tuple(slice(HALO if start else 0, None) for start in block.start)
+        first = block.start[0] + (new[0].start or 0)
+        first += -first % self.plane_step  # planes are counted from the edge of the volume
+        stop = block.start[0] + block.scores.shape[1]
+        thickness = max(1, SLAB_VALUES // max(1, block.scores[:, :1].numel())) * self.plane_step
+        for begin in range(first, stop, thickness):
+            planes = slice(begin, min(begin + thickness, stop), self.plane_step)
+            inside = slice(begin - block.start[0], planes.stop - block.start[0], self.plane_step)
+            self._add_planes(planes, block.start[1:], block.scores[:, inside], new[1:])
+
+    def _add_planes(
+        self,
+        planes: slice,
+        start: Sequence[int],
+        scores: torch.Tensor,
+        new_in_plane: tuple[slice, ...],
     ) -> None:
-        box = tuple(slice(s, s + n) for s, n in zip(start, scores.shape[1:], strict=True))
-        intensity = self._intensity[box]
+        new = (slice(None), *new_in_plane)
+        sizes = scores.shape[2:]
+        box = (slice(s, s + n) for s, n in zip(start, sizes, strict=True))
+        intensity = self._intensity[planes, *box]
         if self.output != "regions":
             certainty, soft = _certainty(scores, new)
             self.sums.add(_class_sums(certainty, intensity, self._range, new, self.classes))
@@ -269,7 +284,7 @@ def _class_sums(
     sums.intensity += per_class(grey)
     sums.squares += per_class(grey.astype(np.float64) ** 2)
     sums.clipped += per_class((grey <= limits[0]) | (grey >= limits[1]))
-    for axis in range(certainty.index.ndim):
+    for axis in range(1, certainty.index.ndim):  # neighbouring planes may not be there
         _add_pairs(sums, certainty, intensity, new, axis, classes)
     return sums
 
@@ -330,7 +345,7 @@ def quality_features(
         if number == 0 or not volumes[name]:
             continue
         row = _label_row(collected.sums, number)
-        network_volume = collected.sums.voxels[number] * network_mm3
+        network_volume = collected.sums.voxels[number] * network_mm3 * collected.plane_step
         row["mirror_dice"] = mirror[number]
         row["log_volume"] = log(volumes[name])
         row["asymmetry"] = _asymmetry(name, volumes)

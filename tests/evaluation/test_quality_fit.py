@@ -66,14 +66,14 @@ def test_a_relation_is_found_and_the_interval_covers() -> None:
     scores = score_quality(fitted(made_up(150)), made_up(600, seed=1), STRUCTURES)
     assert [score.label for score in scores] == ["mean", *STRUCTURES]
     for score in scores:
-        assert score.mae < 0.03 < score.mae_constant
+        assert score.mae < 0.035 < score.mae_constant
         assert 0.83 <= score.coverage <= 0.97  # 150 cases fix the quantiles to about 0.03
         assert score.auroc > 0.95
         assert score.correlation > 0.95
         assert score.width < 0.2
     nested = nested_quality(made_up(150), STRUCTURES)
     assert [score.cases for score in nested] == [150] * 3
-    assert nested[0].mae < 0.03
+    assert nested[0].mae < 0.035
 
 
 def test_features_that_say_nothing_predict_the_mean() -> None:

@@ -88,25 +88,39 @@ def test_no_label_changes(name: str) -> None:
     assert stored_features(features.columns()).columns() == features.columns()
 
 
-def blocks_of(scores: torch.Tensor, cuts: list[int]) -> Iterator[ScoreBlock]:
-    """Logits cut along the second axis, each block with one voxel of the one before it."""
+def blocks_of(scores: torch.Tensor, cuts: list[int], axis: int = 1) -> Iterator[ScoreBlock]:
+    """Logits cut along an axis, each block with one voxel of the one before it."""
     shape = tuple(scores.shape[1:])
-    for first, stop in zip([0, *cuts], [*cuts, shape[1]], strict=True):
+    for first, stop in zip([0, *cuts], [*cuts, shape[axis]], strict=True):
         begin = max(0, first - 1)
-        yield ScoreBlock(start=(0, begin, 0), scores=scores[:, :, begin:stop], shape=shape)
+        start = tuple(begin if i == axis else 0 for i in range(3))
+        part = scores.narrow(axis + 1, begin, stop - begin)
+        yield ScoreBlock(start=start, scores=part, shape=shape)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3])
 @pytest.mark.parametrize("output", ["softmax", "regions"])
-def test_blocks_do_not_matter(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_matter(output: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums are those of one block, however it is cut and however thin the slabs are."""
     spec = SPECS["regions" if output == "regions" else "3D"]
     scores = torch.from_numpy(np.stack([smooth(seed=i) for i in range(4)])) / 60
     image = torch.from_numpy(smooth(seed=9))[None]
     found = []
-    for cuts, slab in (([], 10**9), ([5, 6, 20], 10**9), ([11], 4 * 24 * 21 * 2), ([], 1)):
+    one_plane = 4 * 24 * 21
+    monkeypatch.setattr("pipeline.inference.quality_features.VALUES_PER_STEP", 1)
+    monkeypatch.setattr("pipeline.inference.quality_features.LARGEST_PLANE_STEP", step)
+    for axis, cuts, slab in (
+        (0, [], 10**9),
+        (0, [2, 3, 9, 13], 10**9),
+        (1, [5, 6, 20], 10**9),
+        (2, [11], one_plane * 2),
+        (0, [5], 1),
+    ):
         monkeypatch.setattr("pipeline.inference.quality_features.SLAB_VALUES", slab)
         collector = QualityCollector(image, spec)
-        assert all(block is not None for block in collector.pass_through(blocks_of(scores, cuts)))
+        assert all(
+            block is not None for block in collector.pass_through(blocks_of(scores, cuts, axis))
+        )
         found.append(collector.sums)
     for other in found[1:]:
         for name in found[0].__dataclass_fields__:
@@ -128,7 +142,7 @@ def test_sums_are_those_of_the_formulas() -> None:
     entropy = scipy_entropy(probability, axis=0) / log(4)
     faces, steps = np.zeros(4), np.zeros(4)
     for place in np.ndindex(4, 5, 3):
-        for axis in range(3):
+        for axis in (1, 2):  # within planes
             other = tuple(n + (i == axis) for i, n in enumerate(place))
             if other[axis] < index.shape[axis] and index[place] != index[other]:
                 for number in (index[place], index[other]):
