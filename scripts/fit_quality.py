@@ -41,6 +41,7 @@ from pipeline.transforms import (
 from pipeline.types import Array, Case
 
 HISTOGRAM_BINS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+INTENSITY_STEPS = 8  # per unit of the synthesis, whose intensities are from 0 to 255
 LOW_DICE, BETWEEN = 0.7, (0.6, 0.8)  # what the generator must give often enough
 
 
@@ -141,7 +142,7 @@ def draw_images(run: Run, spec: Spec, plan: Plan) -> list[Case]:
         degradation = draw_degradation(plan.seed * 100_003 + number)
         image, labels, affine = degrade(sample[IMAGE][0].numpy(), labels, affine, degradation)
         write_json(plan.folder / "degradations" / f"{name}.json", degradation.columns())
-        _save(Path(case["image"]), image, affine)
+        _save(Path(case["image"]), as_scanned(image), affine)
         _save(Path(case["label"]), labels, affine)
         drawn += 1
         click.echo(f"{number + 1} of {plan.count}: {name}", err=True)
@@ -166,6 +167,13 @@ def _transform(run: Run, spec: Spec, plan: Plan) -> TrainingTransform:
         network=any_size,
     )
     return synthesis_transform(grid, run.synthesis)
+
+
+def as_scanned(image: Array) -> Array:
+    """Return an image in whole numbers, as scanners store them, which also compress far better."""
+    limits = np.iinfo(np.int16)
+    stored: Array = np.rint(image * INTENSITY_STEPS).clip(0, limits.max).astype(np.int16)
+    return stored
 
 
 def _save(path: Path, array: Array, affine: Array) -> None:

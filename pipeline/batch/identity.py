@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.batch.locks import locked
-from pipeline.batch.outputs import RUN, OutputFolder
+from pipeline.batch.outputs import QUALITY, RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
 from pipeline.bundle import code_hash, find_bundle, shipped_bundles, wiring_origin
 from pipeline.config import BundlePaths, load_spec, spec_fingerprint
@@ -222,7 +222,9 @@ def _remove_results(out: OutputFolder) -> None:
             path = Path(folder) / name
             if name.endswith(WRITTEN_ENDINGS) and is_written_by_volseg(path):
                 path.unlink(missing_ok=True)
-    for path in (out.identity, out.runtime, out.labels, *out.suspects.glob("*.json")):
+    # the other model may predict no Dice, and then writes no such table
+    present = (out.identity, out.runtime, out.labels, out.root / QUALITY)
+    for path in (*present, *out.suspects.glob("*.json")):
         path.unlink(missing_ok=True)
 
 

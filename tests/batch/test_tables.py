@@ -169,3 +169,31 @@ def test_seconds_of_steps_that_were_not_done_are_empty() -> None:
     """As is the memory where it is not known."""
     row = case_columns(record_of("a", seconds={"read": 1.23456}, peak_memory=0))
     assert (row["read_s"], row["network_s"], row["peak_memory_mb"]) == ("1.235", "", "")
+
+
+def test_a_predicted_dice_has_columns_and_a_table(tmp_path: Path) -> None:
+    """Mean and interval in cases.csv, structures in quality.csv; without any, neither."""
+    interval = {"dice": 0.81234, "low": 0.7, "high": 0.9}
+    predicted = {"mean": interval, "labels": {"front": interval | {"dice": 0.5}}}
+    out = store(
+        tmp_path / "out",
+        record_of("a", predicted_dice=predicted, columns={"predicted_dice": "x", "site": "1"}),
+        record_of("b", predicted_dice={"mean": interval, "labels": {}}),
+        record_of("c", status="failed", error="no", volumes_mm3={}),
+    )
+    write_tables(out.root)
+    first, second, third = read_csv(out.root / "cases.csv")
+    assert first["predicted_dice"] == "0.812"
+    assert (first["predicted_dice_low"], first["predicted_dice_high"]) == ("0.700", "0.900")
+    assert first["manifest_predicted_dice"] == "x"
+    assert second["predicted_dice"] == "0.812"
+    assert third["predicted_dice"] == ""
+    of_labels = read_csv(out.root / "quality.csv")
+    assert [row["case"] for row in of_labels] == ["a", "b"]
+    assert [row["front"] for row in of_labels] == ["0.500", ""]
+    assert of_labels[0]["front_low"] == "0.700"
+
+    plain = store(tmp_path / "plain", record_of("a"))
+    write_tables(plain.root)
+    assert "predicted_dice" not in read_csv(plain.root / "cases.csv")[0]
+    assert not (plain.root / "quality.csv").exists()
