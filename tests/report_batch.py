@@ -57,10 +57,9 @@ def add_case(folder: Path, name: str = "sub/one", axcodes: str = "RAS", **change
     out = OutputFolder.create(folder)
     if not out.labels.exists():
         out.labels.write_text(json.dumps(LABELS))
-    scan_image, label_image = (reorient(image, axcodes) for image in head())
-    scan = save(
-        folder.parent / "scans" / f"{len(list(out.records.glob('*/*')))}.nii.gz", scan_image
-    )
+    number = len(list(out.records.glob("*/*")))
+    scan_image, label_image = (reorient(image, axcodes) for image in head(seed=number))
+    scan = save(folder.parent / "scans" / f"{number}.nii.gz", scan_image)
     labels = save(folder / f"{name}_seg.nii.gz", label_image)
     write_record(out, case_record(folder, name, scan, labels, **changes))
     return scan

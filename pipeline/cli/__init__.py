@@ -4,6 +4,7 @@ Modules:
     app         the command `volseg` and its sub-commands
     segment, bundles, training, evaluation   the commands, by group
     options     what all commands share: verbosity, common options, exit statuses
+    reports     the commands report and view
     progress    what is shown while a command works
 """
 

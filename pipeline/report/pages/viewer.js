@@ -26,6 +26,7 @@ function loadScript(path) {
 }
 
 let niivueScript = null;
+let volsegViewer = null; // the viewer that is open, for the browser's console
 
 // Returns the viewer once it has drawn; `content` is what viewer_volume of volseg makes.
 async function openViewer(container, content) {
@@ -39,6 +40,7 @@ async function openViewer(container, content) {
     await niivueScript;
     if (!canvas.getContext("webgl2")) throw new Error("this browser has no WebGL 2");
     const viewer = await showVolumes(canvas, content, status);
+    volsegViewer = viewer;
     addTools(tools, viewer, content);
     if (status.textContent.startsWith("Loading")) status.textContent = HINT;
     container.dataset.ready = "true";
