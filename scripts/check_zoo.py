@@ -249,7 +249,7 @@ def centre(network: torch.nn.Module, root: Path) -> None:
         noise[:, 1:] = 0
     with torch.no_grad():
         logits = network(noise)[0]
-        biases[-1] -= logits.flatten(1).mean(dim=1)
+        biases[-1].sub_(logits.flatten(1).mean(dim=1))
 
 
 def write_search_code(path: Path, parser: ConfigParser) -> None:

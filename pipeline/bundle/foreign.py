@@ -278,7 +278,9 @@ class ForeignBundle:
 
     def follow_runtime(self, decided: Mapping[str, str]) -> None:
         """Ask for the runtime and precision that were decided before."""
-        self.settings = replace(self.settings, **decided)
+        self.settings = replace(
+            self.settings, runtime=decided["runtime"], precision=decided["precision"]
+        )
         self.engine().follow(decided["runtime"])
 
     def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ class FastRoad:
     form: Form
     replaced: int
     own: SlidingWindowInferer
-    network: NetworkFunction
+    network: nn.Module
 
     @property
     def roi_size(self) -> tuple[int, ...]:
@@ -192,7 +192,7 @@ def _all(values: Sequence[Any], wanted: Any) -> bool:
     return all(value == wanted for value in values)
 
 
-class ConvertedOnce:
+class ConvertedOnce(nn.Module):
     """A network in OpenVINO, converted for the first window that comes.
 
     Args:
@@ -204,10 +204,11 @@ class ConvertedOnce:
     """
 
     def __init__(self, network: nn.Module, roi_size: Sequence[int]) -> None:
+        super().__init__()
         self.network, self.roi_size = network, tuple(roi_size)
         self._converted: OpenVinoNetwork | None = None
 
-    def __call__(self, window: torch.Tensor) -> Any:
+    def forward(self, window: torch.Tensor) -> Any:
         if self._converted is None:
             self._converted = OpenVinoNetwork(self._convert(window.shape[1]), "float32")
         return self._converted(window)
@@ -254,20 +255,21 @@ class BlockInferer(Inferer):
             padding_mode=str(own.padding_mode),
         )
         if self.road.form == "logits":
-            return windows(inputs, self.road.network)
+            whole: torch.Tensor = windows(inputs, self.road.network)
+            return whole
         blocks = windows.blocks(inputs[0], self.road.network)
         if self.road.form == "labels":
             found = labels_on_network_grid(blocks)
         else:
             found = self._inverted(blocks, inputs[0])
             affine = torch.as_tensor(self.grid.affine)
-            return collate_meta_tensor([MetaTensor(found[None].float(), affine=affine)])
+            return _as_batch(MetaTensor(found[None].float(), affine=affine))
         if not isinstance(inputs, MetaTensor):
             return found[None, None].float()
         # with the operations of the image, so that later steps can invert them
         like = MetaTensor(found[None].float(), meta=inputs[0].meta.copy())
         like.applied_operations = inputs[0].applied_operations
-        return collate_meta_tensor([like])
+        return _as_batch(like)
 
     def _inverted(self, blocks: Iterator[ScoreBlock], image: torch.Tensor) -> torch.Tensor:
         """Return the label map on the file's grid, (X, Y, Z)."""
@@ -298,6 +300,11 @@ class BlockInferer(Inferer):
                 None if probabilities is None else probabilities.numpy(),
             )
         return labels
+
+
+def _as_batch(image: MetaTensor) -> torch.Tensor:
+    batch: torch.Tensor = collate_meta_tensor([image])
+    return batch
 
 
 def labels_on_network_grid(blocks: Iterator[ScoreBlock]) -> torch.Tensor:

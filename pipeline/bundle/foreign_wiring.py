@@ -10,7 +10,7 @@ import copy
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -191,8 +191,10 @@ def _invert_labels_by_nearest(config: dict[str, Any], facts: ForeignFacts) -> li
 def _lists(content: Any, path: str = "") -> Iterator[tuple[str, list[Any]]]:
     if isinstance(content, list):
         yield path, content
-    items = enumerate(content) if isinstance(content, list) else ()
-    if isinstance(content, dict):
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(content, list):
+        items = enumerate(content)
+    elif isinstance(content, dict):
         items = content.items()
     for key, value in items:
         yield from _lists(value, f"{path}#{key}" if path else str(key))
