@@ -127,13 +127,9 @@ def draw_images(run: Run, spec: Spec, plan: Plan) -> list[Case]:
         part = tests if number < test_count else fits
         source = part[number % len(part)]
         name = f"{'test' if part is tests else 'fit'}_{number:04}_{source['case']}"
-        case: Case = {
-            "case": name,
-            "image": plan.folder / "images" / f"{name}.nii.gz",
-            "label": plan.folder / "labels" / f"{name}.nii.gz",
-        }
-        cases.append(case)
-        if Path(case["label"]).is_file():  # written last
+        files = [plan.folder / kind / f"{name}.nii.gz" for kind in ("images", "labels")]
+        cases.append({"case": name, "image": files[0], "label": str(files[1])})
+        if files[1].is_file():  # written last
             continue
         transform.set_random_state(plan.seed * 100_003 + number)
         sample = transform(dict(source))
@@ -142,8 +138,8 @@ def draw_images(run: Run, spec: Spec, plan: Plan) -> list[Case]:
         degradation = draw_degradation(plan.seed * 100_003 + number)
         image, labels, affine = degrade(sample[IMAGE][0].numpy(), labels, affine, degradation)
         write_json(plan.folder / "degradations" / f"{name}.json", degradation.columns())
-        _save(Path(case["image"]), as_scanned(image), affine)
-        _save(Path(case["label"]), labels, affine)
+        _save(files[0], as_scanned(image), affine)
+        _save(files[1], labels, affine)
         drawn += 1
         click.echo(f"{number + 1} of {plan.count}: {name}", err=True)
     if drawn:
