@@ -241,7 +241,8 @@ def _with_paths(task: Task, start: Path) -> Task:
     # a case that is one image stays one: a list would be channels
     single = not isinstance(task.case["image"], list | tuple)
     image = images[0] if single else images
-    return replace(task, case=Case(**(task.case | {"image": image})))
+    case: Case = {**task.case, "image": image}
+    return replace(task, case=case)
 
 
 def _from_folder(start: Path, source: ImageSource) -> ImageSource:

@@ -90,7 +90,7 @@ def _kind(path: Path) -> tuple[str, str, str]:
     from pydicom import dcmread
 
     with quiet_pydicom():
-        dataset = dcmread(path, stop_before_pixels=True, specific_tags=TAGS, force=True)
+        dataset = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
         stored = dataset.file_meta.get("MediaStorageSOPClassUID", "")
         kind = str(dataset.get("SOPClassUID") or stored)
         if not kind:

@@ -157,7 +157,7 @@ def read_pixels(file: FrameFile, numbers: Sequence[int]) -> Iterator[Array]:
         ReadError: the pixels are damaged or truncated.
     """
     from pydicom import dcmread
-    from pydicom.pixels import iter_pixels
+    from pydicom.pixels.utils import iter_pixels
 
     with readable_dicom(file.path):
         with quiet_pydicom():
@@ -205,7 +205,7 @@ def _header(path: Path) -> tuple[Dataset, int]:
     from pydicom import dcmread
 
     with open(path, "rb") as file:
-        dataset = dcmread(file, stop_before_pixels=True, specific_tags=IMAGE_TAGS, force=True)
+        dataset = dcmread(file, stop_before_pixels=True, specific_tags=list(IMAGE_TAGS), force=True)
         room = path.stat().st_size - file.tell()
     return dataset, room
 
@@ -245,7 +245,7 @@ def _check_room(dataset: Dataset, path: Path, room: int, count: int) -> None:
     Raises:
         ReadError: they do not, or cannot.
     """
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
     if syntax is None or not syntax.is_encapsulated:

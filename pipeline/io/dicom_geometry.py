@@ -97,7 +97,8 @@ def _arrange(
 def normal(frame: Frame) -> Array:
     """Return the direction across a slice, a unit vector, LPS."""
     across: Array = np.cross(frame.row, frame.column)
-    return across / np.linalg.norm(across)
+    across /= np.linalg.norm(across)
+    return across
 
 
 def _check_one_orientation(frames: Sequence[Frame]) -> None:

@@ -115,3 +115,51 @@ def test_what_cannot_be_done_is_said_first(
     )
     assert result.exit_code == 2
     assert "none of the inputs is a DICOM series" in result.output
+
+
+@pytest.mark.stress
+def test_worker_processes_and_dask_give_the_same(
+    tiny_bundle_3d: Path, series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series.write(tmp_path / "in" / "a")
+    other = make_series(1, count=COUNT, angles=(90, 0, 0))
+    other.write(tmp_path / "in" / "b")
+    monkeypatch.chdir(tmp_path)  # a relative folder, which workers of Dask have to find
+    found: list[list[bytes]] = []
+    for words in (["--jobs", "2"], ["--dask", "local", "--jobs", "2"]):
+        out = tmp_path / f"out{len(found)}"
+        given = ["segment", "in", "-o", out, "--bundle", tiny_bundle_3d, "--device", "cpu"]
+        result = CliRunner().invoke(main, [*map(str, given), "--dicom-seg", "labelmap", *words])
+        assert result.exit_code == 0, result.output
+        images = sorted(out.glob("*_seg.nii.gz"))
+        assert {path.name.removesuffix("_seg.nii.gz") for path in images} == {series.uid, other.uid}
+        assert len(list(out.glob("*_labelmap.dcm"))) == 2
+        found.append([path.read_bytes() for path in images])
+    assert found[0] == found[1]
+    shards = [
+        segment(
+            "in", "-o", tmp_path / "sharded", "--bundle", tiny_bundle_3d, "--shard", f"{part}/2"
+        )
+        for part in (1, 2)
+    ]
+    assert [result.exit_code for result in shards] == [0, 0]
+    assert len(list((tmp_path / "sharded").glob("*_seg.nii.gz"))) == 2
+
+
+@pytest.mark.stress
+def test_what_is_no_head_ends_in_warnings(tmp_path: Path) -> None:
+    """A leg-like cylinder, segmented by the shipped bundle of the brain."""
+    count, rows, columns = 40, 160, 150
+    noise = np.random.default_rng(0).normal(0, 60, (count, rows, columns))
+    place = np.mgrid[:rows, :columns] - np.array([rows, columns]).reshape(2, 1, 1) / 2
+    radius = np.hypot(*place) * 1.2
+    leg = np.select([radius < 22, radius < 26, radius < 55, radius < 65], [1300, 80, 600, 1500], 1)
+    series = make_series(count=count, angles=(0, 0, 0), distance=4.5)
+    for item, values in zip(series.slices, np.abs(leg + noise), strict=True):
+        item.dataset.Rows, item.dataset.Columns = rows, columns
+        item.dataset.PixelSpacing = ["1.2", "1.2"]
+        item.dataset.PixelData = values.clip(0, 4095).astype(np.uint16).tobytes()
+    out = tmp_path / "out"
+    assert segment(series.write(tmp_path / "in"), "-o", out).exit_code == 0
+    text = (out / "cases.csv").read_text()
+    assert "volumes are out of range" in text

@@ -162,7 +162,7 @@ def test_without_a_decoder_the_message_names_the_package(
     class Unavailable:
         is_available = False
 
-    monkeypatch.setattr("pydicom.pixels.get_decoder", lambda syntax: Unavailable())
+    monkeypatch.setattr("pydicom.pixels.decoders.base.get_decoder", lambda syntax: Unavailable())
     refused(folder, f"JPEG Lossless.*pip install {dicom_frames.DECODER_PACKAGE}")
 
 
