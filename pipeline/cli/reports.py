@@ -12,7 +12,7 @@ from pipeline.cli.options import command, usage_errors
 from pipeline.cli.progress import progress_bar
 
 if TYPE_CHECKING:
-    from pipeline.report import ReportOptions
+    from pipeline.report import Choice, ReportOptions
 
 CHOICES = click.Choice(["all", "flagged", "none"])
 
@@ -52,7 +52,12 @@ CHOICES = click.Choice(["all", "flagged", "none"])
     help="Marks of a rater that an earlier report has exported, as TSV.",
 )
 def report(
-    output: Path, to: Path | None, mosaics: str, viewer: str, whole_head: bool, marks: Path | None
+    output: Path,
+    to: Path | None,
+    mosaics: Choice,
+    viewer: Choice,
+    whole_head: bool,
+    marks: Path | None,
 ) -> None:
     """Write the report of an output folder: a page to look through all cases, offline.
 
@@ -64,8 +69,8 @@ def report(
         from pipeline.report import ReportOptions, read_marks
 
         options = ReportOptions(
-            mosaics=mosaics,  # type: ignore[arg-type]  click has checked the choices
-            viewer=viewer,  # type: ignore[arg-type]
+            mosaics=mosaics,
+            viewer=viewer,
             whole_head=whole_head,
             marks=read_marks(marks) if marks is not None else None,
         )

@@ -14,7 +14,7 @@
 - `view_server`: the viewer of one scan on the loopback interface.
 """
 
-from pipeline.report.batch_page import ReportOptions, read_marks, write_batch_report
+from pipeline.report.batch_page import Choice, ReportOptions, read_marks, write_batch_report
 from pipeline.report.bundle_page import (
     bundle_page,
     quality_section,
@@ -26,6 +26,7 @@ from pipeline.report.view_server import ViewServer, view_files
 from pipeline.report.writing import write_training_report
 
 __all__ = [
+    "Choice",
     "ReportOptions",
     "TrainingRecord",
     "ViewServer",

@@ -194,8 +194,8 @@ def _with_letters(scan: Array, panels: Sequence[Panel], shown: ShownVolume) -> A
         x, y = panel.left + panel.width // 2, panel.top + panel.height // 2
         places = ((left, y, "lm"), (right, y, "rm"), (x, top, "ma"), (x, bottom, "md"))
         for text, (across, down, anchor) in zip(PLANES[panel.plane][3], places, strict=True):
-            outline = {"stroke_width": 1, "stroke_fill": 0}
-            draw.text((across, down), text, LETTER_GREY, letter, anchor, **outline)
+            at = (across, down)
+            draw.text(at, text, LETTER_GREY, letter, anchor, stroke_width=1, stroke_fill=0)
         place = _place(shown, panel)
         draw.text((left, bottom), place, NUMBER_GREY, number, "ld", stroke_width=1, stroke_fill=0)
     return np.asarray(picture)

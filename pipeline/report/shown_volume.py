@@ -160,7 +160,8 @@ def _check_labels(path: Path, labels: Array) -> None:
 def _whole_numbers(labels: Array) -> Array:
     if labels.dtype.kind in "ui":
         return labels
-    return np.rint(np.nan_to_num(labels)).astype(np.int64)
+    whole: Array = np.rint(np.nan_to_num(labels)).astype(np.int64)
+    return whole
 
 
 def _spacing(image: Image) -> tuple[float, ...]:

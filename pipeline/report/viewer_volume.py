@@ -65,7 +65,8 @@ def _numbered(labels: Array, values: Sequence[int]) -> Array:
 
 def _coarser(grey: Array, levels: int) -> Array:
     step = 256 // levels
-    return grey - grey % step
+    coarser: Array = grey - grey % step
+    return coarser
 
 
 def _nifti_text(array: Array, shown: ShownVolume) -> str:

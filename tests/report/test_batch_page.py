@@ -43,7 +43,7 @@ def out(tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     add_case(folder, "sub/one")
     add_case(folder, "sub/two", warnings=("structures touch the edge",))
-    failed = {"volumes_mm3": {}, "inputs": (), "computed": None}
+    failed: dict[str, Any] = {"volumes_mm3": {}, "inputs": (), "computed": None}
     store(
         folder,
         record_of("bad", status="failed", error="bad.nii: cannot be read", **failed),

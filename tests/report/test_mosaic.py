@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from phantom import reorient, save
 from PIL import Image as Picture
-from report_batch import BELOW, FRONT, LABELS, LEFT, RADIUS_MM, RIGHT, head
+from report_batch import BELOW, FRONT, LABELS, LEFT, RADIUS_MM, RIGHT, SHAPE, head
 
 from pipeline.io import label_table
 from pipeline.report.mosaic import COLUMNS, WIDTH, Mosaic, Panel, draw_mosaic, encode_mosaic
@@ -114,7 +114,7 @@ def test_labels_on_another_grid_lie_at_the_same_place(mosaic: Mosaic, tmp_path: 
     """As with --labels-spacing: the scan is resampled to the grid of the labels."""
     scan_image, _ = head()
     affine = scan_image.affine.copy()
-    shape = tuple(int(size * 2) for size in scan_image.shape)
+    shape = (2 * SHAPE[0], 2 * SHAPE[1], 2 * SHAPE[2])
     affine[:3, :3] /= 2
     affine[:3, 3] += affine[:3, :3] @ [-0.5, -0.5, -0.5]
     _, fine = head(affine, shape)

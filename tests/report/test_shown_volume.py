@@ -111,7 +111,7 @@ def test_near_is_within_a_cell_of_the_distance(spacing: tuple[float, float, floa
     labels[18, 11, 6] = LEFT
     exact = distance_transform_edt(labels == 0, sampling=spacing)
     near = near_labels(labels, spacing, 6.0)
-    cell = np.linalg.norm(np.maximum(np.array(spacing), CELL_MM) * 1.5)
+    cell = float(np.linalg.norm(np.maximum(np.array(spacing), CELL_MM) * 1.5))
     assert near[exact <= 6.0 - min(cell, 6.0)].all()
     assert near[labels > 0].all()
     assert not near[exact > 6.0 + cell].any()
