@@ -192,7 +192,9 @@ class ForeignEngine:
             if agreement.good:
                 reason = "; ".join(one.text for one in tried)
                 self._settle(name, self._planned, reason)
-                store_decision(self.facts, self.settings, Agreement(name, good=True, text=reason))
+                if asked == AUTO:  # what was asked for is no decision for those who do not ask
+                    decided = Agreement(name, good=True, text=reason)
+                    store_decision(self.facts, self.settings, decided)
                 return
         reason = "; ".join(agreement.text for agreement in tried)
         if asked != AUTO:
