@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.inference import Prediction
 from pipeline.io import (
     DICOM_ENDINGS,
@@ -105,4 +105,7 @@ def _series(case: Case) -> DicomSeries | None:
     """Return the DICOM series of a case's first channel, without raising an error."""
     if case.get("problem"):
         return None
-    return series_of(source_list(case["image"])[0])
+    try:
+        return series_of(source_list(case["image"])[0])
+    except PipelineError:  # the case fails when it is read, and the others go on
+        return None

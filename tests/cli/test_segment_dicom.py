@@ -163,3 +163,19 @@ def test_what_is_no_head_ends_in_warnings(tmp_path: Path) -> None:
     assert segment(series.write(tmp_path / "in"), "-o", out).exit_code == 0
     text = (out / "cases.csv").read_text()
     assert "volumes are out of range" in text
+
+
+@pytest.mark.slow
+def test_a_table_names_series_by_their_folders(
+    tiny_bundle_3d: Path, series: Series, tmp_path: Path
+) -> None:
+    series.write(tmp_path / "in" / "good")
+    make_series(1).write(tmp_path / "in" / "two" / "a")
+    make_series(2).write(tmp_path / "in" / "two" / "b")
+    table = tmp_path / "cases.csv"
+    table.write_text("case,image\nmine,in/good\nbad,in/two\n")
+    out = tmp_path / "out"
+    result = segment(table, "-o", out, "--bundle", tiny_bundle_3d, "--dicom-seg")
+    assert result.exit_code == 1
+    assert "holds 2 DICOM series" in result.output
+    assert sorted(path.name for path in out.glob("*_seg.*")) == ["mine_seg.dcm", "mine_seg.nii.gz"]
