@@ -105,6 +105,9 @@ def test_the_wheel_holds_the_package_and_the_bundles(wheel: Path) -> None:
     assert {"pipeline/py.typed", "pipeline/training/planning/planner.py"} <= names
     assert {f"pipeline/bundle/templates/{name}" for name in templates} <= names
     assert {f"pipeline/io/{name}" for name in tables} <= names
+    pages = {path.name for path in (ROOT / "pipeline/report/pages").iterdir()}
+    assert {"index.html", "niivue.js", "NIIVUE_LICENSE"} <= pages
+    assert {f"pipeline/report/pages/{name}" for name in pages} <= names
     assert len(BUNDLES) >= 3
     for bundle in BUNDLES:
         for name in (

@@ -19,10 +19,11 @@ from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import read_record, write_record
 from pipeline.cli import main
 from pipeline.errors import ConfigError, WriteError
-from pipeline.io import label_table
+from pipeline.io import label_table, sha256
 from pipeline.report import ReportOptions, read_marks, write_batch_report
 from pipeline.report.payload import payload, read_payload
 
+ROOT = Path(__file__).parent.parent.parent
 HOSTILE = "<img src=x onerror=alert(1)> \"'`&</script>\n\u2028\t=1+1"
 
 
@@ -129,7 +130,7 @@ def test_no_text_of_a_batch_can_be_html(tmp_path: Path) -> None:
     assert HOSTILE[:9] not in page.read_text()
     # the page builds nodes, and never HTML from text
     for name in ("report.js", "viewer.js", "view.js"):
-        code = Path("pipeline/report/pages", name).read_text()
+        code = (ROOT / "pipeline/report/pages" / name).read_text()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", code)
 
 
@@ -273,6 +274,13 @@ def test_the_command(out: Path, tmp_path: Path) -> None:
     wrong = runner.invoke(main, ["report", str(tmp_path)])
     assert wrong.exit_code == 2
     assert "no output folder of volseg" in wrong.output
+
+
+def test_niivue_is_the_pinned_one() -> None:
+    """The script that scripts/vendor_niivue copies, unchanged."""
+    pinned = re.search(r"script_sha256=(\w+)", (ROOT / "scripts/vendor_niivue").read_text())
+    assert pinned is not None
+    assert sha256(ROOT / "pipeline/report/pages/niivue.js") == pinned[1]
 
 
 def test_a_payload_comes_back(tmp_path: Path) -> None:
