@@ -42,7 +42,8 @@ from pipeline.types import Array, Case
 
 HISTOGRAM_BINS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 INTENSITY_STEPS = 8  # per unit of the synthesis, whose intensities are from 0 to 255
-LOW_DICE, BETWEEN = 0.7, (0.6, 0.8)  # what the generator must give often enough
+LOW_DICE, BETWEEN = 0.7, (0.6, 0.8)  # of a mean Dice
+WANTED_LOW, WANTED_BETWEEN = (0.2, 0.5), 0.3  # parts of the images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +111,30 @@ def main(
     ]
     per_image = (time.perf_counter() - begun) / max(1, len(cases) - before)
     click.echo(f"{per_image:.1f} s for each image that was segmented and scored", err=True)
+    if len(found) < len(cases):
+        failed = len(cases) - len(found)
+        click.echo(f"{failed} images were not segmented: see {output}/out/cases.csv", err=True)
+    if not has_wanted_range(found):
+        click.echo(
+            f"the degradations are too strong or too weak: expected {WANTED_LOW[0]:.0%} to "
+            f"{WANTED_LOW[1]:.0%} of the images below a mean Dice of {LOW_DICE}, and "
+            f"{WANTED_BETWEEN:.0%} from {BETWEEN[0]} to {BETWEEN[1]}",
+            err=True,
+        )
     report(model, run, plan, found, config, keep=keep)
+
+
+def has_wanted_range(found: Sequence[QualityCase]) -> bool:
+    """Return whether enough of the images, but not too many, have a low mean Dice."""
+    low, between = dice_shares(found)
+    return WANTED_LOW[0] <= low <= WANTED_LOW[1] and between >= WANTED_BETWEEN
+
+
+def dice_shares(found: Sequence[QualityCase]) -> tuple[float, float]:
+    """Return the part of the images below `LOW_DICE`, and the part within `BETWEEN`."""
+    dice = np.array([case.mean_dice for case in found])
+    within = (dice >= BETWEEN[0]) & (dice < BETWEEN[1])
+    return float((dice < LOW_DICE).mean()), float(within.mean())
 
 
 def draw_images(run: Run, spec: Spec, plan: Plan) -> list[Case]:
@@ -218,7 +242,8 @@ def report(
     paths = BundlePaths(run.bundle)
     command = (
         f"python scripts/fit_quality.py {config} --count {plan.count} --seed {plan.seed} "
-        f"--test-share {plan.test_share:g} --keep"
+        f"--test-share {plan.test_share:g} --spacing {plan.spacing:g} "
+        f"--field {' '.join(f'{mm:g}' for mm in plan.field)} --keep"
     )
     words = f"{len(fits)} drawn and degraded images of {len({case.group for case in fits})} maps"
     weights = sha256(paths.weights)
@@ -255,8 +280,7 @@ def method_text(
         f"{low:.1f} to {high:.1f}: {count}"
         for low, high, count in zip(HISTOGRAM_BINS[:-1], HISTOGRAM_BINS[1:], counts, strict=True)
     ]
-    low = float((dice < LOW_DICE).mean())
-    between = float(((dice >= BETWEEN[0]) & (dice < BETWEEN[1])).mean())
+    low, between = dice_shares(found)
     return (
         f"The predicted Dice was fitted on {fits}, and scored on {len(tests)} images of the maps "
         f"{', '.join(held_out)}, which neither the network nor the fit had. Images are degraded by "

