@@ -7,6 +7,7 @@ written by one version of volseg opens in the next. All other modules may change
 from __future__ import annotations
 
 from pipeline.batch import run_bundle
+from pipeline.bundle import parse_spec
 from pipeline.config import load_run, load_spec
 from pipeline.inference import (
     LabelInversion,
@@ -62,6 +63,7 @@ __all__ = [
     "keep_freed_memory",
     "load_run",
     "load_spec",
+    "parse_spec",
     "prepare_batch",
     "preprocessing",
     "run_bundle",

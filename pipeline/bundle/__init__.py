@@ -7,6 +7,7 @@ wiring         the wiring that volseg writes, and which release wrote a bundle's
 metadata       metadata.json, from spec and card
 check          MONAI's checks, offline, and ours
 export         the network for other runtimes
+inline_spec    the wiring for files that leave the bundle's folder
 weight_import  published checkpoints as bundles
 nnunet_import  trained models of nnU-Net as bundles
 nnunet_plans   what their plans say, as a spec
@@ -18,6 +19,7 @@ from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
 from pipeline.bundle.foreign_files import ForeignFacts, foreign_facts
 from pipeline.bundle.info import BundleInfo, bundle_info
+from pipeline.bundle.inline_spec import parse_spec
 from pipeline.bundle.nnunet_import import NnUNetModel, import_nnunet, is_nnunet_folder
 from pipeline.bundle.opening import (
     find_bundle,
@@ -57,6 +59,7 @@ __all__ = [
     "open_bundle",
     "open_for_cases",
     "parse_overrides",
+    "parse_spec",
     "read_wiring",
     "refresh_bundle",
     "shipped_bundles",

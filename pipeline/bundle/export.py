@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
@@ -11,9 +12,12 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+from monai.data.torchscript_utils import save_net_with_metadata
 from torch import nn
 from torch.nn import functional
 
+from pipeline.bundle.inline_spec import wiring_with_spec
+from pipeline.bundle.metadata import bundle_metadata
 from pipeline.bundle.opening import find_bundle
 from pipeline.config import BundlePaths, Spec, load_spec
 from pipeline.errors import ConfigError
@@ -110,6 +114,8 @@ def export_bundle(
     else:
         path = paths.models / FILE_NAMES[to]
         exported = _WRITERS[to](network, spec, path)
+    if to == "torchscript":
+        _add_configurations(paths)
     windows = _varied_windows(spec, held_out) if held_out else [noise_window(spec)]
     agreement = _compare(network, exported, windows)
     report = ExportReport(
@@ -250,6 +256,25 @@ def _write_torchscript(network: nn.Module, spec: Spec, path: Path) -> NetworkFun
         traced.save(str(path))
         loaded: NetworkFunction = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
     return loaded
+
+
+def _add_configurations(paths: BundlePaths) -> None:
+    """Write the wiring and the metadata into the TorchScript file, as MONAI's exports do.
+
+    MONAI Deploy reads both from there. The wiring holds the spec, because such a file is used
+    without the bundle's folder.
+    """
+    path = paths.models / FILE_NAMES["torchscript"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that TorchScript is deprecated
+        save_net_with_metadata(
+            torch.jit.load(str(path)),  # type: ignore[no-untyped-call]
+            str(path),
+            meta_values=bundle_metadata(paths.folder),
+            more_extra_files={
+                "inference.json": json.dumps(wiring_with_spec(paths), indent=2).encode()
+            },
+        )
 
 
 def _read_by_openvino(path: Path) -> NetworkFunction:
