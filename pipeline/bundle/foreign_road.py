@@ -47,7 +47,8 @@ WORDS = {
 SIGMA = 0.125  # of MONAI's Gaussian, the only one that volseg's inferer has
 CROPS = ("CropForeground", "SpatialCrop", "CenterSpatialCrop", "RandSpatialCrop", "Crop")
 EDGE = 1e-3  # voxels
-BUFFER_VALUES = 2**28  # that volseg's inferer sums at a time
+# of the windows' sums that are held at a time: with 100 classes, more is a gigabyte each
+BUFFER_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class FastRoad:
 
     def held(self, channels: int, grid_voxels: int) -> int:
         """Return how many numbers the sums of windows hold at a time, at most about."""
-        return min(channels * grid_voxels, BUFFER_VALUES + channels * prod(self.roi_size)) + (
+        return min(channels * grid_voxels, BUFFER_BYTES // 4 + channels * prod(self.roi_size)) + (
             4 * channels * prod(self.roi_size)
         )
 
@@ -257,7 +258,7 @@ class BlockInferer(Inferer):
         if self.road.form == "logits":
             whole: torch.Tensor = windows(inputs, self.road.network)
             return whole
-        blocks = windows.blocks(inputs[0], self.road.network)
+        blocks = windows.blocks(inputs[0], self.road.network, buffer_bytes=BUFFER_BYTES)
         if self.road.form == "labels":
             found = labels_on_network_grid(blocks)
         else:
