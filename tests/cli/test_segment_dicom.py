@@ -160,7 +160,8 @@ def test_what_is_no_head_ends_in_warnings(tmp_path: Path) -> None:
         item.dataset.PixelSpacing = ["1.2", "1.2"]
         item.dataset.PixelData = values.clip(0, 4095).astype(np.uint16).tobytes()
     out = tmp_path / "out"
-    assert segment(series.write(tmp_path / "in"), "-o", out).exit_code == 0
+    result = segment(series.write(tmp_path / "in"), "-o", out)
+    assert result.exit_code == 0, result.output
     text = (out / "cases.csv").read_text()
     assert "volumes are out of range" in text
 
