@@ -123,8 +123,8 @@ def train_model(variant: Variant, minutes: float, out: Path, python: Path) -> Pa
     for fold in variant.folds:
         if not (folder / f"fold_{fold}" / "checkpoint_final.pth").is_file():
             options = ["--configuration", variant.configuration, "--plans", variant.plans]
-            command = [python, script, NUMBER, fold, str(minutes), *options, "--plain"]
-            subprocess.run(command, env=environment(out), check=True)
+            command = [python, script, NUMBER, fold, minutes, *options, "--plain"]
+            subprocess.run([str(part) for part in command], env=environment(out), check=True)
     return folder
 
 
@@ -141,7 +141,7 @@ def with_spacing(model: Path, variant: Variant, out: Path) -> Path:
     return copy
 
 
-def timed(command: Sequence[str | Path], variables: dict[str, str]) -> float:
+def timed(command: Sequence[Any], variables: dict[str, str]) -> float:
     """Run a command and return its wall time, seconds."""
     started = time.perf_counter()
     subprocess.run(command, env=variables, check=True, stdout=subprocess.DEVNULL)
@@ -162,10 +162,18 @@ def compare(variant: Variant, model: Path, test: list[Case], out: Path, tools: P
     ours, theirs, bundle = work / "volseg", work / "nnunet", work / "bundle"
     scans = out / "scans"
     folds = list(variant.folds)
-    volseg = [sys.executable, "-m", "pipeline.cli"]
+    volseg: list[Any] = [sys.executable, "-m", "pipeline.cli"]
     asked = [argument for fold in folds for argument in ("--fold", fold)]
     subprocess.run([*volseg, "import", model, "-o", bundle, *asked], check=True)
-    predict = [tools / "nnUNetv2_predict_from_modelfolder", "-i", scans, "-o", theirs, "-m", model]
+    predict: list[Any] = [
+        tools / "nnUNetv2_predict_from_modelfolder",
+        "-i",
+        scans,
+        "-o",
+        theirs,
+        "-m",
+        model,
+    ]
     options = ["-f", *folds, "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
     their_seconds = timed([*predict, *options], environment(out))
     # the first call also converts the network for OpenVINO, which is kept

@@ -28,9 +28,9 @@ def main() -> None:
     model = pipeline.load(device="cpu")
     result = pipeline.segment(model, image)
     write_atomically(seg, result.image.to_bytes())
-    labels = model.spec.labels
+    labels = model.labels
     draw_overlay(nib.load(image), result.labels, labels, picture, title="MNI152", slices=5)
-    for name in model.spec.sums:
+    for name in (name for name in result.volumes_mm3 if name not in labels):  # sums
         print(f"{name}: {result.volumes_mm3[name] / 1000:.0f} mL")
     for name in PRINTED:
         for side in ("left", "right"):

@@ -212,6 +212,10 @@ def main(bundle: Path, output: Path) -> None:
     """Draw the U-Net of BUNDLE."""
     spec = load_spec(BundlePaths(bundle).spec)
     net = build_unet(spec)
+    if not isinstance(net, UNet):
+        raise click.UsageError(
+            f"{bundle}: expected network.architecture: unet, a U-Net with pooling"
+        )
     count = sum(p.numel() for p in net.parameters())
     size = "×".join(map(str, spec.roi_size))
     title = f"{bundle.name}: {count:,} parameters, a window of {size}"

@@ -52,7 +52,7 @@ class ConvNormAct(nn.Module):
         bias: bool,
     ) -> None:
         super().__init__()
-        padding = [size // 2 for size in kernel]
+        padding: Any = [size // 2 for size in kernel]
         self.conv = CONV[dims](inputs, outputs, kernel, stride, padding, bias=bias)
         self.norm = NORM[dims](outputs, eps=1e-5, affine=True)
         self.all_modules = nn.Sequential(self.conv, self.norm)
@@ -159,7 +159,8 @@ class Decoder(nn.Module):
         self.seg_layers = nn.ModuleList()
         for number, count in enumerate(shape.decoder, start=1):
             below, above = shape.features[-number], shape.features[-number - 1]
-            stride, kernel = shape.strides[-number], shape.kernels[-number - 1]
+            stride: Any = shape.strides[-number]
+            kernel = shape.kernels[-number - 1]
             self.transpconvs.append(CONV_TRANSPOSED[dims](below, above, stride, stride))
             self.stages.append(Convs(dims, 2 * above, above, kernel, 1, count))
             self.seg_layers.append(CONV[dims](above, classes, 1))

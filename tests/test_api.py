@@ -15,6 +15,7 @@ import pipeline
 from pipeline.cli.app import main
 from pipeline.errors import PipelineError
 from pipeline.inference.model import Model
+from pipeline.inference.sliding_window import WindowInferer
 from pipeline.io.tables import read_csv
 
 READERS: dict[str, Callable[[str], Any]] = {
@@ -72,6 +73,8 @@ def test_volumes_are_voxels_times_their_size(model: Model) -> None:
 def test_load_opens_by_path_and_takes_settings(tiny_bundle_3d: Path) -> None:
     """One load serves many images; overlap is the one asked for."""
     model = pipeline.load(tiny_bundle_3d, device="cpu", overlap=0.25)
+    assert isinstance(model, Model)
+    assert isinstance(model.inferer, WindowInferer)
     assert model.inferer.overlap == 0.25
     for seed in (0, 1):
         assert pipeline.segment(model, nifti(smooth(seed=seed))).labels.shape == SHAPE

@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 import pipeline.parts
+from pipeline.bundle.inline_spec import wiring_with_spec
+from pipeline.config import BundlePaths
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pipeline"
@@ -121,7 +123,9 @@ def test_wiring_targets_the_stable_surface_only(path: Path) -> None:
 
 def test_the_stable_surface_has_nothing_that_no_wiring_names() -> None:
     texts = [path.read_text() for path in PACKAGE.glob("bundle/templates/*.yaml")]
-    used = {name for text in texts for name in targets_of(yaml.safe_load(text))}
+    wirings = [yaml.safe_load(text) for text in texts]
+    wirings.append(wiring_with_spec(BundlePaths(ROOT / "bundles" / "hippocampus_mr_3d")))
+    used = {name for wiring in wirings for name in targets_of(wiring)}
     assert {f"pipeline.parts.{name}" for name in pipeline.parts.__all__} <= used
 
 

@@ -17,7 +17,7 @@ templates/     the wiring itself, and the schema of the metadata
 
 from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
-from pipeline.bundle.foreign_files import ForeignFacts, foreign_facts
+from pipeline.bundle.foreign.files import ForeignFacts, foreign_facts
 from pipeline.bundle.info import BundleInfo, bundle_info
 from pipeline.bundle.inline_spec import parse_spec
 from pipeline.bundle.nnunet_import import NnUNetModel, import_nnunet, is_nnunet_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipeline.bundle.foreign_files import (
+from pipeline.bundle.foreign.files import (
     ForeignFacts,
     foreign_configuration,
     foreign_facts,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.bundle.foreign import open_foreign
-from pipeline.bundle.foreign_files import foreign_configuration
+from pipeline.bundle.foreign.files import foreign_configuration
+from pipeline.bundle.foreign.model import open_foreign
 from pipeline.bundle.overrides import overrides_text
 from pipeline.bundle.wiring import read_wiring
 from pipeline.config import BundlePaths

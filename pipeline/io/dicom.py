@@ -1,4 +1,4 @@
-"""Reading a DICOM series as an image: one road for its header alone and for its voxels."""
+"""Reading a DICOM series as an image: one function for its header alone and for its voxels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The headers of all sources: one road for reading a header alone and for reading voxels."""
+"""The headers of all sources: one function reads a header alone and with the voxels."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def foreground_mask(image: Array) -> Array:
     is_open = np.zeros(parts.max() + 1, dtype=bool)
     is_open[np.unique(np.concatenate(faces))] = True
     is_open[0] = False  # the foreground itself
-    return ~is_open[parts]
+    closed: Array = ~is_open[parts]
+    return closed
 
 
 def foreground_zscore(values: Array, mask: Array) -> Array:

@@ -29,7 +29,7 @@ def is_in_memory(source: Any) -> bool:
 
 
 def has_orientation(source: Any) -> bool:
-    """Return whether a tensor or an array has an affine other than the identity, MONAI's default."""
+    """Return whether an array has an affine that is not MONAI's default, the identity."""
     return not np.array_equal(_affine(source), np.eye(4))
 
 

@@ -16,7 +16,7 @@ from zoo_forms import by_monai, invert, metadata, transform, write_bundle, zoo_b
 from zoo_forms import zoo_images as images
 
 from pipeline.bundle import bundle_info, open_for_cases, parse_overrides
-from pipeline.bundle.foreign import ForeignBundle
+from pipeline.bundle.foreign.model import ForeignBundle
 from pipeline.bundle.overrides import apply_overrides
 from pipeline.errors import ConfigError, PipelineError, VolumeError
 from pipeline.inference import Prediction

@@ -73,7 +73,8 @@ def resize(values: np.ndarray, size: Any, order: int) -> np.ndarray:
     exact = ndimage.zoom(
         values.astype(np.float64), zoom, order=order, mode="nearest", grid_mode=True
     )
-    return exact.clip(values.min(), values.max())
+    clipped: np.ndarray = exact.clip(values.min(), values.max())
+    return clipped
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline.config.spec import NetworkSpec, Spec
 from pipeline.config.unet_sizes import output_size, smallest_size
 from pipeline.errors import ConfigError, ShapeError
 from pipeline.inference.sliding_window import build_inferer
-from pipeline.networks import UNet, build_unet
+from pipeline.networks import build_unet
 from pipeline.transforms.mirror_padding import mirror_indices, mirror_padded_box
 
 DATA = os.environ.get("VOLSEG_DATA")
@@ -36,7 +37,7 @@ def spec_of(roi: tuple[int, ...], strides: tuple[int, ...] = (2, 2)) -> Spec:
     )
 
 
-def whole(net: UNet, volume: torch.Tensor, spec: Spec) -> torch.Tensor:
+def whole(net: nn.Module, volume: torch.Tensor, spec: Spec) -> torch.Tensor:
     """Return the logits of the whole mirror-extended volume (or slice) in one window."""
     if spec.slice_dim is not None:
         axis = 2 + spec.slice_dim
@@ -44,7 +45,7 @@ def whole(net: UNet, volume: torch.Tensor, spec: Spec) -> torch.Tensor:
     return whole_of(net, volume, spec)
 
 
-def whole_of(net: UNet, x: torch.Tensor, spec: Spec) -> torch.Tensor:
+def whole_of(net: nn.Module, x: torch.Tensor, spec: Spec) -> torch.Tensor:
     pads, out = [], x.shape[2:]
     for axis, n in enumerate(out):
         strides = [s[axis] for s in spec.strides]

@@ -24,7 +24,8 @@ class Port:
     """An input with one image, and an output that keeps what is emitted."""
 
     def __init__(self, image: Image) -> None:
-        self.image, self.emitted = image, {}
+        self.image = image
+        self.emitted: dict[str, Any] = {}
 
     def receive(self, name: str) -> Image:
         return self.image

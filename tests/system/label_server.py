@@ -11,6 +11,7 @@ import os
 import sys
 from email.parser import BytesParser
 from pathlib import Path
+from typing import Any
 
 app, out, pairs = Path(sys.argv[1]), Path(sys.argv[2]), [x.split("=") for x in sys.argv[3:]]
 (out / "studies").mkdir(parents=True, exist_ok=True)
@@ -34,8 +35,8 @@ with TestClient(server) as client:
             )
         answer.raise_for_status()
         head = f"Content-Type: {answer.headers['content-type']}\r\n\r\n".encode()
-        parts = {}
-        for part in BytesParser().parsebytes(head + answer.content).get_payload():
+        parts: dict[Any, Any] = {}
+        for part in BytesParser().parsebytes(head + answer.content).walk():
             parts[part.get_param("name", header="content-disposition")] = part
         (out / f"{model}.json").write_bytes(parts["params"].get_payload(decode=True))
         (out / f"{model}.nii.gz").write_bytes(parts["image"].get_payload(decode=True))

@@ -43,7 +43,7 @@ def run(python: Path, script: str, *arguments: object, cwd: Path) -> None:
     subprocess.run(command, check=True, cwd=cwd)
 
 
-def own_labels(bundle: str) -> np.ndarray:  # type: ignore[type-arg]
+def own_labels(bundle: str) -> np.ndarray:
     model = pipeline.load(bundle, device="cpu")
     return np.asarray(pipeline.segment(model, volume(bundle)).labels)
 
@@ -61,8 +61,8 @@ def test_label_server(peers: Path, tmp_path: Path) -> None:
         labels = np.asarray(nib.load(tmp_path / f"{name}.nii.gz").dataobj)
         assert np.count_nonzero(labels != own_labels(name)) == 0
         names = json.loads((tmp_path / f"{name}.json").read_text())["label_names"]
-        spec = pipeline.load(name, device="cpu").spec
-        assert names == {x.lower(): value for x, value in spec.labels.items() if value}
+        labels_of = pipeline.load(name, device="cpu").labels
+        assert names == {x.lower(): value for x, value in labels_of.items() if value}
 
 
 @pytest.mark.parametrize("name", VOLUMES)

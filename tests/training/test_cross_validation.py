@@ -137,8 +137,8 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     (row,) = read_csv(run_file.parent / "other" / "cases.csv")
     assert "predicted_dice" not in row
     assert not (run_file.parent / "other" / "quality.csv").exists()
-    first, second = (run_file.parent / name / "a_seg.nii.gz" for name in ("out", "other"))
-    assert np.array_equal(nib.load(first).dataobj, nib.load(second).dataobj)
+    maps = [run_file.parent / name / "a_seg.nii.gz" for name in ("out", "other")]
+    assert np.array_equal(nib.load(maps[0]).dataobj, nib.load(maps[1]).dataobj)
 
 
 @pytest.mark.slow

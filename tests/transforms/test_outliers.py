@@ -194,7 +194,7 @@ def test_the_check_comes_before_resampling(tmp_path: Path) -> None:
 
 
 def test_the_warning_reaches_the_case(tmp_path: Path) -> None:
-    """Through the preprocessing, as every road uses it."""
+    """Through the preprocessing, as all callers use it."""
     image = nib.Nifti1Image(smooth((60, 12, 14)), oblique((17.0, 3.0, 3.0)))
     image.header.set_qform(image.affine, code=1)
     image.header.set_sform(image.affine, code=1)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pipeline.bundle.foreign_files import ForeignFacts, weights_hash
+from pipeline.bundle.foreign.files import ForeignFacts, weights_hash
 from pipeline.bundle.overrides import overrides_text
 from pipeline.bundle.trust import code_hash
 from pipeline.errors import ConfigError, WriteError

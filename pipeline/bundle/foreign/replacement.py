@@ -52,7 +52,7 @@ BUFFER_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastRoad:
+class Replacement:
     """How volseg computes a foreign bundle's cases.
 
     Attributes:
@@ -94,8 +94,8 @@ class FastRoad:
             4 * channels * prod(self.roi_size)
         )
 
-    def with_runtime(self, name: str, device: torch.device) -> FastRoad:
-        """Return the same road with a runtime for the network.
+    def with_runtime(self, name: str, device: torch.device) -> Replacement:
+        """Return the same replacement with a runtime for the network.
 
         Args:
             name: `torch` or `openvino`.
@@ -117,7 +117,7 @@ class FastRoad:
         return BlockInferer(self, grid, uncertainty=uncertainty, probabilities=probabilities)
 
 
-def plan_road(evaluator: Any, transforms: Sequence[Any]) -> FastRoad | str:
+def plan_replacement(evaluator: Any, transforms: Sequence[Any]) -> Replacement | str:
     """Return how volseg can compute a bundle's cases, or why it cannot.
 
     Args:
@@ -135,7 +135,7 @@ def plan_road(evaluator: Any, transforms: Sequence[Any]) -> FastRoad | str:
     if any(p.dtype != torch.float32 for p in network.parameters()):
         return "its network is not in float32"
     form, replaced = _form(transforms)
-    return FastRoad(form=form, replaced=replaced, own=inferer, network=network)
+    return Replacement(form=form, replaced=replaced, own=inferer, network=network)
 
 
 def _inferer_problem(inferer: SlidingWindowInferer) -> str:
@@ -226,40 +226,40 @@ class BlockInferer(Inferer):
     """Computes one case by volseg's windows, and reduces each block of logits at once.
 
     Args:
-        road: how.
+        replacement: how.
         grid: of the case's first file.
         uncertainty: whether the entropy of the class probabilities is kept.
         probabilities: whether the probability of each output is kept.
 
     Attributes:
-        kept: entropy and probabilities, where the road inverts; None elsewhere.
+        kept: entropy and probabilities, where the replacement inverts; None elsewhere.
     """
 
     def __init__(
-        self, road: FastRoad, grid: Grid, *, uncertainty: bool, probabilities: bool
+        self, replacement: Replacement, grid: Grid, *, uncertainty: bool, probabilities: bool
     ) -> None:
         super().__init__()
-        self.road, self.grid = road, grid
+        self.replacement, self.grid = replacement, grid
         self.uncertainty, self.probabilities = uncertainty, probabilities
         self.kept: tuple[Array | None, NDArray[np.uint8] | None] | None = None
 
     def __call__(
         self, inputs: torch.Tensor, network: NetworkFunction, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Return what the road's form says, for a batch of one image (1, C, X, Y, Z)."""
-        own = self.road.own
+        """Return what the replacement's form says, for a batch of one image (1, C, X, Y, Z)."""
+        own = self.replacement.own
         windows = WindowInferer(
-            self.road.roi_size,
+            self.replacement.roi_size,
             float(own.overlap),
             placement="monai",
             mode=str(own.mode),
             padding_mode=str(own.padding_mode),
         )
-        if self.road.form == "logits":
-            whole: torch.Tensor = windows(inputs, self.road.network)
+        if self.replacement.form == "logits":
+            whole: torch.Tensor = windows(inputs, self.replacement.network)
             return whole
-        blocks = windows.blocks(inputs[0], self.road.network, buffer_bytes=BUFFER_BYTES)
-        if self.road.form == "labels":
+        blocks = windows.blocks(inputs[0], self.replacement.network, buffer_bytes=BUFFER_BYTES)
+        if self.replacement.form == "labels":
             found = labels_on_network_grid(blocks)
         else:
             found = self._inverted(blocks, inputs[0])

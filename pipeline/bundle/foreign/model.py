@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.bundle.foreign_engine import ForeignEngine, ForeignOutput
-from pipeline.bundle.foreign_files import ForeignFacts, foreign_facts, weights_hash
-from pipeline.bundle.foreign_labels import checked_labels
+from pipeline.bundle.foreign.engine import ForeignEngine, ForeignOutput
+from pipeline.bundle.foreign.files import ForeignFacts, foreign_facts, weights_hash
+from pipeline.bundle.foreign.labels import checked_labels
 from pipeline.bundle.overrides import item_entries, overrides_text
 from pipeline.bundle.trust import require_trust
 from pipeline.errors import (

@@ -16,18 +16,18 @@ from monai.engines.utils import IterationEvents
 from monai.transforms import Activationsd, AsDiscreted, Spacingd
 from numpy.typing import NDArray
 
-from pipeline.bundle.foreign_agreement import (
+from pipeline.bundle.foreign.agreement import (
     Agreement,
     label_agreement,
     store_decision,
     stored_decision,
     trial_items,
 )
-from pipeline.bundle.foreign_files import ForeignFacts
-from pipeline.bundle.foreign_imports import BundleImports
-from pipeline.bundle.foreign_labels import checked_labels
-from pipeline.bundle.foreign_road import FastRoad, plan_road
-from pipeline.bundle.foreign_wiring import open_parts, without_warnings
+from pipeline.bundle.foreign.files import ForeignFacts
+from pipeline.bundle.foreign.imports import BundleImports
+from pipeline.bundle.foreign.labels import checked_labels
+from pipeline.bundle.foreign.replacement import Replacement, plan_replacement
+from pipeline.bundle.foreign.wiring import open_parts, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
 from pipeline.io import Grid
 from pipeline.log import LOGGER
@@ -92,7 +92,7 @@ class _Keep:
 
 
 class ForeignEngine:
-    """The opened parts of a bundle, and the road that a case takes through them.
+    """The opened parts of a bundle, and what replaces a part of them.
 
     Args:
         facts: what the bundle's files say.
@@ -117,7 +117,7 @@ class ForeignEngine:
         self._computed_at = 0.0
         evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._note_time)
         self.spacing = _spacing(self.parts.preprocessing)
-        self._road: FastRoad | None = None
+        self._replacement: Replacement | None = None
         self.description: dict[str, Any] | None = None
         self._settle_without_case()
 
@@ -128,7 +128,7 @@ class ForeignEngine:
             item: of the bundle's dataset.
             grid: of the case's first file.
         """
-        return self._run(item, grid, self._road)
+        return self._run(item, grid, self._replacement)
 
     def _settle_without_case(self) -> None:
         """Decide what computes, as far as that needs no case."""
@@ -136,7 +136,7 @@ class ForeignEngine:
         if asked == STOCK:
             self._settle(STOCK, None, "asked for")
             return
-        planned = plan_road(self.parts.evaluator, self._transforms)
+        planned = plan_replacement(self.parts.evaluator, self._transforms)
         if isinstance(planned, str):
             if asked != AUTO:
                 raise ConfigError(
@@ -163,7 +163,7 @@ class ForeignEngine:
         if runtime == STOCK:
             self._settle(STOCK, None, "as the folder's results")
             return
-        planned = plan_road(self.parts.evaluator, self._transforms)
+        planned = plan_replacement(self.parts.evaluator, self._transforms)
         if isinstance(planned, str):
             raise ConfigError(f"{self.facts.folder}: --runtime {runtime}: {planned}")
         self._settle(runtime, planned, "as the folder's results")
@@ -213,11 +213,11 @@ class ForeignEngine:
     def _compare(self, name: str, item: Mapping[str, Any], grid: Grid) -> Agreement | None:
         """Return how far a runtime agrees on a case; None where nothing is found in it."""
         try:
-            road = self._planned.with_runtime(name, self.settings.device)
+            replacement = self._planned.with_runtime(name, self.settings.device)
             with trial_items(item, grid, self._trial_mm()) as trials:
                 for part, part_grid in trials:
                     expected = self._labels(self._run(part, part_grid, None).pred, part_grid)
-                    found = self._labels(self._run(part, part_grid, road).pred, part_grid)
+                    found = self._labels(self._run(part, part_grid, replacement).pred, part_grid)
                     agreement = label_agreement(name, found, expected)
                     if agreement is not None:
                         return agreement
@@ -236,18 +236,24 @@ class ForeignEngine:
         spacing = [mm for mm in self.spacing or () if mm > 0]
         return self._planned.longest_side * 1.5 * max(spacing, default=1.0)
 
-    def _settle(self, runtime: str, road: FastRoad | None, reason: str) -> None:
+    def _settle(self, runtime: str, replacement: Replacement | None, reason: str) -> None:
         device = self.settings.device
-        self._road = None if road is None else road.with_runtime(runtime, device)
+        self._replacement = (
+            None if replacement is None else replacement.with_runtime(runtime, device)
+        )
         self.description = {
             "runtime": runtime,
             "precision": "float32",
-            "inferer": "the bundle's own" if road is None else f"volseg's, {road.words}",
+            "inferer": "the bundle's own"
+            if replacement is None
+            else f"volseg's, {replacement.words}",
             "reason": reason,
             "device": str(device),
         }
 
-    def _run(self, item: Mapping[str, Any], grid: Grid, road: FastRoad | None) -> ForeignOutput:
+    def _run(
+        self, item: Mapping[str, Any], grid: Grid, replacement: Replacement | None
+    ) -> ForeignOutput:
         evaluator = self.parts.evaluator
         with self.imports.active(), without_warnings():
             begun = time.perf_counter()
@@ -257,7 +263,7 @@ class ForeignEngine:
             del data
             evaluator.state.epoch_length = 1
             try:
-                with torch.no_grad(), self._on(road, grid) as inferer:
+                with torch.no_grad(), self._on(replacement, grid) as inferer:
                     evaluator.run()
                 (output,) = evaluator.state.output
             finally:
@@ -287,19 +293,19 @@ class ForeignEngine:
         )
 
     @contextmanager
-    def _on(self, road: FastRoad | None, grid: Grid) -> Iterator[Any]:
-        """Have the evaluator take a road; None for the bundle's own inferer and network."""
+    def _on(self, replacement: Replacement | None, grid: Grid) -> Iterator[Any]:
+        """Have the evaluator use a replacement; None for the bundle's own inferer and network."""
         evaluator, chain = self.parts.evaluator, self.parts.postprocessing
-        if road is None:
+        if replacement is None:
             yield None
             return
         settings = self.settings
-        inferer = road.inferer(
+        inferer = replacement.inferer(
             grid, uncertainty=settings.uncertainty, probabilities=settings.probabilities
         )
         evaluator.inferer = inferer
         if chain is not None:
-            chain.transforms = self._transforms[road.replaced :]
+            chain.transforms = self._transforms[replacement.replaced :]
         try:
             yield inferer
         finally:
@@ -355,13 +361,13 @@ class ForeignEngine:
         sides = [roi] * 3 if isinstance(roi, int) else list(roi)
         window = torch.zeros(1, channels, *sides, device=self.settings.device)
         with torch.no_grad(), self.imports.active():
-            network = self._own[1] if self._road is None else self._road.network
+            network = self._own[1] if self._replacement is None else self._replacement.network
             network(window)
 
     def held_outputs(self, channels: int, grid_voxels: int, file_voxels: int) -> int:
         """Return how many numbers of the network's output are held at a time, about."""
-        if self._road is not None and self._road.streams:
-            return self._road.held(channels, grid_voxels) + 2 * file_voxels
+        if self._replacement is not None and self._replacement.streams:
+            return self._replacement.held(channels, grid_voxels) + 2 * file_voxels
         return STOCK_COPIES * channels * grid_voxels + channels * file_voxels
 
     def window_count(self, shape: Sequence[int]) -> int:

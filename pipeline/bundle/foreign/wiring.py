@@ -24,7 +24,7 @@ from monai.engines import Evaluator
 from monai.handlers import CheckpointLoader
 from monai.transforms import Compose
 
-from pipeline.bundle.foreign_files import (
+from pipeline.bundle.foreign.files import (
     LABEL,
     WRITERS,
     ForeignFacts,
@@ -33,7 +33,7 @@ from pipeline.bundle.foreign_files import (
     parts,
     target,
 )
-from pipeline.bundle.foreign_imports import BundleImports
+from pipeline.bundle.foreign.imports import BundleImports
 from pipeline.bundle.overrides import apply_overrides
 from pipeline.bundle.wiring import literal
 from pipeline.errors import ConfigError, explicit_causes, find_pipeline_error

@@ -1,0 +1,22 @@
+"""Bundles in the form of MONAI's model zoo, which volseg did not write.
+
+`files` reads what their files state, `wiring` makes their parts by MONAI's parser, `imports` keeps
+their modules apart, `engine` drives their evaluator, `labels` checks its output, `replacement` has
+volseg's inferer in place of theirs where `agreement` finds the same labels, and `model` is the
+whole as the batch knows it.
+"""
+
+from pipeline.bundle.foreign.files import (
+    ForeignFacts,
+    foreign_configuration,
+    foreign_facts,
+)
+from pipeline.bundle.foreign.model import ForeignBundle, open_foreign
+
+__all__ = [
+    "ForeignBundle",
+    "ForeignFacts",
+    "foreign_configuration",
+    "foreign_facts",
+    "open_foreign",
+]
