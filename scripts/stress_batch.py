@@ -127,7 +127,7 @@ class Meter:
 @contextmanager
 def nothing_to_read() -> Iterator[None]:
     """Replace the reading of cases; processes that are forked inherit it."""
-    with patch("pipeline.batch.case_worker.prepare", prepare):
+    with patch("pipeline.inference.predictor.prepare", prepare):
         yield
 
 

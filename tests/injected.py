@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import inference
-from pipeline.batch import case_worker
+from pipeline.inference import predictor
 from pipeline.io import writer
 
 
@@ -36,7 +35,7 @@ class WhileReading:
     once: str = ""
 
     def __call__(self) -> None:
-        original = inference.prepare
+        original = predictor.prepare
 
         def prepare(model: Any, image: Any) -> Any:
             name = Path(image).name.partition(".")[0]
@@ -44,7 +43,7 @@ class WhileReading:
                 self._act(Path(image))
             return original(model, image)
 
-        vars(case_worker)["prepare"] = prepare
+        vars(predictor)["prepare"] = prepare
 
     def _is_due(self) -> bool:
         if not self.once:

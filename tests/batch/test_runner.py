@@ -71,6 +71,10 @@ def test_what_segment_leaves(model: Model, folder: Path) -> None:
         "volumes.csv",
         "run.json",
         "volseg.log",
+        "labels.tsv",
+        "labels_itksnap.txt",
+        "labels.ctbl",
+        "labels_freesurfer.txt",
         ".volseg",
     }
     assert not list((out / ".volseg" / "staging").iterdir())
