@@ -159,6 +159,20 @@ class Claims:
             if holds_claim(self.out, self.holder.run, case):
                 self.out.claim(case).unlink()
 
+    def remove_dead(self, case: str) -> None:
+        """Remove the claim of a case that is done, if the run that made it is dead.
+
+        A run that was killed between the record and the end of its claim leaves one that no other
+        run wants.
+        """
+        path = self.out.claim(case)
+        if not path.exists():
+            return
+        with suppress(OSError):
+            claimed = _holder(path)
+            if self._is_dead(path, claimed):
+                self._remove_dead(path, claimed)
+
     def sweep(self) -> None:
         """Remove what dead runs left: their files and their temporary files."""
         for path in list(self.out.runs.glob("*.json")):

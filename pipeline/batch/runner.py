@@ -242,6 +242,7 @@ def _plan(
             suspect = suspect if planned.task.alone else None  # None for a file that was replaced
             coordinator.add(_to_do(planned, suspect, coordinator))
         elif planned.record is not None:
+            coordinator.claims.remove_dead(named["case"])
             done = planned.state == "done"
             record = planned.record
             coordinator.report(replace(record, status="skipped") if done else record)

@@ -97,6 +97,17 @@ def test_the_claim_of_a_dead_process_is_freed(why: str, out: OutputFolder, ours:
     assert holds_claim(out, ours.holder.run, "a")
 
 
+def test_the_claim_of_a_done_case_is_removed_if_its_run_is_dead(
+    out: OutputFolder, ours: Claims
+) -> None:
+    another_run(out, "a", run="dead", pid=dead_process())
+    another_run(out, "b", run="living", pid=os.getppid(), born=module._born(os.getppid()))
+    for case in "abc":
+        ours.remove_dead(case)
+    assert not out.claim("a").exists()
+    assert out.claim("b").exists()
+
+
 def test_a_zombie_is_dead(out: OutputFolder, ours: Claims) -> None:
     """A process that has ended and whose parent has not noticed."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
