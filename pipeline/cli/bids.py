@@ -122,9 +122,10 @@ def bids(
 ) -> None:
     """Segment a BIDS dataset, and write BIDS derivatives.
 
-    The level `participant` segments the images sub-*/[ses-*/]anat/*_T1w.nii.gz of BIDS_DIR. OUT
-    gets label maps, their metadata and a table of volumes per image. The level `group` writes
-    group_volumes.tsv: the volumes of all images, with the columns of participants.tsv.
+    The level `participant` segments the images sub-LABEL/[ses-LABEL/]anat/…_T1w.nii.gz of
+    BIDS_DIR. OUT gets label maps, their metadata and a table of volumes per image. The level
+    `group` writes group_volumes.tsv: the volumes of all images, with the columns of
+    participants.tsv.
     """
     participants = _labels(participant_label)
     with usage_errors():

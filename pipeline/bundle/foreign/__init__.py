@@ -6,17 +6,7 @@ volseg's inferer in place of theirs where `agreement` finds the same labels, and
 whole as the batch knows it.
 """
 
-from pipeline.bundle.foreign.files import (
-    ForeignFacts,
-    foreign_configuration,
-    foreign_facts,
-)
+from pipeline.bundle.foreign.files import foreign_configuration
 from pipeline.bundle.foreign.model import ForeignBundle, open_foreign
 
-__all__ = [
-    "ForeignBundle",
-    "ForeignFacts",
-    "foreign_configuration",
-    "foreign_facts",
-    "open_foreign",
-]
+__all__ = ["ForeignBundle", "foreign_configuration", "open_foreign"]
