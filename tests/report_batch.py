@@ -13,6 +13,7 @@ from phantom import oblique, reorient, save
 
 from pipeline.batch.outputs import OutputFolder
 from pipeline.batch.records import CaseRecord, state_of, states_of_inputs, write_record
+from pipeline.report.payload import CALL, END
 from pipeline.types import Affine, Array
 
 SHAPE, SPACING = (58, 66, 40), (1.5, 1.3, 2.2)
@@ -80,3 +81,11 @@ def voxels_of(image: Any) -> Array:
     """Return the voxels of an image."""
     array: Array = np.asarray(image.dataobj)
     return array
+
+
+def read_payload(path: Path) -> Any:
+    """Return the data in a script file of a report; nothing else may be in it."""
+    text = path.read_text(encoding="ascii")
+    assert text.startswith(CALL)
+    assert text.endswith(END)
+    return json.loads(text[len(CALL) : -len(END)])[1]

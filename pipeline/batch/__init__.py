@@ -12,7 +12,7 @@ Modules:
     reading       what an output folder holds, for reports
     tables        cases.csv, volumes.csv and run.json, derived from records
     statistics    volumes in mL, as fractions, by side, in long form, as FreeSurfer writes them
-    bids_derivatives, bids_group   what lies beside the label maps of a BIDS dataset; its table
+    bids_derivatives, bids_group   the other files of BIDS derivatives; the group's table
     dicom_outputs     the DICOM objects of a case
     identity      whose results a folder holds: model, settings, runtime
     resume        whether a case is done: these bytes in, these bytes out

@@ -19,7 +19,13 @@ import torch
 from monai.networks.layers import Conv, Pool
 from torch import nn
 
-from pipeline.networks.unet import activation_layer, check_input, is_scripting, norm_layers
+from pipeline.networks.unet import (
+    UNetDecoder,
+    activation_layer,
+    check_input,
+    is_scripting,
+    norm_layers,
+)
 
 Sizes = int | Sequence[int]
 """A size along all spatial axes, or one per axis."""
@@ -153,7 +159,7 @@ class ResidualBlock(nn.Module):
         return activated
 
 
-class StridedUNet(nn.Module):
+class StridedUNet(UNetDecoder):
     """A U-Net whose encoder downsamples by strided convolutions, as nnU-Net's do.
 
     Args:
@@ -195,7 +201,7 @@ class StridedUNet(nn.Module):
         deep_supervision: int = 0,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels, self.padding = in_channels, True
         self.strides = tuple(tuple(stride) for stride in strides)
 
         def convolutions(
@@ -269,32 +275,8 @@ class StridedUNet(nn.Module):
             check_input(x, self.in_channels, self.strides)
         x = self.stem(x)
         skips: list[torch.Tensor] = []
-        for block in self.encoder:
+        for level, block in enumerate(self.encoder, start=1):
             x = block(x)
-            skips.append(x)
-        levels: list[torch.Tensor] = []  # the decoder's outputs, the lowest level first
-        for level in range(len(skips) - 2, -1, -1):
-            x = self._decode(level, x, skips[level])
-            levels.append(x)
-        logits: torch.Tensor = self.output(x)
-        if not self.training or len(self.deep_outputs) == 0:
-            return logits
-        levels.reverse()
-        outputs = [logits]
-        for level, head in enumerate(self.deep_outputs, start=1):
-            outputs.append(head(levels[level]))
-        return outputs
-
-    def _decode(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Return the output of one decoder level.
-
-        Args:
-            level: number of the level, 0 at the top.
-            x: output of the level below.
-            skip: output of the encoder at the same level.
-        """
-        # TorchScript can neither index a ModuleList by a variable nor iterate over it backwards
-        for number, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
-            if number == level:
-                x = block(torch.cat([up(x), skip], dim=1))
-        return x
+            if level < len(self.encoder):
+                skips.append(x)
+        return self.decode(x, skips)

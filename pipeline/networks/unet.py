@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.networks.layers import Act, Conv, Dropout, Norm, Pool
@@ -126,7 +126,62 @@ class ConvBlock(nn.Module):
         return output
 
 
-class UNet(nn.Module):
+class UNetDecoder(nn.Module):
+    """The decoder of a U-Net: upsampling, skip connections, and logits of some levels.
+
+    A subclass makes the layers, because their order decides which initial weights follow from a
+    seed.
+
+    Attributes:
+        padding: whether convolutions are padded; otherwise skip connections are cropped.
+        up: upsampling to each level, top first.
+        decoder: convolutions of each level, top first.
+        output: convolution that gives the logits.
+        deep_outputs: the same for lower levels, in training mode.
+    """
+
+    if TYPE_CHECKING:  # TorchScript would evaluate the annotations
+        padding: bool
+        up: nn.ModuleList
+        decoder: nn.ModuleList
+        output: nn.Conv2d | nn.Conv3d
+        deep_outputs: nn.ModuleList
+
+    def decode(
+        self, x: torch.Tensor, skips: list[torch.Tensor]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Return the logits; in training mode with deep supervision, those of each level.
+
+        Args:
+            x: output of the lowest level.
+            skips: outputs of the encoder's levels above it, top first.
+        """
+        levels: list[torch.Tensor] = []  # the decoder's outputs, the lowest level first
+        for level in range(len(skips) - 1, -1, -1):
+            x = self._decode_level(level, x, skips[level])
+            levels.append(x)
+        logits: torch.Tensor = self.output(x)
+        if not self.training or len(self.deep_outputs) == 0:
+            return logits
+        levels.reverse()
+        outputs = [logits]
+        for level, head in enumerate(self.deep_outputs, start=1):
+            outputs.append(head(levels[level]))
+        return outputs
+
+    def _decode_level(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        """Return the output of one level, of the one below it and of the skip connection."""
+        # TorchScript can neither index a ModuleList by a variable nor iterate over it backwards
+        for number, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
+            if number == level:
+                x = up(x)
+                if not self.padding:
+                    skip = centre_crop(skip, x)
+                x = block(torch.cat([x, skip], dim=1))
+        return x
+
+
+class UNet(UNetDecoder):
     """A U-Net: encoder, bottleneck and decoder with skip connections, in 2D or 3D.
 
     Each encoder level is a double convolution followed by a max pooling. Each decoder level
@@ -256,35 +311,7 @@ class UNet(nn.Module):
             skips.append(x)
             x = pool(x)
         x = self.contraction_dropout(self.bottleneck(x))
-        levels: list[torch.Tensor] = []  # the decoder's outputs, the lowest level first
-        for level in range(len(skips) - 1, -1, -1):
-            x = self._decode(level, x, skips[level])
-            levels.append(x)
-        logits: torch.Tensor = self.output(x)
-        if not self.training or len(self.deep_outputs) == 0:
-            return logits
-        levels.reverse()
-        outputs = [logits]
-        for level, head in enumerate(self.deep_outputs, start=1):
-            outputs.append(head(levels[level]))
-        return outputs
-
-    def _decode(self, level: int, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        """Return the output of one decoder level.
-
-        Args:
-            level: number of the level, 0 at the top.
-            x: output of the level below.
-            skip: output of the encoder at the same level.
-        """
-        # TorchScript can neither index a ModuleList by a variable nor iterate over it backwards
-        for number, (up, block) in enumerate(zip(self.up, self.decoder, strict=True)):
-            if number == level:
-                x = up(x)
-                if not self.padding:
-                    skip = centre_crop(skip, x)
-                x = block(torch.cat([x, skip], dim=1))
-        return x
+        return self.decode(x, skips)
 
 
 def check_input(

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
 from pipeline.io import write_atomically
 
 CALL = "volseg.receive("
@@ -38,18 +37,3 @@ def write_payload(path: Path, name: str, content: Any) -> None:
         WriteError: it cannot be written.
     """
     write_atomically(path, payload(name, content))
-
-
-def read_payload(path: Path) -> Any:
-    """Return the data in a script file that `write_payload` wrote.
-
-    Raises:
-        ConfigError: it cannot be read, or is another script.
-    """
-    try:
-        text = path.read_text(encoding="ascii")
-        if text.startswith(CALL) and text.endswith(END):
-            return json.loads(text[len(CALL) : -len(END)])[1]
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{path}: is no data of a report ({error})") from error
-    raise ConfigError(f"{path}: is no data of a report: expected {CALL}…)")

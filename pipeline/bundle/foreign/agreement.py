@@ -10,12 +10,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.bundle.foreign.files import ForeignFacts, weights_hash
+from pipeline.bundle.foreign.settings import ForeignSettings
 from pipeline.bundle.overrides import overrides_text
 from pipeline.bundle.trust import code_hash
 from pipeline.errors import ConfigError, WriteError
@@ -47,22 +47,6 @@ class Agreement:
     def reason(self) -> str:
         """Why the runtime computes."""
         return self.text
-
-
-class KeySettings(Protocol):
-    """The settings that a decision depends on."""
-
-    @property
-    def device(self) -> torch.device:
-        """That computes."""
-
-    @property
-    def overrides(self) -> Mapping[str, Any]:
-        """Id → value."""
-
-    @property
-    def overlap(self) -> float | None:
-        """Of neighbouring windows."""
 
 
 def label_agreement(runtime: str, found: LabelMap, expected: LabelMap) -> Agreement | None:
@@ -145,7 +129,7 @@ def _part(item: Mapping[str, Any], box: list[slice], folder: Path) -> tuple[dict
     return part, grids[0]
 
 
-def stored_decision(facts: ForeignFacts, settings: KeySettings) -> Agreement | None:
+def stored_decision(facts: ForeignFacts, settings: ForeignSettings) -> Agreement | None:
     """Return what was decided for a bundle on this processor; None where nothing was."""
     with suppress(ConfigError, OSError, KeyError, TypeError):
         stored = read_json(_entry(facts, settings))
@@ -153,7 +137,7 @@ def stored_decision(facts: ForeignFacts, settings: KeySettings) -> Agreement | N
     return None
 
 
-def store_decision(facts: ForeignFacts, settings: KeySettings, decided: Agreement) -> None:
+def store_decision(facts: ForeignFacts, settings: ForeignSettings, decided: Agreement) -> None:
     """Keep what was decided for a bundle on this processor; nothing where there is no cache."""
     with suppress(OSError, WriteError):
         path = _entry(facts, settings)
@@ -161,7 +145,7 @@ def store_decision(facts: ForeignFacts, settings: KeySettings, decided: Agreemen
         write_json(path, {"runtime": decided.runtime, "reason": decided.text})
 
 
-def _entry(facts: ForeignFacts, settings: KeySettings) -> Path:
+def _entry(facts: ForeignFacts, settings: ForeignSettings) -> Path:
     parts = [
         RULE,
         code_hash(facts.folder),

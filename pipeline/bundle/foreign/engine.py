@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from pipeline.bundle.foreign.files import ForeignFacts
 from pipeline.bundle.foreign.imports import BundleImports
 from pipeline.bundle.foreign.labels import checked_labels
 from pipeline.bundle.foreign.replacement import Replacement, plan_replacement
+from pipeline.bundle.foreign.settings import ForeignSettings
 from pipeline.bundle.foreign.wiring import open_parts, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
 from pipeline.io import Grid
@@ -37,34 +38,6 @@ PRED, KEPT = "pred", "volseg_probabilities"
 BYTE = 255
 STOCK, AUTO = "stock", "auto"
 STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
-
-
-class EngineSettings(Protocol):
-    """What the engine needs of `ForeignSettings`."""
-
-    @property
-    def device(self) -> torch.device:
-        """That computes."""
-
-    @property
-    def overrides(self) -> Mapping[str, Any]:
-        """Id → value."""
-
-    @property
-    def overlap(self) -> float | None:
-        """Of neighbouring windows; None for the bundle's own."""
-
-    @property
-    def runtime(self) -> str:
-        """`auto`, `torch`, `openvino` or `stock`."""
-
-    @property
-    def uncertainty(self) -> bool:
-        """Whether the entropy of the class probabilities is computed."""
-
-    @property
-    def probabilities(self) -> bool:
-        """Whether the probability of each output is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +75,7 @@ class ForeignEngine:
         ConfigError: it cannot be opened, or a setting does not apply to it.
     """
 
-    def __init__(self, facts: ForeignFacts, settings: EngineSettings) -> None:
+    def __init__(self, facts: ForeignFacts, settings: ForeignSettings) -> None:
         self.facts, self.settings = facts, settings
         self.imports = BundleImports(facts.folder)
         self.parts = open_parts(

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from pipeline.bundle.foreign.engine import ForeignEngine, ForeignOutput
 from pipeline.bundle.foreign.files import ForeignFacts, foreign_facts, weights_hash
 from pipeline.bundle.foreign.labels import checked_labels
+from pipeline.bundle.foreign.settings import ForeignSettings
 from pipeline.bundle.overrides import item_entries, overrides_text
 from pipeline.bundle.trust import require_trust
 from pipeline.errors import (
@@ -55,34 +56,6 @@ FLOAT32_BYTES = 4
 # arrays of the size of the input that reading, transforms and the label map take, float32
 INPUT_COPIES, STOCK_LOGIT_COPIES = 6, 3
 ITEM, GRIDS, WARNINGS, FOLDER = "item", "grids", "warnings", "folder"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ForeignSettings:
-    """How a bundle in MONAI's form is opened.
-
-    Attributes:
-        root: the bundle's folder.
-        device: that computes.
-        overrides: id → value, from `parse_overrides`.
-        overlap: of neighbouring windows, a fraction; None for the bundle's own.
-        runtime: `auto`, `torch`, `openvino`, or `stock` for the bundle's own inferer.
-        precision: `auto` or `float32`.
-        volume: which volume of 4D files, from 0; None for files of one volume, or of one volume per
-            file of a case.
-        uncertainty: whether the entropy of the class probabilities is computed.
-        probabilities: whether the probability of each output is computed.
-    """
-
-    root: PathOrStr
-    device: torch.device
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    overlap: float | None = None
-    runtime: str = "auto"
-    precision: str = "auto"
-    volume: int | None = None
-    uncertainty: bool = False
-    probabilities: bool = False
 
 
 def open_foreign(
