@@ -144,7 +144,7 @@ class UNetDecoder(nn.Module):
         padding: bool
         up: nn.ModuleList
         decoder: nn.ModuleList
-        output: nn.Conv2d | nn.Conv3d
+        output: Any
         deep_outputs: nn.ModuleList
 
     def decode(
