@@ -88,6 +88,8 @@ class Synthesis:
         scaling: largest relative change of size along each axis.
         shear: largest shear, the entries of the shear matrix.
         shift: largest distance along each axis between the centres of image and structures, mm.
+        centred_on: names of the structures at whose mean position the images are centred, before
+            the shift; none for all structures.
         neck_chance: probability of an image that lies lower, as scans that include the neck do.
         neck: largest distance by which such an image lies lower, mm.
         elastic: largest standard deviation of the elastic displacement, mm.
@@ -118,6 +120,7 @@ class Synthesis:
     scaling: float = 0.15
     shear: float = 0.02
     shift: float = 20.0
+    centred_on: tuple[str, ...] = ()
     neck_chance: float = 0.0
     neck: float = 100.0
     elastic: float = 4.0

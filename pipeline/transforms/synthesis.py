@@ -71,12 +71,18 @@ def synthesis_transform(
             "along every axis"
         )
     table = read_tissue_table(expand_variables(options.table), spec.labels)
+    unknown = [name for name in options.centred_on if name not in spec.labels]
+    if unknown:
+        raise ConfigError(
+            f"run.synthesis.centred_on: expected names of structures, got {', '.join(unknown)}"
+        )
+    numbers = [list(spec.labels).index(name) for name in options.centred_on]
     spacing = [float(mm) for mm in spec.spacing if mm is not None]
     return TrainingTransform(
         deterministic=[
             LoadVolumed(LABEL),
             Orientationd(LABEL, axcodes=spec.orientation, labels=AXIS_LABELS),
-            TissueIndexd(LABEL, table, device),
+            TissueIndexd(LABEL, table, device, numbers),
         ],
         random=[
             RandSynthesized(table, spec.roi_size, spacing, options, orientation=spec.orientation),

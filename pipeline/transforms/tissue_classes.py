@@ -142,15 +142,20 @@ class TissueIndexd(MapTransform):
         device: device of the result; None is the CPU.
 
     Raises:
-        VolumeError: the label map has a value that is not in the table, or no structure of the
-            network.
+        VolumeError: the label map has a value that is not in the table, or no voxel of the
+            structures.
     """
 
     def __init__(
-        self, keys: KeysCollection, table: TissueTable, device: torch.device | None = None
+        self,
+        keys: KeysCollection,
+        table: TissueTable,
+        device: torch.device | None = None,
+        centred_on: Sequence[int] = (),
     ) -> None:
         super().__init__(keys)
         self.table, self.device = table, device
+        self.is_central = np.isin(table.channels, centred_on) if centred_on else table.channels > 0
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -166,9 +171,9 @@ class TissueIndexd(MapTransform):
                 )
             found_rows = [row_of[value] for value in found.tolist()]
             rows = torch.tensor(found_rows, dtype=torch.uint8)[inverse]
-            is_structure = torch.as_tensor(self.table.channels)[rows[0].long()] > 0
+            is_structure = torch.as_tensor(self.is_central)[rows[0].long()]
             if not is_structure.any():
-                raise VolumeError(f"{case.get('case')}: holds no voxel of any structure")
+                raise VolumeError(f"{case.get('case')}: holds no voxel of the structures")
             case[CENTRE] = is_structure.nonzero().double().mean(dim=0)
             case[SPACING] = case[key].pixdim.double()
             case[key] = rows.to(self.device)
