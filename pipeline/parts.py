@@ -15,6 +15,7 @@ from pipeline.inference import (
     Runtime,
     bundle_inferer,
     keep_freed_memory,
+    load_cascade,
     streaming_iteration,
 )
 from pipeline.io import find_cases, training_cases, validation_cases
@@ -59,6 +60,7 @@ __all__ = [
     "find_cases",
     "initialise",
     "keep_freed_memory",
+    "load_cascade",
     "load_run",
     "load_spec",
     "parse_spec",

@@ -20,7 +20,7 @@ from pipeline.bundle.metadata import bundle_metadata
 from pipeline.bundle.opening import find_bundle
 from pipeline.bundle.trust import check_plain
 from pipeline.bundle.wiring import WIRING, literal, wiring_origin, wiring_to_evaluate
-from pipeline.config import BundlePaths, Run, load_run, load_spec
+from pipeline.config import BundlePaths, Run, Spec, load_run, load_spec
 from pipeline.errors import ConfigError, describe_error
 from pipeline.networks import build_network, read_state
 from pipeline.transforms import crop_size
@@ -96,12 +96,20 @@ def _check_spec(checked: CheckedBundle) -> None:
 
 
 def _check_weights(checked: CheckedBundle) -> None:
-    """Raise an error if the weights do not fit the network of the spec, or are not finite."""
-    state = read_state(checked.paths.weights)
-    build_network(load_spec(checked.paths.spec)).load_state_dict(state, strict=True)
+    """Raise an error if weights do not fit their network of the spec, or are not finite."""
+    spec, paths = load_spec(checked.paths.spec), checked.paths
+    _check_state(spec, paths.weights)
+    if spec.cascade_spec is not None:
+        _check_state(spec.cascade_spec, paths.cascade_weights)
+
+
+def _check_state(spec: Spec, path: Path) -> None:
+    """Raise an error if the weights in a file do not fit a spec's network, or are not finite."""
+    state = read_state(path)
+    build_network(spec).load_state_dict(state, strict=True)
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ConfigError(f"models/model.pt: NaN or infinity in {', '.join(broken)}")
+        raise ConfigError(f"models/{path.name}: NaN or infinity in {', '.join(broken)}")
 
 
 def _check_inference_properties(checked: CheckedBundle) -> None:

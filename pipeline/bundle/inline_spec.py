@@ -8,7 +8,8 @@ import yaml
 from monai.bundle import ConfigParser
 
 from pipeline.bundle.wiring import literal, template
-from pipeline.config import RENAMED_SPEC_KEYS, BundlePaths, Spec, parse_config
+from pipeline.config import RENAMED_SPEC_KEYS, BundlePaths, Spec, load_spec, parse_config
+from pipeline.log import LOGGER
 
 
 def parse_spec(text: str) -> Spec:
@@ -24,7 +25,10 @@ def parse_spec(text: str) -> Spec:
 
 
 def wiring_with_spec(paths: BundlePaths) -> dict[str, Any]:
-    """Return volseg's wiring for inference with the spec of a bundle in place of the path to it."""
+    """Return volseg's wiring for inference with the spec of a bundle in place of the path to it.
+
+    The second network of a cascade is left out, with a warning: a file holds one network.
+    """
     wiring: dict[str, Any] = ConfigParser.load_config_file(template("inference.yaml"))
     text = paths.spec.read_text(encoding="utf-8")
     wiring["spec"] = {
@@ -32,4 +36,11 @@ def wiring_with_spec(paths: BundlePaths) -> dict[str, Any]:
         "_requires_": "@package_check",
         "text": literal(text),  # the parser would act on parts of the text
     }
+    wiring["cascade"] = None
+    if load_spec(paths.spec).cascade is not None:
+        LOGGER.warning(
+            "%s: the exported file holds the first network only; the labels of the cascade's box "
+            "are coarser than those of the bundle",
+            paths.folder,
+        )
     return wiring

@@ -129,7 +129,9 @@ def open_bundle(
                     f"{root}: its wiring has no `runtime`, so --runtime and --precision do not "
                     f"apply; refresh the bundle by `volseg bundle refresh --overwrite {root}`"
                 )
-            parser["runtime"].update(runtime=runtime, precision=precision)
+            for part in ("runtime", "cascade"):
+                if part in parser:
+                    parser[part].update(runtime=runtime, precision=precision)
         parser.get_parsed_content("initialize")
         model: Model = parser.get_parsed_content("model")
     except Exception as error:

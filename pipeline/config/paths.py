@@ -84,6 +84,11 @@ class BundlePaths:
         return self.models / "model.pt"
 
     @property
+    def cascade_weights(self) -> Path:
+        """The weights of the second network of a cascade, a plain state dict."""
+        return self.models / "model_cascade.pt"
+
+    @property
     def best_weights(self) -> Path:
         """The best weights so far, during a run with `keep: best`."""
         return self.models / "best.pt"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -227,6 +227,28 @@ class NetworkSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cascade:
+    """A second network, in smaller voxels, that sees a box around some of the structures.
+
+    It has the channels and the labels of the first network. In the box its probabilities replace
+    those of the first network, and pass into them towards the faces of the box.
+    `pipeline.inference.cascade` implements it.
+
+    Attributes:
+        structures: names of the structures at whose mean position, by the labels of the first
+            network, the box is centred.
+        spacing: voxel size in the box along the axes of the spec's `orientation`, mm.
+        roi_size: size of the box, voxels: the input of the second network.
+        network: architecture of the second network.
+    """
+
+    structures: tuple[str, ...]
+    spacing: tuple[float, float, float]
+    roi_size: tuple[int, int, int]
+    network: NetworkSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
     """Inputs and outputs that a set of weights was trained for.
 
@@ -282,6 +304,7 @@ class Spec:
             part of it, after all components have been removed.
         refine: groups of structures of different tissue, whose common borders are refined by the
             intensities of the scan at its own resolution.
+        cascade: a second network for a box in smaller voxels; null for one network alone.
         warn_at_edge: whether a structure that touches the edge of the scan gives a warning, because
             a scan should hold the whole of each structure.
         sums: name → structures, or `all`, whose total volume gets a column of volumes.csv.
@@ -317,6 +340,7 @@ class Spec:
     min_component_ml: dict[str, float] = field(default_factory=dict)
     fill_holes: tuple[str, ...] = ()
     refine: tuple[tuple[str, ...], ...] = ()
+    cascade: Cascade | None = None
     warn_at_edge: bool = False
     sums: dict[str, tuple[str, ...]] = field(default_factory=dict)
     plausible_ml: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -335,6 +359,30 @@ class Spec:
         _check_strides(self)
         _check_kernels(self)
         _check_roi_size(self)
+        _check_cascade(self)
+
+    @property
+    def cascade_spec(self) -> Spec | None:
+        """The spec of the second network; None without a cascade."""
+        if self.cascade is None:
+            return None
+        return replace(
+            self,
+            spacing=self.cascade.spacing,
+            roi_size=self.cascade.roi_size,
+            network=self.cascade.network,
+            cascade=None,
+            refine=(),
+            foreground_threshold=None,
+            localise=False,
+            tta_mirror=(),
+            tta_rotations=1,
+        )
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether the inversion needs the intensities of the scan at its own resolution."""
+        return bool(self.refine) or self.cascade is not None
 
     @property
     def spatial_dims(self) -> int:
@@ -680,6 +728,30 @@ def _check_test_time_augmentation(spec: Spec) -> None:
         ", ".join(directions),
     )
     require(spec.tta_rotations >= 1, "spec.tta_rotations", "1 (none) or more", spec.tta_rotations)
+
+
+def _check_cascade(spec: Spec) -> None:
+    if spec.cascade is None:
+        return
+    names = spec.cascade.structures
+    require(bool(names), "spec.cascade.structures", "at least one structure", "none")
+    _check_names("cascade.structures", names, list(spec.labels)[1:], "structures")
+    require(
+        spec.spatial_dims == 3 and spec.output == "softmax" and None not in spec.spacing,
+        "spec.cascade",
+        "a 3D network with a softmax and a spacing along every axis",
+        f"{len(spec.roi_size)} numbers in roi_size, {spec.output}, spacing {spec.spacing}",
+    )
+    require(
+        spec.resampling is None and spec.crop_resize is None,
+        "spec.cascade",
+        "null with resampling or crop_resize",
+        spec.cascade.structures,
+    )
+    try:
+        _ = spec.cascade_spec
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("spec.", "spec.cascade.", 1)) from error
 
 
 def _check_strides(spec: Spec) -> None:

@@ -10,6 +10,7 @@ Modules:
     foreground, localisation where windows are needed
     test_time_augmentation, overlap_tile, multi_output   other ways to apply a network
     runtime, openvino_models the network in torch or OpenVINO
+    cascade                  a second network for a box in smaller voxels
     invert, label_resampling from logits to labels on another grid, block by block
     cropped_volume           background outside of a volume that was cropped
     probabilities, volumes   soft volumes and entropy; volumes in mm³
@@ -20,6 +21,7 @@ Modules:
 
 from pipeline.inference.aggregator import ScoreBlock, window_grid
 from pipeline.inference.bundle_inferer import bundle_inferer
+from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
 from pipeline.inference.device import keep_freed_memory, processor_name, resolve_device
@@ -110,6 +112,7 @@ __all__ = [
     "label_row",
     "labels_of_blocks",
     "largest_components",
+    "load_cascade",
     "logistic",
     "mean_row",
     "model_hashes",

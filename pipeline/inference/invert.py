@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Spec
 from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.cascade import CascadeNetwork, CoarseProbabilities, FineBox
 from pipeline.inference.connected_components import keep_components
 from pipeline.inference.cropped_volume import clear_outside
 from pipeline.inference.label_resampling import (
@@ -74,15 +77,29 @@ class LabelInversion(MapTransform):
         probabilities: whether the probability of each of `spec.outputs` is computed on the grid of
             the label map, with 1 byte per output and voxel. They are the network's: refinement and
             connected components do not change them.
+        cascade: second network of the bundle; None leaves the labels of the first one.
     """
 
     def __init__(
-        self, spec: Spec, *, uncertainty: bool = False, probabilities: bool = False
+        self,
+        spec: Spec,
+        *,
+        uncertainty: bool = False,
+        probabilities: bool = False,
+        cascade: CascadeNetwork | None = None,
     ) -> None:
         super().__init__(PRED)
         self.spec, self.uncertainty, self.probabilities = spec, uncertainty, probabilities
+        self.cascade = cascade
         values = list(spec.labels.values())
         self.values: LabelMap = np.array(values, dtype=np.min_scalar_type(max(values)))
+
+    def on_device(self, device: torch.device) -> LabelInversion:
+        """Return the same inversion with its second network, if it has one, on another device."""
+        moved = copy.copy(self)
+        if self.cascade is not None:
+            moved.cascade = self.cascade.on_device(device)
+        return moved
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         case = dict(data)
@@ -108,8 +125,8 @@ class LabelInversion(MapTransform):
         Args:
             blocks: blocks of logits (classes, x, y, z), in any order; changed in place.
             image: (C, X, Y, Z) image on the network's grid; its `meta` has the label map's grid.
-            scan: (C, I, J, K) intensities as read, for `spec.refine`; None leaves borders
-                unrefined.
+            scan: (C, I, J, K) intensities as read, for `spec.refine` and the second network of a
+                cascade; None does without both.
             quality: collects the features of the predicted Dice; None collects nothing.
         """
         own = np.asarray(image.affine, dtype=np.float64)
@@ -118,24 +135,29 @@ class LabelInversion(MapTransform):
         contested = self.spec.contested if scan is not None else ()
         regions = self.spec.output == "regions"
         collector = ProbabilityCollector(contested, regions=regions)
-        if self.spec.soft_volumes or contested:
-            blocks = collector.pass_through(blocks)
-        if quality is not None:
-            blocks = quality.pass_through(blocks)
+        coarse = None if self.cascade is None or scan is None else CoarseProbabilities()
+        needs_collector = self.spec.soft_volumes or contested
+        for observer in (collector if needs_collector else None, quality, coarse):
+            if observer is not None:
+                blocks = observer.pass_through(blocks)
         probabilities = None
         if self.probabilities:
             outputs = len(self.spec.outputs)
             probabilities = torch.zeros((outputs, *grid.shape), dtype=torch.uint8)
-        index = labels_of_blocks(
-            blocks,
-            own,
-            grid.affine,
-            grid.shape,
+        labels_on_grid = partial(
+            labels_of_blocks,
+            target_affine=grid.affine,
+            target_shape=grid.shape,
             output=self.spec.output,
             interpolation=_interpolation(self.spec, own, grid.affine),
             uncertainty=uncertainty,
             probabilities=probabilities,
         )
+        index = labels_on_grid(blocks, own)
+        fine = self._fine_box(coarse, own, scan)
+        if fine is not None:
+            block, box_affine = fine.as_block()
+            index = labels_on_grid(iter([block]), box_affine, index=index)
         if self.spec.crop_to_nonzero:
             has_background = self.spec.output == "softmax"
             clear_outside(
@@ -149,10 +171,7 @@ class LabelInversion(MapTransform):
             )
         if scan is not None and collector.maps is not None:
             index = refine_borders(index, grid.affine, scan, collector.maps, own, self.spec)
-        soft_mm3 = None
-        if self.spec.soft_volumes:
-            voxel_mm3 = abs(float(np.linalg.det(own[:3, :3])))
-            soft_mm3 = tuple((collector.voxels * voxel_mm3).tolist())
+        soft_mm3 = self._soft_volumes(collector, own, fine) if self.spec.soft_volumes else None
         labels = self._output_values(keep_components(index[None], image, self.spec)[0])
         features = None
         if quality is not None:
@@ -166,6 +185,23 @@ class LabelInversion(MapTransform):
             probabilities=None if probabilities is None else probabilities.numpy(),
             quality=features,
         )
+
+    def _fine_box(
+        self, coarse: CoarseProbabilities | None, affine: Affine, scan: MetaTensor | None
+    ) -> FineBox | None:
+        """Return what the second network adds; None without one, or without its structures."""
+        if self.cascade is None or coarse is None or scan is None:
+            return None
+        return self.cascade.fine_box(coarse, affine, scan)
+
+    def _soft_volumes(
+        self, collector: ProbabilityCollector, affine: Affine, fine: FineBox | None
+    ) -> tuple[float, ...]:
+        """Return the soft volume of each class, mm³."""
+        volumes = collector.voxels * abs(float(np.linalg.det(affine[:3, :3])))
+        if fine is not None:
+            volumes = volumes + fine.gained_mm3
+        return tuple(volumes.tolist())
 
     def _output_values(self, index: torch.Tensor) -> LabelMap:
         """Return the label map with the spec's values in place of class numbers."""

@@ -73,6 +73,7 @@ def labels_of_blocks(
     interpolation: Interpolation = DEFAULT_INTERPOLATION,
     uncertainty: torch.Tensor | None = None,
     probabilities: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the number of the class at each voxel of another grid.
 
@@ -93,6 +94,8 @@ def labels_of_blocks(
             probabilities; None computes no entropy.
         probabilities: (N, X', Y', Z') uint8 tensor that is filled with the probabilities of the
             network's outputs, 255 for 1; N = C for a softmax, else C - 1. None computes none.
+        index: (X', Y', Z') class numbers from other blocks, which are overwritten where these
+            blocks are; None for no others.
 
     Returns:
         (X', Y', Z') class numbers, uint8 for up to 256 classes, else int32.
@@ -103,7 +106,6 @@ def labels_of_blocks(
     resample: Callable[..., None] = partial(_resample_by_grid_sample, regions=regions)
     if axes is not None:
         resample = partial(_resample_by_axes, axes=axes, nearest=interpolation.nearest)
-    index = None
     for block in blocks:
         if index is None:
             dtype = _index_type(len(block.scores))

@@ -28,6 +28,8 @@ SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 READ, CHECK, RESAMPLE, NORMALISE = 8, 13, 17, 13
 
 REFINE = 6  # peak memory of the refinement, bytes per voxel of the label map; measured on a head
+# number of copies of the box's scores that a cascade holds at its peak, its network included
+CASCADE_COPIES = 6
 PIECE_COPIES = 3.5  # number of copies of a piece of scores that the inversion holds at its peak
 
 
@@ -141,11 +143,15 @@ def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
     if model.inversion.probabilities:
         labels += len(spec.outputs) * prod(label_shape)  # uint8
     refine = 0
-    if spec.refine:  # the scan as read, the probability maps in float16, and the computation
-        scan = sum(prod(header.shape) for header in headers)
-        refine = FLOAT32_BYTES * scan + 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
+    scan = FLOAT32_BYTES * sum(prod(header.shape) for header in headers) if spec.needs_scan else 0
+    if spec.refine:  # the probability maps in float16, and the computation
+        refine = 2 * len(spec.contested) * grid + REFINE * prod(label_shape)
+    cascade = 0.0
+    if model.inversion.cascade is not None:  # the first network's probabilities in float16
+        box = FLOAT32_BYTES * channels * prod(model.inversion.cascade.spec.roi_size)
+        cascade = CASCADE_COPIES * box + 2 * channels * grid
     image = FLOAT32_BYTES * grid * len(headers)
-    return int(image + window + PIECE_COPIES * piece + labels + refine)
+    return int(image + window + PIECE_COPIES * piece + labels + scan + refine + cascade)
 
 
 @torch.no_grad()

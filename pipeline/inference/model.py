@@ -110,7 +110,8 @@ class Model:
 
     def on_device(self, device: torch.device) -> Model:
         """Return the same model on another device."""
-        return replace(self, device=device, network=self.network.to(device))
+        inversion = self.inversion.on_device(device)
+        return replace(self, device=device, network=self.network.to(device), inversion=inversion)
 
     def identity(self) -> dict[str, str]:
         """Return what else than the bundle's code decides the voxels: weights and settings."""
@@ -119,6 +120,7 @@ class Model:
             "weights_sha256": sha256(paths.weights),
             "spec_sha256": spec_fingerprint(self.spec),
             "int8_model_sha256": self._int8_model(paths),
+            "cascade_sha256": self._cascade_weights(paths),
             "overlap": str(getattr(self.inferer, "overlap", "")),
             "volume": str(reader.volume),
             "labels_spacing": str(reader.labels_spacing),
@@ -129,6 +131,11 @@ class Model:
         if getattr(self.network, "precision", "") != "int8" or not paths.int8_model.is_file():
             return ""
         return sha256(paths.int8_model)
+
+    def _cascade_weights(self, paths: BundlePaths) -> str:
+        """Return the hash of the weights of the second network, if it is used."""
+        used = self.inversion.cascade is not None and paths.cascade_weights.is_file()
+        return sha256(paths.cascade_weights) if used else ""
 
     def prepare(self, image: Any) -> PreparedCase:
         """Return a case after reading and preprocessing; see `predictor.prepare`."""
@@ -153,6 +160,8 @@ class Model:
         """Ask for the runtime and precision that were decided before."""
         for key, value in decided.items():
             setattr(self.network, key, value)
+        if self.inversion.cascade is not None:
+            self.inversion.cascade.follow_runtime(decided)
 
     def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:
         """Prepare the network, and describe what really computes it.
@@ -168,7 +177,10 @@ class Model:
         """
         if not isinstance(self.network, Runtime):
             return None
-        return asdict(self.network.prepare(self.device))
+        description = asdict(self.network.prepare(self.device))
+        if self.inversion.cascade is not None:
+            self.inversion.cascade.prepare()
+        return description
 
     @property
     def description(self) -> dict[str, Any] | None:

@@ -29,12 +29,13 @@ from pipeline.transforms.checks import (
 )
 from pipeline.transforms.compose import Preprocessing, TrainingTransform
 from pipeline.transforms.degradation import Degradation, degrade, draw_degradation
+from pipeline.transforms.intensity import normalisation
 from pipeline.transforms.loading import LoadVolumed
 from pipeline.transforms.mirror_padding import mirror_padded_box
 from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.transforms.patches import crop_size, training_transform
 from pipeline.transforms.preprocess import IMAGE, LABEL, SCAN, preprocessing
-from pipeline.transforms.resampling import axis_samplings, parallel_axes, sample_axes
+from pipeline.transforms.resampling import Resample, axis_samplings, parallel_axes, sample_axes
 from pipeline.transforms.spline_resampling import filled_spacing, separate_axis
 from pipeline.transforms.synthesis import synthesis_transform
 
@@ -47,6 +48,7 @@ __all__ = [
     "Degradation",
     "LoadVolumed",
     "Preprocessing",
+    "Resample",
     "TrainingTransform",
     "axis_samplings",
     "check_affine",
@@ -58,6 +60,7 @@ __all__ = [
     "filled_spacing",
     "mirror_padded_box",
     "network_grid_shape",
+    "normalisation",
     "parallel_axes",
     "preprocessing",
     "sample_axes",

@@ -49,7 +49,7 @@ def preprocessing(
         CheckVolumed(IMAGE, warn_outliers=not clips_outliers(spec)),
         CheckProportiond(IMAGE, spec),
     ]
-    if spec.refine:
+    if spec.needs_scan:
         steps.append(KeepScand(IMAGE))
     if spec.fallback_channel:
         steps.append(RepeatChannelsd(IMAGE, len(spec.channels)))
@@ -81,8 +81,8 @@ def _grid_transforms(spec: Spec) -> list[MapTransform]:
 class KeepScand(MapTransform):
     """Keep a copy of the image as loaded, under the key `scan`.
 
-    The refinement of borders compares its grey values. Cases with a label are for training, which
-    refines nothing, and are left as they are.
+    The refinement of borders compares its grey values, and the second network of a cascade sees a
+    box of it. Cases with a label are for training, which needs neither, and are left as they are.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -1,0 +1,315 @@
+"""The second network of a cascade: smaller voxels, in a box around some structures.
+
+The first network finds all structures in voxels that are too large for the small ones. The second
+one sees a box of the scan, resampled from its own voxels. Where the two meet, at the faces of the
+box, the result passes from one to the other, so that no step is visible.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from numpy.typing import NDArray
+
+from pipeline.config import BundlePaths, Spec
+from pipeline.errors import ConfigError
+from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.boxes import box_at, crop_box
+from pipeline.inference.runtime import Precision, Runtime, RuntimeName
+from pipeline.networks import build_network, read_state
+from pipeline.transforms import (
+    IMAGE,
+    Resample,
+    axis_samplings,
+    normalisation,
+    sample_axes,
+)
+from pipeline.types import Affine, PathOrStr
+
+# distance from a face of the box over which the second network's share rises to 1, voxels. The
+# network sees only one side there, and is least certain
+FADE_VOXELS = 8
+# smallest probability whose logarithm is averaged: float16 holds no much smaller one
+MIN_PROBABILITY = 1e-6
+SNAP = 1e-6  # voxels; positions that are closer to a voxel's centre are moved onto it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FineBox:
+    """The probabilities of both networks together, in the box that the second one sees.
+
+    Attributes:
+        scores: (classes, X, Y, Z) logarithms of the probabilities, up to a constant per voxel.
+        affine: affine of the box, voxel → world, mm.
+        gained_mm3: (classes,) float64: what the soft volume of each class changes by in the box,
+            mm³.
+    """
+
+    scores: torch.Tensor
+    affine: Affine
+    gained_mm3: torch.Tensor
+
+    def as_block(self) -> tuple[ScoreBlock, Affine]:
+        """Return a block of scores for the voxels inside the box only, and the affine of its grid.
+
+        The grid extends beyond the box by one voxel at each face, so that the box does not stand
+        for the voxels outside of it, as a block at the edge of a volume would.
+        """
+        affine = self.affine.copy()
+        affine[:3, 3] -= affine[:3, :3].sum(axis=1)
+        shape = tuple(n + 2 for n in self.scores.shape[1:])
+        return ScoreBlock(start=(1, 1, 1), scores=self.scores, shape=shape), affine
+
+
+class CoarseProbabilities:
+    """Keeps the first network's probabilities of a volume, from its blocks of logits.
+
+    Attributes:
+        maps: (classes, X, Y, Z) float16 probabilities on the CPU; None before the first block.
+    """
+
+    def __init__(self) -> None:
+        self.maps: torch.Tensor | None = None
+
+    def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
+        """Yield the given blocks of logits unchanged, after keeping their probabilities."""
+        for block in blocks:
+            self._add(block)
+            yield block
+            del block  # or it would be held while the next one is computed
+
+    def _add(self, block: ScoreBlock) -> None:
+        if self.maps is None:
+            self.maps = torch.zeros((len(block.scores), *block.shape), dtype=torch.float16)
+            self.maps[0] = 1
+        place = crop_box(self.maps, box_at(block.start, block.scores.shape[1:]))
+        place.copy_(torch.softmax(block.scores, dim=0))
+
+    def centre(self, classes: Sequence[int]) -> torch.Tensor | None:
+        """Return the mean position of some classes, (3,) float64 voxels; None if none is found.
+
+        Args:
+            classes: numbers of the classes.
+        """
+        if self.maps is None:
+            return None
+        likely = self.maps[list(classes)].amax(dim=0) > 0.5
+        if not likely.any():
+            return None
+        return likely.nonzero().double().mean(dim=0)
+
+
+class CascadeNetwork:
+    """The second network of a cascade, which is read when it is first needed.
+
+    Several threads may use it. A copy or a pickled one reads its weights again.
+
+    Args:
+        spec: spec of the bundle, with a cascade.
+        bundle_root: the bundle's folder, for the weights.
+        device: device that the network runs on.
+        runtime: auto, torch or openvino; see `Runtime`.
+        precision: of the arithmetic; see `Runtime`. There is no int8 model of the second network:
+            with int8 it is computed in float32.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        bundle_root: PathOrStr,
+        *,
+        device: torch.device | str = "cpu",
+        runtime: RuntimeName = "auto",
+        precision: Precision = "auto",
+    ) -> None:
+        own = spec.cascade_spec
+        if spec.cascade is None or own is None:
+            raise ConfigError("spec.cascade: expected a second network, got null")
+        self.spec, self.structures = own, spec.cascade.structures
+        self.paths, self.device = BundlePaths(bundle_root), torch.device(device)
+        self.runtime: RuntimeName = runtime
+        self.precision: Precision = "auto" if precision == "int8" else precision
+        self._network: Runtime | None = None
+        self._reading = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_network"] = None
+        del state["_reading"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reading = threading.Lock()
+
+    def on_device(self, device: torch.device) -> CascadeNetwork:
+        """Return the same network for another device; its weights are read again."""
+        moved = copy.copy(self)
+        moved.device = device
+        return moved
+
+    def follow_runtime(self, decided: Mapping[str, str]) -> None:
+        """Ask for the runtime and precision that were decided before, before the first use."""
+        self.runtime = decided.get("runtime", self.runtime)  # type: ignore[assignment]
+        precision = decided.get("precision", self.precision)
+        self.precision = "auto" if precision == "int8" else precision  # type: ignore[assignment]
+
+    def prepare(self) -> Runtime:
+        """Return the network, read and ready to run.
+
+        Raises:
+            ConfigError: its weights are not there, or do not fit the spec.
+        """
+        with self._reading:
+            if self._network is None:
+                self._network = self._read()
+                self._network.prepare(self.device)
+            return self._network
+
+    def _read(self) -> Runtime:
+        path = self.paths.cascade_weights
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: no such file; the spec has a cascade, whose second network has its "
+                "weights there"
+            )
+        network = build_network(self.spec)
+        try:
+            network.load_state_dict({name: t.float() for name, t in read_state(path).items()})
+        except RuntimeError as error:
+            raise ConfigError(f"{path}: does not fit spec.cascade.network: {error}") from error
+        runtime = Runtime(
+            network.to(self.device).eval(),
+            self.spec,
+            bundle_root=self.paths.folder,
+            runtime=self.runtime,
+            precision=self.precision,
+        )
+        return runtime.eval()
+
+    @torch.no_grad()
+    def fine_box(
+        self, coarse: CoarseProbabilities, affine: Affine, scan: MetaTensor
+    ) -> FineBox | None:
+        """Return the probabilities of both networks in the box that the second one sees.
+
+        Args:
+            coarse: probabilities of the first network.
+            affine: affine of its grid, voxel → world, mm.
+            scan: (C, I, J, K) intensities as read.
+
+        Returns:
+            None if the first network found none of the structures that the box lies around.
+        """
+        names = list(self.spec.labels)
+        centre = coarse.centre([names.index(name) for name in self.structures])
+        if centre is None or coarse.maps is None:
+            return None
+        box_affine = _box_affine(affine, centre.numpy(), self.spec)
+        image = _box_image(scan, box_affine, self.spec)
+        logits = self.prepare()(image[None].to(self.device))[0].float().cpu()
+        before = _box_probabilities(coarse.maps, affine, box_affine, self.spec.roi_size)
+        scores = torch.log_softmax(logits, dim=0)
+        share = _share(self.spec.roi_size)
+        scores.mul_(share).add_(before.clamp(min=MIN_PROBABILITY).log_().mul_(1 - share))
+        after = torch.softmax(scores, dim=0)
+        voxel_mm3 = abs(float(np.linalg.det(box_affine[:3, :3])))
+        difference = (after - before).sum((1, 2, 3), dtype=torch.float64)
+        return FineBox(scores=scores, affine=box_affine, gained_mm3=difference * voxel_mm3)
+
+
+def load_cascade(
+    spec: Spec,
+    bundle_root: PathOrStr,
+    device: torch.device | str = "cpu",
+    *,
+    runtime: RuntimeName = "auto",
+    precision: Precision = "auto",
+) -> CascadeNetwork | None:
+    """Return the second network of a bundle, for its `LabelInversion`; None without a cascade.
+
+    Args:
+        spec: spec of the bundle.
+        bundle_root: the bundle's folder, for the weights.
+        device: device that the network runs on.
+        runtime: auto, torch or openvino; see `Runtime`.
+        precision: of the arithmetic; see `Runtime`.
+    """
+    if spec.cascade is None:
+        return None
+    return CascadeNetwork(spec, bundle_root, device=device, runtime=runtime, precision=precision)
+
+
+def _box_affine(affine: Affine, centre: NDArray[np.float64], spec: Spec) -> Affine:
+    """Return the affine of the box: along the axes of a grid, centred at a voxel of it."""
+    spacing = np.array([float(mm) for mm in spec.spacing if mm is not None])
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    box: Affine = np.eye(4)
+    box[:3, :3] = directions * spacing
+    middle = (np.array(spec.roi_size) - 1) / 2
+    box[:3, 3] = affine[:3, :3] @ centre + affine[:3, 3] - box[:3, :3] @ middle
+    return box
+
+
+def _box_image(scan: MetaTensor, box_affine: Affine, spec: Spec) -> torch.Tensor:
+    """Return the normalised image in the box, (C, *roi_size) float32; 0 outside the scan."""
+    grey = torch.nan_to_num(scan.float(), nan=0.0, posinf=0.0, neginf=0.0)
+    resample = Resample(mode="bilinear", padding_mode="border", dtype=np.float64)
+    image = resample(grey, dst_affine=torch.from_numpy(box_affine), spatial_size=spec.roi_size)
+    normalised = normalisation(spec, IMAGE)({IMAGE: image})[IMAGE]
+    matrix = np.linalg.inv(np.asarray(scan.affine, dtype=np.float64)) @ box_affine
+    inside = _inside(matrix, spec.roi_size, scan.shape[1:])
+    box: torch.Tensor = torch.as_tensor(normalised.as_tensor(), dtype=torch.float32)
+    return box * inside
+
+
+def _inside(matrix: Affine, roi_size: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """Return which voxels of the box lie in the scan, (*roi_size) bool.
+
+    Args:
+        matrix: voxel of the box → voxel of the scan.
+        roi_size: size of the box, voxels.
+        shape: size of the scan, voxels.
+    """
+    inside = torch.ones(tuple(roi_size), dtype=torch.bool)
+    for axis in range(3):
+        position = torch.full((1, 1, 1), matrix[axis, 3], dtype=torch.float64)
+        for dim, size in enumerate(roi_size):
+            along = torch.arange(size, dtype=torch.float64) * matrix[axis, dim]
+            position = position + along.view([-1 if i == dim else 1 for i in range(3)])
+        inside &= (position > -0.5) & (position < shape[axis] - 0.5)
+    return inside
+
+
+def _box_probabilities(
+    maps: torch.Tensor, affine: Affine, box_affine: Affine, roi_size: Sequence[int]
+) -> torch.Tensor:
+    """Return the first network's probabilities in the box, (classes, *roi_size) float32.
+
+    Args:
+        maps: (classes, X, Y, Z) probabilities on the first network's grid.
+        affine: affine of that grid, voxel → world, mm.
+        box_affine: affine of the box, likewise.
+        roi_size: size of the box, voxels.
+    """
+    matrix = np.linalg.inv(affine) @ box_affine
+    samplings = axis_samplings(matrix, (0, 1, 2), roi_size, maps.shape[1:], snap=SNAP)
+    return torch.stack([sample_axes(channel.float(), samplings) for channel in maps])
+
+
+def _share(roi_size: Sequence[int]) -> torch.Tensor:
+    """Return the second network's share in each voxel of the box, (*roi_size), 0 to 1."""
+    share = torch.ones(tuple(roi_size))
+    for dim, size in enumerate(roi_size):
+        along = torch.arange(size, dtype=torch.float32)
+        to_face = torch.minimum(along, size - 1 - along)
+        rising = (to_face / FADE_VOXELS).clamp(max=1)
+        share = torch.minimum(share, rising.view([-1 if i == dim else 1 for i in range(3)]))
+    return share

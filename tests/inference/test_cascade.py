@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from monai.data import MetaTensor
+from phantom import ORIENTATIONS, make_bundle, oblique, parse_spec, reorient, spec_content
+from scipy import ndimage
+
+from pipeline.bundle.opening import open_bundle
+from pipeline.config.parser import parse_config
+from pipeline.config.spec import Spec, spec_fingerprint
+from pipeline.errors import ConfigError
+from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.cascade import (
+    CascadeNetwork,
+    CoarseProbabilities,
+    _box_image,
+    load_cascade,
+)
+from pipeline.inference.invert import InvertedLabels, LabelInversion
+from pipeline.inference.predictor import predict_case
+from pipeline.networks.factory import build_network
+from pipeline.transforms.preprocess import IMAGE, SCAN, preprocessing
+from pipeline.types import Affine
+
+LABELS = {"background": 0, "shell": 7, "core": 3}
+GREYS = (10.0, 60.0, 110.0)
+SHAPE = (64, 52, 58)  # voxels of the scan
+SPACING = (1.1, 1.4, 0.9)  # mm
+CASCADE = {
+    "structures": ["core"],
+    "spacing": [1.0, 1.0, 1.0],
+    "roi_size": [40, 48, 32],
+    "network": {"features": [2, 3, 4]},
+}
+
+
+def cascade_spec(**changes: Any) -> Spec:
+    content = spec_content(3, labels=LABELS, spacing=[3.0, 3.0, 3.0])
+    return parse_config(Spec, content | {"cascade": CASCADE | changes}, "spec")
+
+
+def truth_of() -> Any:
+    """Return a core with a wavy border in a shell, (X, Y, Z) class numbers."""
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
+    radius = np.sqrt(x**2 + 1.3 * y**2 + 0.8 * z**2)
+    labels = (radius < 0.85).astype(np.uint8)
+    labels[radius < 0.36 + 0.05 * np.sin(9 * x) * np.cos(8 * y + 5 * z)] = 2
+    return labels
+
+
+def coarse_logits(truth: Any, affine: Affine, image: MetaTensor) -> torch.Tensor:
+    """Return the logits of a network that sees blurred structures, on the grid of an image."""
+    matrix = np.linalg.inv(affine) @ image.affine.numpy()
+    voxels = np.stack(np.meshgrid(*map(np.arange, image.shape[1:]), indexing="ij"))
+    position = np.tensordot(matrix[:3, :3], voxels, axes=1) + matrix[:3, 3].reshape(3, 1, 1, 1)
+    parts = []
+    for number in range(3):
+        blurred = ndimage.gaussian_filter((truth == number) * 1.0, 2.0)
+        parts.append(ndimage.map_coordinates(blurred, position, order=1, mode="nearest"))
+    return torch.from_numpy(np.log(np.clip(np.stack(parts), 1e-4, 1))).float()
+
+
+def by_grey_value(image: torch.Tensor) -> torch.Tensor:
+    """Stand in for a perfect second network: the class whose grey value is nearest."""
+    greys = torch.tensor(GREYS) / GREYS[-1]
+    # percentiles of the box stretch the grey values; shell and core are always in it
+    low, high = image.amin(), image.amax()
+    stretched = (image - low) / (high - low)
+    expected = (greys - greys.min()) / (greys.max() - greys.min())
+    return torch.cat([-80 * (stretched - grey).abs() for grey in expected], dim=1)
+
+
+class Perfect(CascadeNetwork):
+    """A cascade whose second network needs no weights."""
+
+    def prepare(self) -> Any:
+        return by_grey_value
+
+
+def invert(
+    orientation: str, cascade: CascadeNetwork | None, spec: Spec
+) -> tuple[InvertedLabels, Any]:
+    """Return the labels from coarse logits, and the true class numbers on the file's grid."""
+    truth = truth_of()
+    noise = np.random.default_rng(2).normal(0, 0.5, SHAPE)
+    grey = (np.asarray(GREYS)[truth] + noise).astype(np.float32)
+    scan = reorient(nib.Nifti1Image(grey, oblique(SPACING)), orientation)
+    turned = np.asarray(
+        reorient(nib.Nifti1Image(truth, oblique(SPACING)), orientation).dataobj, dtype=np.uint8
+    )
+    case = preprocessing(spec)({IMAGE: scan})
+    logits = coarse_logits(turned, scan.affine, case[IMAGE])
+    block = ScoreBlock(start=(0, 0, 0), scores=logits, shape=tuple(logits.shape[1:]))
+    inversion = LabelInversion(spec, cascade=cascade)
+    return inversion.from_blocks(iter([block]), case[IMAGE], case[SCAN]), turned
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::7])
+def test_labels_in_the_box_follow_the_scan_and_others_stay(orientation: str) -> None:
+    spec = cascade_spec()
+    alone, truth = invert(orientation, None, spec)
+    both, _ = invert(orientation, Perfect(spec, "."), spec)
+    values = np.array(list(LABELS.values()), dtype=np.uint8)
+    is_core = truth == 2
+    # the core lies inside the box, where the second network's share is 1
+    found, before = both.labels == LABELS["core"], alone.labels == LABELS["core"]
+    assert overlap(found, is_core) > 0.97
+    assert overlap(before, is_core) < 0.93
+    # outside the box nothing changes: its farthest corner is nearer than this
+    distance = ndimage.distance_transform_edt(
+        ~is_core, np.linalg.norm(both.grid.affine[:3, :3], axis=0)
+    )
+    outside = distance > 40
+    assert outside.any()
+    assert np.array_equal(both.labels[outside], alone.labels[outside])
+    assert set(np.unique(both.labels)) <= set(values.tolist())
+
+
+def test_soft_volumes_are_those_of_both_networks_together() -> None:
+    spec = cascade_spec()
+    spec = replace(spec, soft_volumes=True)
+    alone, truth = invert("RAS", None, spec)
+    both, _ = invert("RAS", Perfect(spec, "."), spec)
+    assert alone.soft_mm3 is not None and both.soft_mm3 is not None
+    expected = (truth == 2).sum() * np.prod(SPACING)
+    assert abs(both.soft_mm3[2] / expected - 1) < 0.02
+    assert abs(alone.soft_mm3[2] / expected - 1) > abs(both.soft_mm3[2] / expected - 1)
+    # probabilities of a voxel have the sum 1, before and after
+    assert sum(both.soft_mm3) == pytest.approx(sum(alone.soft_mm3), rel=1e-4)
+
+
+def test_without_the_structures_the_first_network_stays_alone() -> None:
+    spec = cascade_spec()
+    coarse = CoarseProbabilities()
+    logits = torch.zeros(3, 9, 8, 7)
+    logits[0] = 10
+    list(coarse.pass_through(iter([ScoreBlock(start=(0, 0, 0), scores=logits, shape=(9, 8, 7))])))
+    scan = MetaTensor(torch.zeros(1, 20, 21, 22), affine=torch.from_numpy(oblique()))
+    assert Perfect(spec, ".").fine_box(coarse, oblique(), scan) is None
+
+
+def test_kept_probabilities_do_not_depend_on_the_blocks() -> None:
+    logits = torch.randn(3, 10, 6, 7, generator=torch.Generator().manual_seed(0))
+    whole, parts = CoarseProbabilities(), CoarseProbabilities()
+    shape = tuple(logits.shape[1:])
+    list(whole.pass_through(iter([ScoreBlock(start=(0, 0, 0), scores=logits, shape=shape)])))
+    blocks = [
+        ScoreBlock(start=(0, 0, 0), scores=logits[:, :6], shape=shape),
+        ScoreBlock(start=(5, 0, 0), scores=logits[:, 5:], shape=shape),
+    ]
+    list(parts.pass_through(iter(blocks)))
+    assert whole.maps is not None and parts.maps is not None
+    assert torch.equal(whole.maps, parts.maps)
+    centre = whole.centre([2])
+    found = np.argwhere(torch.softmax(logits, dim=0)[2].half().numpy() > 0.5).mean(axis=0)
+    assert centre is not None
+    np.testing.assert_allclose(centre.numpy(), found)
+
+
+def test_the_image_of_the_box_is_that_of_simpleitk() -> None:
+    spec = cascade_spec().cascade_spec
+    assert spec is not None
+    smooth = ndimage.gaussian_filter(np.random.default_rng(1).normal(size=SHAPE), 3).astype("f4")
+    affine = oblique((1.0, 1.0, 1.0))
+    scan = MetaTensor(torch.from_numpy(smooth)[None], affine=torch.from_numpy(affine))
+    box = affine.copy()  # the same axes; the box begins outside the scan
+    box[:3, 3] = affine[:3, :3] @ [-4.3, 3.6, 31.2] + affine[:3, 3]
+    ours = _box_image(scan, box, replace(spec, intensity=replace(spec.intensity, method="none")))
+    flip = np.diag([-1.0, -1.0, 1.0])  # ITK's world is LPS
+    image = sitk.GetImageFromArray(smooth.transpose(2, 1, 0))
+    image.SetOrigin((flip @ affine[:3, 3]).tolist())
+    image.SetDirection((flip @ affine[:3, :3]).ravel().tolist())
+    theirs = sitk.Resample(
+        image,
+        list(spec.roi_size),
+        sitk.Transform(),
+        sitk.sitkLinear,
+        (flip @ box[:3, 3]).tolist(),
+        [1.0, 1.0, 1.0],
+        (flip @ box[:3, :3]).ravel().tolist(),
+        0.0,
+    )
+    expected = sitk.GetArrayFromImage(theirs).transpose(2, 1, 0)
+    # SimpleITK gives 0 up to half a voxel before the edge, where we repeat it: compare inside
+    inside = expected != 0
+    assert 0.2 < inside.mean() < 0.9
+    np.testing.assert_allclose(ours[0].numpy()[inside], expected[inside], atol=1e-5)
+    assert not ours[0, :3].any()
+
+
+def test_weights_are_checked_and_read_once(tmp_path: Path) -> None:
+    spec = cascade_spec()
+    network = load_cascade(spec, tmp_path)
+    assert network is not None
+    with pytest.raises(ConfigError, match=r"model_cascade\.pt: no such file"):
+        network.prepare()
+    (tmp_path / "models").mkdir()
+    assert spec.cascade_spec is not None
+    small = build_network(spec.cascade_spec).half()
+    torch.save(small.state_dict(), tmp_path / "models" / "model_cascade.pt")
+    assert network.prepare() is network.prepare()
+    copied = pickle.loads(pickle.dumps(network))
+    window = torch.randn(1, 1, *spec.cascade_spec.roi_size)
+    assert torch.equal(copied.prepare()(window), network.prepare()(window))
+    torch.save({"other": torch.zeros(3)}, tmp_path / "models" / "model_cascade.pt")
+    with pytest.raises(ConfigError, match=r"does not fit spec\.cascade\.network"):
+        network.on_device(torch.device("cpu")).prepare()
+    assert load_cascade(parse_spec(3), tmp_path) is None
+
+
+def test_a_bundle_with_a_cascade_opens_and_uses_it(tmp_path: Path) -> None:
+    structures = {"background": 0, "front": 7, "back": 300}
+    cascade = {**CASCADE, "structures": ["front"], "roi_size": [16, 12, 20]}
+    root = make_bundle(tmp_path / "bundle", 3, labels=structures, cascade=cascade)
+    spec = open_bundle(root, device="cpu").spec
+    assert spec.cascade_spec is not None
+    torch.manual_seed(3)
+    second = build_network(spec.cascade_spec)
+    torch.nn.init.normal_(second.output.weight)  # type: ignore[union-attr, arg-type]
+    torch.save(second.state_dict(), root / "models" / "model_cascade.pt")
+    image = nib.Nifti1Image(
+        ndimage.gaussian_filter(np.random.default_rng(5).normal(size=(31, 28, 22)), 2), oblique()
+    )
+    model = open_bundle(root, device="cpu")
+    both = predict_case(model, image)
+    alone = predict_case(
+        replace(model, inversion=LabelInversion(spec), preprocessing=model.preprocessing), image
+    )
+    assert both.labels.shape == image.shape
+    assert not np.array_equal(both.labels, alone.labels)
+    assert model.identity()["cascade_sha256"]
+    assert not replace(model, inversion=LabelInversion(spec)).identity()["cascade_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structures": []}, r"spec\.cascade\.structures: expected at least one"),
+        ({"structures": ["hull"]}, r"spec\.cascade\.structures: expected names of structures"),
+        ({"structures": ["background"]}, r"spec\.cascade\.structures: expected names of"),
+        ({"roi_size": [41, 48, 32]}, r"spec\.cascade\.roi_size\[0\]: expected a multiple of"),
+        ({"spacing": [1.0, 0.0, 1.0]}, r"spec\.cascade\.spacing\[1\]: expected mm"),
+    ],
+)
+def test_wrong_settings_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cascade_spec(**changes)
+
+
+def test_a_spec_without_cascade_keeps_its_fingerprint() -> None:
+    plain = parse_spec(3)
+    assert spec_fingerprint(replace(plain, cascade=None)) == spec_fingerprint(plain)
+    assert spec_fingerprint(cascade_spec()) != spec_fingerprint(
+        replace(cascade_spec(), cascade=None)
+    )
+
+
+def overlap(a: Any, b: Any) -> float:
+    """Return the Dice of two masks."""
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
