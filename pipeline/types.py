@@ -51,6 +51,7 @@ class Case(_NamedCase, total=False):
         image: the source of a single channel, or a list with one source per channel.
         label: the path of the label map, for training and evaluation.
         problem: why the case cannot be segmented, where that is known before it is read.
+        left_out: why the case is not to be segmented, which is no failure: it is no volume.
         columns: further facts about the case, which are kept in the tables of results.
         dicom: DICOM objects to write besides: keys of `pipeline.io.DICOM_ENDINGS`.
         outputs: ending → relative path of that output, where it is not the name with the ending.
@@ -59,6 +60,7 @@ class Case(_NamedCase, total=False):
     image: ImageSource | list[ImageSource]
     label: str
     problem: str
+    left_out: str
     columns: Mapping[str, str]
     dicom: tuple[str, ...]
     outputs: Mapping[str, str]

@@ -109,6 +109,30 @@ def make_series(
     return made
 
 
+def make_localiser(uid: str | None = None, *, count: int = 3, stated: bool = False) -> Series:
+    """Return a localiser: some slices of three orientations in one series.
+
+    Args:
+        uid: SeriesInstanceUID.
+        count: slices of each orientation.
+        stated: whether ImageType says that it is a localiser.
+    """
+    uid = uid or generate_uid()
+    made = Series()
+    for seed, angles in enumerate([(0.0, 0.0, 0.0), (90.0, 0.0, 0.0), (90.0, 90.0, 0.0)]):
+        part = make_series(seed, angles=angles, count=count, distance=20.0, uid=uid)
+        for item in part.slices:
+            item.name = f"scout-{seed}-{item.name}"
+            item.dataset.InstanceNumber += seed * count
+            if stated:
+                item.dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+            made.slices.append(item)
+    for item in made.slices[1:]:
+        for name in ("StudyInstanceUID", "FrameOfReferenceUID"):
+            setattr(item.dataset, name, getattr(made.slices[0].dataset, name))
+    return made
+
+
 def _dataset(array: NDArray[np.uint16]) -> Any:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = MRImageStorage

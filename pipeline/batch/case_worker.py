@@ -357,14 +357,33 @@ def failed_record(
         error: why it failed.
         changes: fields of the record that differ.
     """
-    record = CaseRecord(
+    record = _record_outside(task, identity)
+    record = replace(
+        record,
+        error=failure_text(error),
+        error_class=failure_class(error),
+        inputs=_inputs_if_readable(task.case),
+    )
+    return replace(record, **changes)
+
+
+def left_out_record(task: Task, identity: Mapping[str, str]) -> CaseRecord:
+    """Return the record of a case that is not to be segmented.
+
+    Args:
+        task: the case, with `left_out`.
+        identity: of the folder's results.
+    """
+    return replace(_record_outside(task, identity), status="left out", error=task.case["left_out"])
+
+
+def _record_outside(task: Task, identity: Mapping[str, str]) -> CaseRecord:
+    """Return what the record of a case that no worker has done holds whatever became of it."""
+    return CaseRecord(
         case=task.name,
         status="failed",
         image=tuple(str(path) for path in _paths(task.case)),
-        error=failure_text(error),
-        error_class=failure_class(error),
         reason=task.reason,
-        inputs=_inputs_if_readable(task.case),
         columns=dict(task.case.get("columns", {})),
         made_by=dict(identity),
         versions=package_versions(),
@@ -372,7 +391,6 @@ def failed_record(
         started=_now(),
         ended=_now(),
     )
-    return replace(record, **changes)
 
 
 def _inputs_if_readable(case: Case) -> tuple[FileState, ...]:

@@ -103,7 +103,7 @@ def dicom_files(
 
 def _series(case: Case) -> DicomSeries | None:
     """Return the DICOM series of a case's first channel, without raising an error."""
-    if case.get("problem"):
+    if case.get("problem") or case.get("left_out"):
         return None
     try:
         return series_of(source_list(case["image"])[0])

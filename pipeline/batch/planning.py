@@ -24,7 +24,7 @@ MEMORY_FRACTION = 0.7  # of the memory at hand that a batch plans to use
 SAMPLE_CASES = 50  # cases whose headers are looked at to choose the number of processes
 PROCESS_BYTES = 700 * 2**20  # of a process with the libraries and a network ready to run, about
 
-State = Literal["to do", "done", "quarantined"]
+State = Literal["to do", "done", "quarantined", "left out"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class PlannedCase:
 
     Attributes:
         task: what a worker would do.
-        state: `to do`, `done` by an earlier run, or `quarantined`.
+        state: `to do`, `done` by an earlier run, `quarantined`, or to be `left out`.
         record: of the earlier run, where there is one.
     """
 
@@ -51,6 +51,7 @@ class Forecast:
         files: its files.
         output: the label map that will be written.
         problem: why it will fail; empty if nothing is known against it.
+        left_out: why it is left out; empty if it is not.
         shape: voxels of the first file.
         spacing: of these voxels, mm.
         input_bytes: size of the files.
@@ -62,6 +63,7 @@ class Forecast:
     files: tuple[str, ...]
     output: str
     problem: str = ""
+    left_out: str = ""
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
     input_bytes: int = 0
@@ -90,8 +92,11 @@ def plan_case(
     record, time = read_record(path), record_time(out, case["case"])
     if record is not None and record.case != case["case"]:
         record = None
+    left_out = "left_out" in case
     if record is None:
         reason = "its record was damaged" if path.exists() else ""
+    elif left_out and record.status != "done":
+        reason = ""
     elif record.status == "quarantined":
         # another file of that name deserves its own tries
         reason = _again(out, record, case, check_hashes=check_hashes)
@@ -105,9 +110,9 @@ def plan_case(
         if not reason:
             return PlannedCase(task=Task(case=case), state="done", record=record)
     else:
-        reason = "it failed before"
+        reason = f"it {'was left out' if record.status == 'left out' else 'failed'} before"
     task = Task(case=case, reason=reason, alone=suspect is not None, record_time=time)
-    return PlannedCase(task=task, state="to do", record=record)
+    return PlannedCase(task=task, state="left out" if left_out else "to do", record=record)
 
 
 def _missing(record: CaseRecord, case: Case, endings: Sequence[str]) -> str:
@@ -155,6 +160,8 @@ def _forecast(model: CaseModel, case: Case, out: Path, base: int) -> Forecast:
     known = Forecast(
         case=case["case"], files=files, output=str(out / output_name(case, LABELS_ENDING))
     )
+    if case.get("left_out"):
+        return replace(known, output="", left_out=case["left_out"])
     problem = case.get("problem", "") or name_problem(case["case"])
     if problem:
         return replace(known, problem=problem)
@@ -187,6 +194,7 @@ def choose_jobs(
 def _best_jobs(model: CaseModel, cases: Sequence[Case], cores: int, limit: int | None) -> int:
     if model.device.type != "cpu" or limit is not None:
         return 1
+    cases = [case for case in cases if "left_out" not in case]
     sizes = _sample_memory(model, cases)
     memory = allotted_memory() * MEMORY_FRACTION
     fitting = int(memory // max(sizes)) if sizes else 1

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from pipeline.batch.outputs import OutputFolder
 from pipeline.io import write_atomically
 
-Status = Literal["done", "skipped", "failed", "quarantined"]
+Status = Literal["done", "skipped", "failed", "quarantined", "left out"]
 FORMAT = 1  # of a record, to be raised when its keys change their meaning
 
 
@@ -42,9 +42,10 @@ class CaseRecord:
     Attributes:
         case: its name.
         status: `done`; `failed`; `quarantined`: the process died twice while it computed the case,
-            which is not tried again; `skipped`: done by an earlier run (never stored).
+            which is not tried again; `left out`: no volume, which is no failure; `skipped`: done by
+            an earlier run (never stored).
         image: the files that were given.
-        error: why it failed; empty otherwise.
+        error: why it failed or was left out; empty otherwise.
         error_class: class of that error.
         reason: why the case was done again; empty the first time.
         warnings: what makes it doubtful.

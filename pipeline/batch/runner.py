@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 from monai.engines import SupervisedEvaluator
 
-from pipeline.batch.case_worker import CaseWorker, Predict, Task
+from pipeline.batch.case_worker import CaseWorker, Predict, Task, left_out_record
 from pipeline.batch.claims import Claims, claims_of_run, holds_claim
 from pipeline.batch.coordinator import Coordinator, Progress, remaining_text
 from pipeline.batch.identity import remove_output, settle_identity, settle_labels
 from pipeline.batch.outputs import CASES, OutputFolder
 from pipeline.batch.planning import PlannedCase, plan_case
 from pipeline.batch.pool import Died, Finished, Pool, TimedOut
-from pipeline.batch.records import CaseRecord, read_record
+from pipeline.batch.records import CaseRecord, read_record, write_record
 from pipeline.batch.suspects import Suspect, clear_suspect, read_suspects
 from pipeline.batch.tables import write_tables
 from pipeline.errors import InterruptedRunError, PipelineError, RunStoppedError, WriteError
@@ -63,6 +63,11 @@ class BatchSummary:
     def total(self) -> int:
         """All cases of the run."""
         return sum(self.counts.values())
+
+    @property
+    def left_out(self) -> int:
+        """Cases that are no volumes."""
+        return self.counts.get("left out", 0)
 
     @property
     def failed(self) -> int:
@@ -234,13 +239,19 @@ def _plan(
         guard.tick()
         named = _with_name(case)
         if overwrite:
-            coordinator.add([_overwritten(out, named)])
+            task = _overwritten(out, named)
+            if "left_out" in named:
+                _leave_out(PlannedCase(task=task, state="left out"), coordinator)
+            else:
+                coordinator.add([task])
             continue
         suspect = suspects.get(named["case"])
         planned = plan_case(out, named, suspect, endings=endings, check_hashes=hashes)
         if planned.state == "to do":
             suspect = suspect if planned.task.alone else None  # None for a file that was replaced
             coordinator.add(_to_do(planned, suspect, coordinator))
+        elif planned.state == "left out":
+            _leave_out(planned, coordinator)
         elif planned.record is not None:
             coordinator.claims.remove_dead(named["case"])
             done = planned.state == "done"
@@ -255,6 +266,16 @@ def _to_do(planned: PlannedCase, suspect: Suspect | None, coordinator: Coordinat
         return [planned.task]
     coordinator.give_up(planned.task, suspect)
     return []
+
+
+def _leave_out(planned: PlannedCase, coordinator: Coordinator) -> None:
+    """Record a case that is no volume, unless that is its record already."""
+    task, before = planned.task, planned.record
+    record = left_out_record(task, coordinator.identity)
+    if before is None or (before.status, before.error) != (record.status, record.error):
+        _overwritten(coordinator.out, task.case)
+        write_record(coordinator.out, record)
+    coordinator.report(record)
 
 
 def _overwritten(out: OutputFolder, case: Case) -> Task:

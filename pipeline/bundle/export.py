@@ -100,7 +100,9 @@ def export_bundle(
     """
     paths = BundlePaths(find_bundle(bundle))
     spec = load_spec(paths.spec)
-    cases = _evenly_spread(find_cases(calibrate, spec), MAX_VOLUMES) if calibrate else []
+    found = find_cases(calibrate, spec) if calibrate else []
+    volumes = [case for case in found if "left_out" not in case]
+    cases = _evenly_spread(volumes, MAX_VOLUMES) if calibrate else []
     if precision == "int8" and (to != "openvino" or not cases):
         raise ConfigError(
             "--precision int8 is for --to openvino, and needs --calibrate FOLDER with volumes "

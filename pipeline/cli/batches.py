@@ -301,10 +301,12 @@ def _print_rows(records: Sequence[CaseRecord]) -> None:
 
 def _show_outcome(summary: BatchSummary, output: Path) -> int:
     """Print what became of a batch, and return the exit status."""
-    total, failed = summary.total, summary.failed
+    total, failed = summary.total - summary.left_out, summary.failed
     outcome = f"{total - failed} of {total} cases are in {output}"
     if summary.counts.get("skipped"):
         outcome += f", {summary.counts['skipped']} of them from an earlier run"
+    if summary.left_out:
+        outcome += f", {summary.left_out} DICOM series were left out (see cases.csv)"
     if failed:
         outcome += f", {failed} failed (see cases.csv)"
     click.echo(outcome, err=True)
@@ -325,11 +327,14 @@ def _show_forecasts(model: CaseModel, cases: Sequence[Case], output: Path, *, as
         writer.writeheader()
         writer.writerows(rows)
     bad = sum(bool(item.problem) for item in forecasts)
+    left_out = sum(bool(item.left_out) for item in forecasts)
     windows = sum(item.windows for item in forecasts)
     read = sum(item.input_bytes for item in forecasts)
     peak = max((item.memory for item in forecasts), default=0)
+    others = f"{left_out} DICOM series are left out; " if left_out else ""
     click.echo(
-        f"{len(rows)} cases, {bad} of them will fail; {read / GIB:.2f} GiB to read; about "
+        f"{len(rows) - left_out} cases, {bad} of them will fail; {others}{read / GIB:.2f} GiB to "
+        "read; about "
         f"{windows * seconds / 60:.1f} minutes of the network on this machine with one process, "
         f"up to {peak / GIB:.2f} GiB of memory",
         err=True,
@@ -345,6 +350,7 @@ def _forecast_row(item: Forecast, seconds: float) -> dict[str, str]:
         "files": ";".join(map(printable, item.files)),
         "output": printable(item.output),
         "problem": item.problem,
+        "left_out": item.left_out,
         "shape": " ".join(map(str, item.shape)),
         "spacing_mm": " ".join(f"{mm:.4g}" for mm in item.spacing),
         "input_mb": f"{item.input_bytes / MIB:.2f}",

@@ -39,7 +39,7 @@ def case_line(record: CaseRecord) -> str:
     from pipeline.io import printable
 
     line = f"{record.status:8} {printable(record.case)}"
-    if record.is_failure:
+    if record.is_failure or record.status == "left out":
         return f"{line}: {record.error}"
     return line + (f" (warning: {'; '.join(record.warnings)})" if record.warnings else "")
 

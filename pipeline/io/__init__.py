@@ -7,6 +7,7 @@ Images are read and written here only; all other packages take arrays and affine
 - `reader`: files and images in memory → `Image`.
 - `dicom_series`: DICOM files, without reading them.
 - `dicom_discovery`: DICOM series among files of any names.
+- `dicom_kinds`: which of them are no volumes, such as localisers.
 - `dicom_frames`, `dicom_geometry`, `dicom`: DICOM series → `Image`.
 - `dicom_codes`: codes of structures.
 - `dicom_seg`, `dicom_report`: label maps → DICOM segmentations and reports of volumes.

@@ -18,6 +18,7 @@ from pipeline.io.reader import source_list
 from pipeline.log import LOGGER
 from pipeline.types import Case, ImageSource, PathOrStr
 
+SHOWN_REASONS = 5  # in an error
 CHANNEL_NUMBER = re.compile(r"_(\d{4})$")
 
 
@@ -46,8 +47,9 @@ def find_cases(
     many volumes as the model has channels holds all of them.
 
     DICOM files of any names form series by their SeriesInstanceUID, which is the name of the case.
-    Series of other modalities, and DICOM files that are no images, are skipped; the log says how
-    many.
+    Series of other modalities, series that are no volume (such as localisers), and DICOM files that
+    are no images are cases with the reason as `left_out`; the log gives the number of files of each
+    kind.
 
     What was given and cannot be used (a broken link, a folder that cannot be searched, a case
     without one of its channels) is a case with a `problem`, so that it is not lost.
@@ -62,8 +64,8 @@ def find_cases(
         list with one path per channel), in the order of the inputs, folders sorted by path.
 
     Raises:
-        ConfigError: no input exists, a folder holds no image, a manifest cannot be understood, or
-            two inputs have the same output.
+        ConfigError: no input exists, a folder holds no image, all DICOM series there are left out,
+            a manifest cannot be understood, or two inputs have the same output.
     """
     files: dict[NamedFile, None] = {}  # a dict keeps the order and drops repetitions
     listed: list[Case] = []
@@ -82,8 +84,8 @@ def find_cases(
     else:
         found = [_case(file.name, str(file.path), file.problem) for file in images]
     cases = [*found, *series, *listed]
-    if not cases:
-        raise ConfigError(f"{', '.join(map(printable, inputs))}: {left_out}")
+    if all("left_out" in case for case in cases):
+        raise ConfigError(_nothing_to_segment(inputs, cases, left_out))
     if left_out:
         LOGGER.warning("%s", left_out)
     _check_outputs_differ(cases)
@@ -114,8 +116,28 @@ def _series_cases(
             f"DICOM files that are no {' or '.join(modalities)} images are left out: "
             f"{skipped_text(found.skipped)}"
         )
-    cases = [_series_case(series, spec) for series in found.series]
+    cases = [
+        _left_out(series, f"no volume: {found.no_volumes[series.uid]}")
+        if series.uid in found.no_volumes
+        else _series_case(series, spec)
+        for series in found.series
+    ]
+    wanted = " or ".join(modalities)
+    cases += [_left_out(series, f"no {wanted} images: {kinds}") for series, kinds in found.others]
     return [*cases, *_damaged_cases(found)], left_out
+
+
+def _left_out(series: DicomSeries, reason: str) -> Case:
+    return Case(case=series.uid, image=series, left_out=reason)
+
+
+def _nothing_to_segment(inputs: Sequence[PathOrStr], cases: Sequence[Case], left_out: str) -> str:
+    """Return the message where everything that was found is left out."""
+    names = ", ".join(map(printable, inputs))
+    reasons = [f"DICOM series {case['case']}: {case['left_out']}" for case in cases]
+    listed = "; ".join(reasons[:SHOWN_REASONS])
+    more = f"; and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
+    return f"{names}: nothing to segment: {listed}{more}" if reasons else f"{names}: {left_out}"
 
 
 def _series_case(series: DicomSeries, spec: Channels) -> Case:

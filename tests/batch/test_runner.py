@@ -37,6 +37,7 @@ from pipeline.inference.model import Model
 from pipeline.inference.predictor import predict_case, predict_prepared
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
+from pipeline.types import Case
 
 SMALL = (9, 11, 8)  # one window of the tiny network
 
@@ -341,3 +342,24 @@ def test_run_bundle_fails_after_all_cases(
     segment_cases(model_3d, cases, folder / "other")
     for name, content in written.items():
         assert (folder / "other" / name).read_bytes() == content
+
+
+def test_what_is_left_out_has_a_record_and_no_result(model_3d: Model, folder: Path) -> None:
+    """A result that it has is kept while it is true, and goes with --overwrite."""
+    out, cases = folder / "out", find_cases([folder / "in"], model_3d.spec)
+    segment_cases(model_3d, cases[:2], out)
+    given = [cases[0], *(Case(**(case | {"left_out": "no volume: one"})) for case in cases[1:])]
+
+    def states(**options: Any) -> dict[str, str]:
+        return {row.case: row.status for row in segment_cases(model_3d, given, out, **options)}
+
+    for _ in range(2):
+        assert states() == {"a": "skipped", "b": "skipped", "c": "left out"}
+    assert states(overwrite=True) == {"a": "done", "b": "left out", "c": "left out"}
+    assert [path.name for path in out.glob("*_seg.nii.gz")] == ["a_seg.nii.gz"]
+    rows = {row["case"]: row for row in read_csv(out / "cases.csv")}
+    assert rows["b"]["message"] == rows["c"]["message"] == "no volume: one"
+    assert [row["case"] for row in read_csv(out / "volumes.csv")] == ["a"]
+    segment_cases(model_3d, cases, out)
+    rows = {row["case"]: row for row in read_csv(out / "cases.csv")}
+    assert (rows["c"]["status"], rows["c"]["reason"]) == ("done", "it was left out before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from dicom_files import PATIENT, Series, make_series
+from dicom_files import PATIENT, Series, make_localiser, make_series
 from pydicom import dcmread
 
 from pipeline.cli import main
 
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 COUNT = 24  # slices: as many as the tiny bundle's windows take
 
 
@@ -77,6 +79,80 @@ def test_series_in_objects_out(tiny_bundle_3d: Path, series: Series, tmp_path: P
     (folder / series.slices[5].name).unlink()
     assert segment(*words).exit_code == 1
     assert not list(out.glob(f"{series.uid}_*"))
+
+
+@pytest.mark.slow
+def test_what_is_no_volume_is_left_out_by_name(
+    tiny_bundle_3d: Path, series: Series, tmp_path: Path
+) -> None:
+    """With a row, not as a failure; when it is found again it is left out again."""
+    folder, out = series.write(tmp_path / "in"), tmp_path / "out"
+    scout = make_localiser()
+    scout.write(folder / "scout")
+    pictures = make_series(2)
+    pictures.change(lambda number, item: setattr(item, "SOPClassUID", SECONDARY_CAPTURE))
+    pictures.write(folder / "pictures")
+    words = (folder, "-o", out, "--bundle", tiny_bundle_3d, "--dicom-seg")
+    for summary in ("1 of 1 cases are in", "1 of them from an earlier run, 2 DICOM series were"):
+        result = segment(*words)
+        assert result.exit_code == 0, result.output
+        assert summary in result.output
+        assert f"left out {scout.uid}: no volume: slices of 3 orientations" in result.output
+        with open(out / "cases.csv", newline="") as file:
+            rows = {row["case"]: row for row in csv.DictReader(file)}
+        assert {name: row["status"] for name, row in rows.items()} == {
+            series.uid: "done",
+            scout.uid: "left out",
+            pictures.uid: "left out",
+        }
+        assert "Secondary Capture" in rows[pictures.uid]["message"]
+    text = texts(out, result)
+    assert f"left out {scout.uid}" in (out / "volseg.log").read_text()
+    assert json.loads((out / "run.json").read_text())["cases"] == {"done": 1, "left out": 2}
+    assert not [value for value in PATIENT.values() if value in text]
+
+    # files that arrive make a volume of it, and files that are gone leave no result
+    full = make_series(3, uid=scout.uid, count=COUNT).write(tmp_path / "more")
+    for path in (folder / "scout").iterdir():
+        path.unlink()
+    for path in full.iterdir():
+        path.rename(folder / "scout" / path.name)
+    assert segment(*words).exit_code == 0
+    assert (out / f"{scout.uid}_seg.dcm").exists()
+    for path in sorted((folder / "scout").iterdir())[1:]:
+        path.unlink()
+    left = dcmread(next((folder / "scout").iterdir()))
+    left.InstanceNumber = 1
+    left.save_as(next((folder / "scout").iterdir()))
+    result = segment(*words)
+    assert result.exit_code == 0, result.output
+    assert f"left out {scout.uid}: no volume: one slice" in result.output
+    assert not list(out.glob(f"{scout.uid}_*"))
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_what_is_left_out(
+    tiny_bundle_3d: Path, series: Series, tmp_path: Path
+) -> None:
+    folder, scout = series.write(tmp_path / "in"), make_localiser(stated=True)
+    scout.write(folder / "scout")
+    words = (folder, "-o", tmp_path / "out", "--bundle", tiny_bundle_3d, "--dry-run", "--json")
+    result = segment(*words)
+    assert result.exit_code == 0, result.output
+    rows = {row["case"]: row for row in json.loads(result.stdout)}
+    assert "LOCALIZER" in rows[scout.uid]["left_out"]
+    assert (rows[series.uid]["left_out"], rows[scout.uid]["output"]) == ("", "")
+    assert "1 cases, 0 of them will fail; 1 DICOM series are left out" in result.stderr
+
+
+def test_a_localiser_alone_is_an_error(tiny_bundle_3d: Path, tmp_path: Path) -> None:
+    scout = make_localiser()
+    folder = scout.write(tmp_path / "in")
+    result = segment(folder, "-o", tmp_path / "out", "--bundle", tiny_bundle_3d, "--dicom-seg")
+    assert result.exit_code == 2
+    words = " ".join(result.output.split())
+    assert f"nothing to segment: DICOM series {scout.uid}: no volume: slices of 3" in words
+    assert not (tmp_path / "out").exists()
 
 
 def _nifti(folder: Path) -> Path:

@@ -153,7 +153,7 @@ function setColumns() {
   const columns = [
     { key: "case", name: "Case", kind: "case", value: (row) => row.case.toLowerCase(), text: (row) => row.case },
     { key: "status", name: "Status", value: (row) => row.status, text: (row) => row.status,
-      tone: (row) => (row.status === "done" ? "" : "bad") },
+      tone: (row) => (isFailure(row) ? "bad" : "") },
     { key: "mark", name: "Mark", kind: "mark", value: (row) => `${row.mark}${row.note ? "1" : "2"}`,
       text: (row) => `${row.mark}${row.note ? " ✎" : ""}`,
       tone: (row) => (row.mark === "pass" ? "good" : row.mark === "fail" ? "bad" : "") },
@@ -226,13 +226,16 @@ function sortRows(rows) {
   return keyed.map(([, row]) => row);
 }
 
+const isFailure = (row) => !["done", "left out"].includes(row.status);
+
 const CHOICES = {
   all: () => true,
   flagged: (row) => row.flagged || row.mark === "fail",
   warnings: (row) => row.warnings.length > 0,
   outliers: (row) => row.outliers.length > 0,
   done: (row) => row.status === "done",
-  failures: (row) => row.status !== "done",
+  failures: isFailure,
+  "left out": (row) => row.status === "left out",
   unmarked: (row) => !row.mark,
   pass: (row) => row.mark === "pass",
   fail: (row) => row.mark === "fail",
@@ -328,7 +331,7 @@ function showDetail() {
     return;
   }
   const parts = [titleOf(row), markingOf(row)];
-  if (row.message) parts.push(element("p", { className: "message" }, row.message));
+  if (row.message) parts.push(element("p", { className: isFailure(row) ? "message" : "message warning" }, row.message));
   for (const text of row.warnings) parts.push(element("p", { className: "message warning" }, text));
   if (row.picture_problem) parts.push(element("p", { className: "message warning" }, row.picture_problem));
   if (row.volume) parts.push(element("div", { id: "viewer-box", hidden: true }));
@@ -340,7 +343,7 @@ function showDetail() {
 }
 
 function titleOf(row) {
-  const tone = row.status === "done" ? "good" : "bad";
+  const tone = isFailure(row) ? "bad" : row.status === "done" ? "good" : "";
   const title = element("div", { className: "top" }, element("h2", {}, row.case),
     element("span", { className: `badge ${tone}` }, row.status));
   if (row.dice !== null) title.append(element("span", { className: "badge" }, `predicted Dice ${row.dice.toFixed(3)}`));
