@@ -22,6 +22,8 @@ IMAGES = (
     "sub-02/ses-pre/anat/sub-02_ses-pre_ce-gd_T1w",
 )
 PARTICIPANTS = "participant_id\tage\tsex\nsub-01\t39\tF\nsub-02\tn/a\tM\nsub-07\t61\tM\n"
+# of sub-01; its column age is also in participants.tsv
+SESSIONS = "session_id\tage\tacq_time\nses-pre\t39.1\t2020-01-02T03:04:05\nses-post\t40.6\tn/a\n"
 
 
 def make_dataset(root: Path, images: Sequence[str] = IMAGES) -> Path:
@@ -31,6 +33,8 @@ def make_dataset(root: Path, images: Sequence[str] = IMAGES) -> Path:
     description = {"Name": "Blobs", "BIDSVersion": "1.10.0", "Authors": ["A", "B"]}
     (root / "dataset_description.json").write_text(json.dumps(description))
     (root / "participants.tsv").write_text(PARTICIPANTS)
+    if images == IMAGES:
+        (root / "sub-01" / "sub-01_sessions.tsv").write_text(SESSIONS)
     return root
 
 

@@ -1,10 +1,10 @@
-"""The table of a whole BIDS dataset: one row per image, with what is known of its participant."""
+"""The table of a BIDS dataset: one row per image, with facts of its participant and session."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from pipeline.errors import ConfigError
 from pipeline.io import (
     ENTITY_NAMES,
     PARTICIPANTS_TSV,
+    SESSIONS_TSV,
     parse_bids_name,
     read_json,
     read_participants,
+    read_sessions,
 )
 
 PARTICIPANT, SESSION = "participant_id", "session_id"
-PARTICIPANTS_JSON = "participants.json"
+PARTICIPANTS_JSON, SESSIONS_JSON = "participants.json", "sessions.json"
 FACTS = {
     PARTICIPANT: {"Description": "Label of the participant, with sub-."},
     SESSION: {"Description": "Label of the session, with ses-."},
@@ -38,7 +40,7 @@ FACTS = {
     "warnings": {"Description": "Reasons to look at the segmentation before its volumes are used."},
 }
 Row = dict[str, Any]
-Participants = Mapping[str, Mapping[str, str]]  # participant → column → value
+Rows = Mapping[str, Mapping[str, str]]  # label → column → value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +52,65 @@ class GroupTable:
         rows: number of images.
         unknown: participants with images who are not in participants.tsv.
         without_image: participants in participants.tsv without an image in the results.
+        unknown_sessions: participant and session of images, where the participant has a
+            sessions.tsv that does not name the session.
+        in_both: columns of participants.tsv and of sessions.tsv → column of the session's value.
     """
 
     path: Path
     rows: int
     unknown: Sequence[str]
     without_image: Sequence[str]
+    unknown_sessions: Sequence[str] = ()
+    in_both: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Facts:
+    """What the dataset's own tables say of images.
+
+    Attributes:
+        participants: participant → column → value.
+        sessions: participant → session → column → value.
+    """
+
+    participants: Rows
+    sessions: Mapping[str, Rows]
+
+    @classmethod
+    def of(cls, dataset: Path, records: Iterable[CaseRecord]) -> _Facts:
+        """Read the tables; sessions.tsv of the participants with sessions in the results."""
+        names = {item.columns[PARTICIPANT] for item in records if item.columns.get(SESSION)}
+        return cls(
+            participants=read_participants(dataset),
+            sessions={name: read_sessions(dataset, name) for name in sorted(names)},
+        )
+
+    def of_participant(self, record: CaseRecord) -> Mapping[str, str]:
+        """Return column → value of an image's participant."""
+        return self.participants.get(record.columns[PARTICIPANT], {})
+
+    def of_session(self, record: CaseRecord) -> Mapping[str, str]:
+        """Return column → value of an image's session."""
+        rows = self.sessions.get(record.columns[PARTICIPANT], {})
+        return rows.get(record.columns.get(SESSION, ""), {})
+
+    def unknown_sessions(self, records: Iterable[CaseRecord]) -> list[str]:
+        """Return participant and session of images whose sessions.tsv does not name the session."""
+        found = set()
+        for record in records:
+            name, session = record.columns[PARTICIPANT], record.columns.get(SESSION)
+            if session and self.sessions[name] and session not in self.sessions[name]:
+                found.add(f"{name} {session}")
+        return sorted(found)
 
 
 def write_group_table(dataset: Path, folder: Path, participants: Sequence[str] = ()) -> GroupTable:
     """Write group_volumes.tsv and its data dictionary, from the records of an output folder.
 
     Args:
-        dataset: the raw BIDS dataset; its participants.tsv may be missing or incomplete.
+        dataset: the raw BIDS dataset; its participants.tsv and the sessions.tsv of its participants
+            may be missing or incomplete.
         folder: the output folder.
         participants: labels, with or without `sub-`; empty for all.
 
@@ -79,19 +127,24 @@ def write_group_table(dataset: Path, folder: Path, participants: Sequence[str] =
         raise ConfigError(
             f"{folder}: holds no result of these participants; run the level `participant` first"
         )
-    known = read_participants(dataset)
+    known = _Facts.of(dataset, records)
     table = _Columns.of(records, known)
-    rows = [_row(record, known.get(record.columns[PARTICIPANT], {}), table) for record in records]
+    rows = [_row(record, known, table) for record in records]
     out = OutputFolder(folder)
     cells = [[row.get(column) for column in table.names] for row in rows]
     write_if_different(out, GROUP_TSV, table_text(table.names, cells))
-    write_if_different(out, GROUP_JSON, json_text(table.dictionary(dataset)))
+    write_if_different(out, GROUP_JSON, json_text(table.dictionary(dataset, known.sessions)))
     with_image = {record.columns[PARTICIPANT] for record in records}
+    listed = known.participants
     return GroupTable(
         path=folder / GROUP_TSV,
         rows=len(rows),
-        unknown=sorted(with_image - set(known)) if known else [],
-        without_image=[] if wanted else [name for name in known if name not in with_image],
+        unknown=sorted(with_image - set(listed)) if listed else [],
+        without_image=[] if wanted else [name for name in listed if name not in with_image],
+        unknown_sessions=known.unknown_sessions(records),
+        in_both={
+            name: column for name, column in table.sessions.items() if name in table.participants
+        },
     )
 
 
@@ -106,14 +159,8 @@ def _volume_columns(records: Iterable[CaseRecord]) -> dict[str, str]:
     return columns
 
 
-def _row(record: CaseRecord, about: Mapping[str, str], table: _Columns) -> Row:
-    """Return the row of an image: column → value.
-
-    Args:
-        record: of the image.
-        about: its participant's row of participants.tsv; empty for none.
-        table: the columns.
-    """
+def _row(record: CaseRecord, known: _Facts, table: _Columns) -> Row:
+    """Return the row of an image: column → value."""
     parsed = parse_bids_name(record.case)
     return {
         PARTICIPANT: record.columns[PARTICIPANT],
@@ -122,7 +169,8 @@ def _row(record: CaseRecord, about: Mapping[str, str], table: _Columns) -> Row:
         "image": record.case,
         "status": record.status,
         "warnings": WARNING_SEPARATOR.join(record.warnings),
-        **{table.participants[name]: text for name, text in about.items()},
+        **{table.participants[name]: text for name, text in known.of_participant(record).items()},
+        **{table.sessions[name]: text for name, text in known.of_session(record).items()},
         **{table.volumes[name]: f"{mm3:.3f}" for name, mm3 in record.volumes_mm3.items()},
     }
 
@@ -134,16 +182,18 @@ class _Columns:
     Attributes:
         facts: about the image.
         participants: name in participants.tsv → column.
+        sessions: name in sessions.tsv → column.
         volumes: name of a structure → column.
     """
 
     facts: Sequence[str]
     participants: Mapping[str, str]
+    sessions: Mapping[str, str]
     volumes: Mapping[str, str]
 
     @classmethod
-    def of(cls, records: Sequence[CaseRecord], known: Participants) -> _Columns:
-        """Return the columns that some images and participants need."""
+    def of(cls, records: Sequence[CaseRecord], known: _Facts) -> _Columns:
+        """Return the columns that some images, participants and sessions need."""
         used = {SESSION for record in records if record.columns.get(SESSION)}
         for record in records:
             parsed = parse_bids_name(record.case)
@@ -153,27 +203,39 @@ class _Columns:
         facts = [*first, *entities, "image", "status", "warnings"]
         volumes = _volume_columns(records)
         taken = {*facts, *volumes.values()}
-        names = dict.fromkeys(name for row in known.values() for name in row)
+        participants = _free_names(known.participants.values(), "participants_", taken)
+        sessions = [row for rows in known.sessions.values() for row in rows.values()]
         return cls(
             facts=facts,
-            participants={
-                name: f"participants_{name}" if name in taken else name for name in names
-            },
+            participants=participants,
+            sessions=_free_names(sessions, "sessions_", taken | set(participants.values())),
             volumes=volumes,
         )
 
     @property
     def names(self) -> list[str]:
         """All columns in order."""
-        return [*self.facts, *self.participants.values(), *self.volumes.values()]
+        return [
+            *self.facts,
+            *self.participants.values(),
+            *self.sessions.values(),
+            *self.volumes.values(),
+        ]
 
-    def dictionary(self, dataset: Path) -> dict[str, Any]:
-        """Return the data dictionary: description and unit of each column."""
-        try:
-            content = read_json(dataset / PARTICIPANTS_JSON)
-        except ConfigError:
-            content = {}
-        about = content if isinstance(content, dict) else {}
+    def dictionary(self, dataset: Path, participants: Iterable[str]) -> dict[str, Any]:
+        """Return the data dictionary: description and unit of each column.
+
+        Args:
+            dataset: the raw BIDS dataset.
+            participants: those whose data dictionaries of sessions are read.
+        """
+        about = _read_dictionary(dataset / PARTICIPANTS_JSON)
+        about_sessions: dict[str, Any] = {}
+        for name in participants:
+            about_sessions |= _read_dictionary(dataset / name / f"{name}_{SESSIONS_JSON}")
+        # one for all participants, by the inheritance principle of BIDS
+        about_sessions = _read_dictionary(dataset / SESSIONS_JSON) | about_sessions
+        of_session = {"Description": f"As in the participant's {SESSIONS_TSV}."}
         entity = {
             name: {"Description": f"Entity {name} in the image's name."} for name in self.facts
         }
@@ -182,7 +244,32 @@ class _Columns:
             **{name: FACTS.get(name, entity[name]) for name in self.facts},
             **{column: about.get(name, source) for name, column in self.participants.items()},
             **{
+                column: about_sessions.get(name, of_session)
+                for name, column in self.sessions.items()
+            },
+            **{
                 column: {"Description": f"Volume: {name}.", "Units": "mm^3"}
                 for name, column in self.volumes.items()
             },
         }
+
+
+def _free_names(rows: Iterable[Mapping[str, str]], prefix: str, taken: set[str]) -> dict[str, str]:
+    """Return the columns of some rows → names that are not taken, by a prefix where they are."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns: dict[str, str] = {}
+    for name in names:
+        column = name
+        while column in taken or (column != name and column in names):
+            column = f"{prefix}{column}"
+        columns[name] = column
+    return columns
+
+
+def _read_dictionary(path: Path) -> dict[str, Any]:
+    """Return a data dictionary; empty where there is none that can be read."""
+    try:
+        content = read_json(path)
+    except ConfigError:
+        return {}
+    return content if isinstance(content, dict) else {}

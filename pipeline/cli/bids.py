@@ -125,7 +125,7 @@ def bids(
     The level `participant` segments the images sub-LABEL/[ses-LABEL/]anat/…_T1w.nii.gz of
     BIDS_DIR. OUT gets label maps, their metadata and a table of volumes per image. The level
     `group` writes group_volumes.tsv: the volumes of all images, with the columns of
-    participants.tsv.
+    participants.tsv and of each participant's sessions.tsv.
     """
     participants = _labels(participant_label)
     with usage_errors():
@@ -186,9 +186,16 @@ def _group(bids_dir: Path, output: Path, participants: tuple[str, ...]) -> int:
     for text, names in (
         ("no row in participants.tsv", table.unknown),
         ("a row in participants.tsv, but no image here", table.without_image),
+        ("no row in the participant's sessions.tsv", table.unknown_sessions),
     ):
         if names:
             more = f", … ({len(names)} in all)" if len(names) > SHOWN else ""
             LOGGER.warning("%s: %s%s", text, ", ".join(names[:SHOWN]), more)
+    for name, column in table.in_both.items():
+        LOGGER.warning(
+            "%s is in participants.tsv and in sessions.tsv: the column %s holds the session's",
+            name,
+            column,
+        )
     click.echo(f"{table.rows} images are in {table.path}", err=True)
     return DONE

@@ -38,11 +38,13 @@ from pipeline.io.aseg_stats import AsegMeasure, AsegRow, aseg_stats_text
 from pipeline.io.bids_dataset import (
     PARTICIPANTS_TSV,
     SEGMENTATION_ENDING,
+    SESSIONS_TSV,
     BidsQuery,
     bids_subjects,
     find_bids_cases,
     read_bids_filter,
     read_participants,
+    read_sessions,
 )
 from pipeline.io.bids_names import ENTITY_NAMES, BidsName, derivative_stem, parse_bids_name
 from pipeline.io.case_warnings import add_warnings, warnings_of
@@ -109,6 +111,7 @@ __all__ = [
     "RESULT_ENDINGS",
     "SAME_GRID_MM",
     "SEGMENTATION_ENDING",
+    "SESSIONS_TSV",
     "TEMPORARY_SUFFIX",
     "UNCERTAINTY_ENDING",
     "WRITTEN_ENDINGS",
@@ -164,6 +167,7 @@ __all__ = [
     "read_json",
     "read_label_map",
     "read_participants",
+    "read_sessions",
     "read_splits",
     "retry_io",
     "series_of",

@@ -28,6 +28,7 @@ from pipeline.types import Case
 SEGMENTATION_ENDING = "_dseg.nii.gz"
 DATATYPE = "anat"
 PARTICIPANTS_TSV = "participants.tsv"
+SESSIONS_TSV = "sessions.tsv"  # after the participant's label
 SHOWN_LABELS = 30  # in an error; a large dataset has thousands
 Labels = tuple[str | None, ...]  # None for images without that entity
 ANY = "*"
@@ -159,7 +160,31 @@ def read_participants(root: Path) -> dict[str, dict[str, str]]:
         ConfigError: the table cannot be read, has no column participant_id, or names a participant
             twice.
     """
-    path = root / PARTICIPANTS_TSV
+    return _keyed_rows(root / PARTICIPANTS_TSV, "participant_id", "sub-")
+
+
+def read_sessions(root: Path, participant: str) -> dict[str, dict[str, str]]:
+    """Return session → the other columns of a participant's sessions.tsv; empty if there is none.
+
+    Args:
+        root: the dataset.
+        participant: its label, with `sub-`.
+
+    Raises:
+        ConfigError: the table cannot be read, has no column session_id, or names a session twice.
+    """
+    path = root / participant / f"{participant}_{SESSIONS_TSV}"
+    return _keyed_rows(path, "session_id", "ses-")
+
+
+def _keyed_rows(path: Path, key: str, prefix: str) -> dict[str, dict[str, str]]:
+    """Return label → the other columns of a table of BIDS; empty if there is no such file.
+
+    Args:
+        path: of the table.
+        key: its column of labels.
+        prefix: of the labels, which a table may leave out.
+    """
     if not path.is_file():
         return {}
     try:
@@ -167,15 +192,15 @@ def read_participants(root: Path) -> dict[str, dict[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{printable(path)}: cannot be read as UTF-8 text: {error}") from error
     columns = [name.strip() for name in header.split("\t")]
-    if "participant_id" not in columns:
+    if key not in columns:
         raise ConfigError(
-            f"{printable(path)}: found the columns {', '.join(columns)}, expected participant_id"
+            f"{printable(path)}: found the columns {', '.join(columns)}, expected {key}"
         )
     found: dict[str, dict[str, str]] = {}
     for line in filter(str.strip, lines):
         # BIDS has no quotes; a short line lacks its last cells
         row = dict(zip(columns, (cell.strip() for cell in line.split("\t")), strict=False))
-        name = f"sub-{row.pop('participant_id', '').removeprefix('sub-')}"
+        name = f"{prefix}{row.pop(key, '').removeprefix(prefix)}"
         if name in found:
             raise ConfigError(f"{printable(path)}: {printable(name)} has two rows; keep one")
         found[name] = row

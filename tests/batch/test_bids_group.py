@@ -88,6 +88,82 @@ def test_participants_may_be_missing(tmp_path: Path) -> None:
     assert "age" not in table(tmp_path / "out")[0]
 
 
+def sessions(dataset: Path, subject: str, text: str) -> None:
+    folder = dataset / subject
+    folder.mkdir(exist_ok=True)
+    (folder / f"{subject}_sessions.tsv").write_text(text)
+
+
+def test_each_image_has_the_facts_of_its_session(dataset: Path, tmp_path: Path) -> None:
+    """By participant and session; an image without a session, or without a row, has none."""
+    sessions(dataset, "sub-01", "session_id\tage_at_session\tsystem\nses-a\t39.5\tx\nses-b\t41\t\n")
+    sessions(dataset, "sub-02", "session_id\tage_at_session\tmood\na\t50\tgood\n")
+    sessions(dataset, "sub-04", "session_id\tage_at_session\nses-z\t1\n")
+    (dataset / "sub-02" / "sub-02_sessions.json").write_text('{"mood": {"Levels": {"good": ":)"}}}')
+    (dataset / "sessions.json").write_text('{"age_at_session": {"Units": "year"}}')
+    records = [record("01", "b"), record("01", "a", "_run-1"), record("01", "a", "_run-2")]
+    records += [record("02", "a"), record("02", "c"), record("03"), record("04", "y")]
+    store(tmp_path / "out", *records)
+    result = write_group_table(dataset, tmp_path / "out")
+    rows = {row["image"].split("/")[-1]: row for row in table(tmp_path / "out")}
+    columns = ("age_at_session", "system", "mood")
+    assert {name: tuple(row[key] for key in columns) for name, row in rows.items()} == {
+        "sub-01_ses-a_run-1_T1w": ("39.5", "x", "n/a"),
+        "sub-01_ses-a_run-2_T1w": ("39.5", "x", "n/a"),
+        "sub-01_ses-b_T1w": ("41", "n/a", "n/a"),
+        "sub-02_ses-a_T1w": ("50", "n/a", "good"),
+        "sub-02_ses-c_T1w": ("n/a", "n/a", "n/a"),
+        "sub-03_T1w": ("n/a", "n/a", "n/a"),
+        "sub-04_ses-y_T1w": ("n/a", "n/a", "n/a"),
+    }
+    assert result.unknown_sessions == ["sub-02 ses-c", "sub-04 ses-y"]
+    assert result.in_both == {}
+    dictionary = json.loads((tmp_path / "out" / "group_volumes.json").read_text())
+    assert list(dictionary) == list(table(tmp_path / "out")[0])
+    assert dictionary["age_at_session"] == {"Units": "year"}
+    assert dictionary["mood"] == {"Levels": {"good": ":)"}}
+    assert dictionary["system"] == {"Description": "As in the participant's sessions.tsv."}
+
+
+def test_columns_of_the_same_name_are_all_kept(dataset: Path, tmp_path: Path) -> None:
+    """Ours have their names, then those of participants, then those of sessions."""
+    sessions(
+        dataset,
+        "sub-01",
+        "session_id\tage\tstatus\tsessions_age\tleft_caudate\nses-a\t41\tdrunk\told\t7\n",
+    )
+    store(tmp_path / "out", record("01", "a", volumes_mm3={"left caudate": 1.0}))
+    result = write_group_table(dataset, tmp_path / "out")
+    assert result.in_both == {"age": "sessions_sessions_age", "status": "sessions_status"}
+    (row,) = table(tmp_path / "out")
+    assert (row["age"], row["sessions_sessions_age"], row["sessions_age"]) == ("39", "41", "old")
+    assert (row["status"], row["participants_status"]) == ("done", "patient")
+    assert (row["sessions_status"], row["left_caudate"]) == ("drunk", "1.000")
+    assert row["sessions_left_caudate"] == "7"
+    dictionary = json.loads((tmp_path / "out" / "group_volumes.json").read_text())
+    assert dictionary["age"] == {"Units": "year"}
+    assert "sessions.tsv" in dictionary["sessions_sessions_age"]["Description"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "session\tage\nses-a\t1\n",
+            "sub-01_sessions.tsv: found the columns session, age, expected",
+        ),
+        ("session_id\tage\nses-a\t1\na\t2\n", "ses-a has two rows; keep one"),
+    ],
+)
+def test_a_wrong_table_of_sessions_is_an_error(
+    dataset: Path, tmp_path: Path, text: str, says: str
+) -> None:
+    sessions(dataset, "sub-01", text)
+    store(tmp_path / "out", record("01", "a"))
+    with pytest.raises(ConfigError, match=says):
+        write_group_table(dataset, tmp_path / "out")
+
+
 def test_some_participants(dataset: Path, tmp_path: Path) -> None:
     store(tmp_path / "out", record("01"), record("02"))
     assert write_group_table(dataset, tmp_path / "out", ["sub-02"]).rows == 1

@@ -49,7 +49,13 @@ def test_derivatives_are_valid(
     done = bids(dataset, out, tiny_bundle_3d, "--report")
     assert done.exit_code == 0, done.output
     assert label_maps(out) == sorted(map(derivative, IMAGES))
-    assert run("bids", dataset, out, "group").exit_code == 0
+    group = run("bids", dataset, out, "group")
+    assert group.exit_code == 0
+    assert "the column sessions_age holds the session's" in group.output
+    with open(out / "group_volumes.tsv", newline="") as file:
+        rows = {row["image"]: row for row in csv.DictReader(file, delimiter="\t")}
+    ages = [(rows[image]["age"], rows[image]["sessions_age"]) for image in IMAGES]
+    assert ages == [("39", "39.1"), ("39", "39.1"), ("39", "40.6"), ("n/a", "n/a")]
     tables = run("tables", out, "--stats", "all", "--icv", "front")
     assert tables.exit_code == 0, tables.output
     assert (out / "report" / "index.html").is_file()
