@@ -1,0 +1,48 @@
+"""Copy a trained network into a bundle as the second network of its cascade.
+
+    python scripts/join_cascade.py BUNDLE TRAINED_BUNDLE
+
+The weights are stored in float16, which halves the file; they are computed with in float32. The
+spec of the trained network has to be that of the cascade.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import click
+import torch
+
+from pipeline.config import BundlePaths, Spec, load_spec
+from pipeline.io import write_atomically
+from pipeline.networks import read_state
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.argument("trained", type=click.Path(exists=True, file_okay=False))
+def main(bundle: str, trained: str) -> None:
+    """Copy the weights, if the two specs agree."""
+    whole, source = BundlePaths(bundle), BundlePaths(trained)
+    wanted, found = load_spec(whole.spec).cascade_spec, load_spec(source.spec)
+    if wanted is None:
+        sys.exit(f"{whole.spec}: expected a cascade, got none")
+    differing = _differences(wanted, found)
+    if differing:
+        sys.exit(f"{source.spec}: differs from the cascade of {whole.spec} in {differing}")
+    state = {name: tensor.half() for name, tensor in read_state(source.weights).items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(whole.cascade_weights, buffer.getvalue())
+    click.echo(f"{whole.cascade_weights}: {len(buffer.getvalue()) / 2**20:.1f} MB")
+
+
+def _differences(wanted: Spec, found: Spec) -> str:
+    """Return the keys, of those that a network depends on, in which two specs differ."""
+    keys = ("labels", "channels", "orientation", "spacing", "intensity", "roi_size", "network")
+    return ", ".join(key for key in keys if getattr(wanted, key) != getattr(found, key))
+
+
+if __name__ == "__main__":
+    main()
