@@ -54,6 +54,8 @@ class Case(_NamedCase, total=False):
         left_out: why the case is not to be segmented, which is no failure: it is no volume.
         columns: further facts about the case, which are kept in the tables of results.
         dicom: DICOM objects to write besides: keys of `pipeline.io.DICOM_ENDINGS`.
+        dicom_codes: name of a label → its `pipeline.io.StructureCode` in these objects, where it is
+            not to be the one that volseg knows.
         outputs: ending → relative path of that output, where it is not the name with the ending.
     """
 
@@ -63,6 +65,7 @@ class Case(_NamedCase, total=False):
     left_out: str
     columns: Mapping[str, str]
     dicom: tuple[str, ...]
+    dicom_codes: Mapping[str, Any]
     outputs: Mapping[str, str]
 
 

@@ -12,6 +12,7 @@ from pipeline.io import (
     DICOM_ENDINGS,
     Algorithm,
     DicomSeries,
+    StructureCode,
     dicom_objects,
     series_of,
     source_list,
@@ -35,7 +36,11 @@ class DicomFiles:
 
 
 def with_dicom_outputs(
-    cases: Sequence[Case], kind: str | None, *, report: bool = False
+    cases: Sequence[Case],
+    kind: str | None,
+    *,
+    report: bool = False,
+    codes: Mapping[str, StructureCode] | None = None,
 ) -> list[Case]:
     """Return cases of which those of a DICOM series get DICOM objects besides.
 
@@ -43,6 +48,7 @@ def with_dicom_outputs(
         cases: of a batch.
         kind: of the segmentation: `binary` or `labelmap`; None for none.
         report: whether each gets a report of volumes, which refers to the segmentation.
+        codes: name of a label → its code, where it is not to be the one that volseg knows.
 
     Raises:
         ConfigError: no case is a DICOM series, or a report without a segmentation is asked for.
@@ -52,9 +58,8 @@ def with_dicom_outputs(
     if kind is None:
         raise ConfigError("a DICOM report refers to a segmentation: give --dicom-seg as well")
     wanted = (kind, REPORT) if report else (kind,)
-    found = [
-        Case(**(case | {"dicom": wanted})) if _series(case) is not None else case for case in cases
-    ]
+    asked = {"dicom": wanted, "dicom_codes": codes} if codes else {"dicom": wanted}
+    found = [Case(**(case | asked)) if _series(case) is not None else case for case in cases]
     if cases and not any("dicom" in case for case in found):
         raise ConfigError(
             "none of the inputs is a DICOM series: --dicom-seg writes on the frames of a series"
@@ -94,6 +99,7 @@ def dicom_files(
         volume=int(volume) if volume.isdecimal() else None,
         kind="labelmap" if "labelmap" in wanted else "binary",
         volumes_mm3=prediction.volumes_mm3 if REPORT in wanted else None,
+        own_codes=case.get("dicom_codes"),
     )
     contents = {DICOM_ENDINGS[wanted[0]]: objects.segmentation}
     if objects.report is not None:

@@ -17,7 +17,14 @@ from pipeline.batch.resume import why_again
 from pipeline.batch.suspects import Suspect, clear_suspect
 from pipeline.errors import PipelineError, VolumeError
 from pipeline.inference import CaseModel
-from pipeline.io import LABELS_ENDING, Header, channel_headers, source_list, source_path
+from pipeline.io import (
+    LABELS_ENDING,
+    Header,
+    channel_headers,
+    codes_hash,
+    source_list,
+    source_path,
+)
 from pipeline.types import Case, PathOrStr
 
 MEMORY_FRACTION = 0.7  # of the memory at hand that a batch plans to use
@@ -120,6 +127,8 @@ def _missing(record: CaseRecord, case: Case, endings: Sequence[str]) -> str:
     for ending in endings:
         if output_name(case, ending) not in written:
             return f"it has no {ending.lstrip('_')} yet"
+    if "dicom" in case and record.dicom_codes != codes_hash(case.get("dicom_codes", {})):
+        return "its DICOM objects have other codes"
     return ""
 
 

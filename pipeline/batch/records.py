@@ -58,6 +58,7 @@ class CaseRecord:
         inputs: the files that were read.
         outputs: the files that were written.
         columns: further columns of the manifest.
+        dicom_codes: hash of the codes that were given for labels in DICOM objects; empty for none.
         made_by: the identity of the results: model, settings and their hashes.
         computed: what computed the network; None where it did not run.
         versions: package → version.
@@ -80,6 +81,7 @@ class CaseRecord:
     inputs: tuple[FileState, ...] = ()
     outputs: tuple[FileState, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    dicom_codes: str = ""
     made_by: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from pipeline.defaults import INTRACRANIAL, STATISTICS
 
 if TYPE_CHECKING:
     from pipeline.inference import CaseModel
+    from pipeline.io import StructureCode
     from pipeline.types import Case
 
 
@@ -81,6 +82,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Write <name>_sr.dcm as well: the volumes as a DICOM report; takes --dicom-seg.",
 )
+@click.option(
+    "--dicom-codes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="TABLE",
+    show_default="the bundle's configs/dicom_codes.csv, if it has one",
+    help="CSV table with the codes of the bundle's labels for --dicom-seg: columns structure, "
+    "scheme, code and meaning.",
+)
 @label_table_option()
 @click.option(
     "--report",
@@ -95,6 +104,7 @@ def segment(
     modalities: tuple[str, ...],
     dicom_seg: str | None,
     dicom_sr: bool,
+    dicom_codes: Path | None,
     **given: Any,
 ) -> None:
     """Segment files, folders, globs and lists of MRI volumes, DICOM series among them.
@@ -116,15 +126,30 @@ def segment(
                 "--dicom-seg is on the frames of the series: no --labels-spacing"
             )
 
+        if dicom_codes and not dicom_seg:
+            raise click.UsageError("--dicom-codes is for --dicom-seg")
+
         def find(model: CaseModel) -> list[Case]:
             cases = find_cases(inputs, model, [code.upper() for code in modalities])
-            return with_dicom_outputs(cases, dicom_seg, report=dicom_sr)
+            codes = _codes(model, dicom_codes) if dicom_seg else {}
+            return with_dicom_outputs(cases, dicom_seg, report=dicom_sr, codes=codes)
 
         options, settings = BatchOptions.split(given)
         status = segment_batch(find, output, options, settings)
         if report and not options.dry_run:
             show_report(output)
     sys.exit(status)
+
+
+def _codes(model: CaseModel, table: Path | None) -> dict[str, StructureCode]:
+    """Return name of a label → its code, from a table or from that of the bundle."""
+    from pipeline.config import BundlePaths
+    from pipeline.io import read_structure_codes
+
+    path = table or BundlePaths(model.root).dicom_codes
+    if table is None and not path.exists():
+        return {}
+    return read_structure_codes(path, [name for name, value in model.labels.items() if value])
 
 
 @command()

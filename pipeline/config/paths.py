@@ -49,6 +49,11 @@ class BundlePaths:
         return self.configs / "card.yaml"
 
     @property
+    def dicom_codes(self) -> Path:
+        """Codes of the labels for DICOM objects, which a bundle may have."""
+        return self.configs / "dicom_codes.csv"
+
+    @property
     def splits(self) -> Path:
         """The folds of the cross-validation, which `volseg plan` writes."""
         return self.configs / "splits.json"

@@ -9,7 +9,7 @@ Images are read and written here only; all other packages take arrays and affine
 - `dicom_discovery`: DICOM series among files of any names.
 - `dicom_kinds`: which of them are no volumes, such as localisers.
 - `dicom_frames`, `dicom_geometry`, `dicom`: DICOM series → `Image`.
-- `dicom_codes`: codes of structures.
+- `dicom_codes`: codes of structures, known ones and those of a table.
 - `dicom_seg`, `dicom_report`: label maps → DICOM segmentations and reports of volumes.
 - `itk`: SimpleITK images → `Image`, and label maps → SimpleITK images.
 - `header`: shape and affine of a volume without its voxels.
@@ -58,6 +58,7 @@ from pipeline.io.dataset import (
     training_cases,
     validation_cases,
 )
+from pipeline.io.dicom_codes import StructureCode, codes_hash, read_structure_codes
 from pipeline.io.dicom_seg import Algorithm, DicomObjects, dicom_objects
 from pipeline.io.dicom_series import DicomSeries
 from pipeline.io.discovery import (
@@ -130,6 +131,7 @@ __all__ = [
     "Layout",
     "Modality",
     "Problem",
+    "StructureCode",
     "add_warnings",
     "as_nibabel",
     "as_sitk",
@@ -140,6 +142,7 @@ __all__ = [
     "channel_headers",
     "check_label_grid",
     "check_same_grid",
+    "codes_hash",
     "corner_distance",
     "derivative_stem",
     "dicom_objects",
@@ -169,6 +172,7 @@ __all__ = [
     "read_participants",
     "read_sessions",
     "read_splits",
+    "read_structure_codes",
     "retry_io",
     "series_of",
     "sha256",

@@ -82,6 +82,7 @@ def dicom_objects(
     volume: int | None = None,
     kind: SegmentationKind = "binary",
     volumes_mm3: Mapping[str, float] | None = None,
+    own_codes: Mapping[str, StructureCode] | None = None,
 ) -> DicomObjects:
     """Return a label map as a DICOM segmentation, with a report of volumes if they are given.
 
@@ -94,6 +95,7 @@ def dicom_objects(
         volume: number of the volume in the series; None for the only one.
         kind: `binary`: one frame per segment and slice; `labelmap`: one frame per slice.
         volumes_mm3: name → volume, mm³; those of labels are reported.
+        own_codes: name of a label → its code, where it is not to be the one that volseg knows.
 
     Raises:
         GeometryError: the labels are on another grid.
@@ -101,7 +103,7 @@ def dicom_objects(
     """
     source = _source(series_layout(series), volume or 0)
     table = [row for row in label_table(names) if row.value]
-    codes = [structure_code(row.name, row.value) for row in table]
+    codes = [structure_code(row.name, row.value, own_codes) for row in table]
     frames = _segment_frames(source, labels, table, kind)
     try:
         with quiet_pydicom():
@@ -301,7 +303,10 @@ def _warnings(table: Sequence[LabelColor], codes: Sequence[StructureCode]) -> tu
     if not own:
         return ()
     listed = ", ".join(own[:3]) + (", …" if len(own) > 3 else "")
-    return (f"the DICOM segmentation has codes of its own for {len(own)} labels ({listed})",)
+    return (
+        f"the DICOM segmentation has codes of its own for {len(own)} labels ({listed}): "
+        "--dicom-codes gives them others",
+    )
 
 
 def _content(dataset: Dataset) -> bytes:

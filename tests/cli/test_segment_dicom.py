@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -128,6 +129,43 @@ def test_what_is_no_volume_is_left_out_by_name(
     assert result.exit_code == 0, result.output
     assert f"left out {scout.uid}: no volume: one slice" in result.output
     assert not list(out.glob(f"{scout.uid}_*"))
+
+
+@pytest.mark.slow
+def test_codes_come_from_the_bundle_or_a_table(
+    tiny_bundle_3d: Path, series: Series, tmp_path: Path
+) -> None:
+    """A case is done again when its codes change, and only then."""
+    bundle, out = tmp_path / "bundle", tmp_path / "out"
+    shutil.copytree(tiny_bundle_3d, bundle)
+    folder = series.write(tmp_path / "in")
+    words = (folder, "-o", out, "--bundle", bundle)
+
+    def code_after(*more: str | Path) -> tuple[str, str]:
+        result = segment(*words, *more)
+        assert result.exit_code == 0, result.output
+        with open(out / "cases.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        (segment_one, *_) = dcmread(out / f"{series.uid}_seg.dcm").SegmentSequence
+        kind = segment_one.SegmentedPropertyTypeCodeSequence[0]
+        assert ("has codes of its own" in row["warnings"]) == (kind.CodeValue == "LABEL-7")
+        return f"{kind.CodingSchemeDesignator} {kind.CodeValue}", row["reason"]
+
+    assert code_after("--dicom-seg") == ("99VOLSEG LABEL-7", "")
+    text = "structure,scheme,code,meaning\nfront,SCT,{},Front\nback,99LAB,2,Back\n"
+    (bundle / "configs" / "dicom_codes.csv").write_text(text.format("5366008"))
+    again = ("SCT 5366008", "its DICOM objects have other codes")
+    assert code_after("--dicom-seg") == code_after("--dicom-seg") == again
+    assert code_after() == again  # without a wish for DICOM nothing is done again
+    table = tmp_path / "codes.csv"
+    table.write_text(text.format("4958002"))
+    assert code_after("--dicom-seg", "--dicom-codes", table)[0] == "SCT 4958002"
+    for more, says in (
+        (("--dicom-codes", table), "--dicom-codes is for --dicom-seg"),
+        (("--dicom-seg", "--dicom-codes", tmp_path / "none.csv"), "cannot be read as UTF-8"),
+    ):
+        result = segment(*words, *more)
+        assert (result.exit_code, says in " ".join(result.output.split())) == (2, True)
 
 
 @pytest.mark.slow

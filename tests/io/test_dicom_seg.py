@@ -15,8 +15,15 @@ from dicom_files import PATIENT, SLICES, Series, enhanced, make_series
 from pydicom import dcmread
 from pydicom.sr.codedict import codes
 
-from pipeline.errors import GeometryError, PipelineError, WriteError
-from pipeline.io.dicom_codes import structure_code
+from pipeline.errors import ConfigError, GeometryError, PipelineError, WriteError
+from pipeline.io.dicom_codes import (
+    CATEGORIES,
+    LATERALITY,
+    StructureCode,
+    is_snomed_identifier,
+    read_structure_codes,
+    structure_code,
+)
 from pipeline.io.dicom_seg import Algorithm, DicomObjects, dicom_objects
 from pipeline.io.header import series_of
 from pipeline.io.label_table import label_table
@@ -144,11 +151,117 @@ def test_codes_sides_and_colours(tmp_path: Path) -> None:
     assert own.SegmentedPropertyTypeCodeSequence[0].CodingSchemeDesignator == "99VOLSEG"
     assert own.SegmentLabel == "a thing of ours"
     assert result.warnings == (
-        "the DICOM segmentation has codes of its own for 1 labels (a thing of ours)",
+        "the DICOM segmentation has codes of its own for 1 labels (a thing of ours): "
+        "--dicom-codes gives them others",
     )
     assert left.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion == "0.2.0"
     color = hd.color.CIELabColor.from_dicom_value(tuple(left.RecommendedDisplayCIELabValue))
     np.testing.assert_allclose(color.to_rgb(), (220, 216, 20), atol=2)
+
+
+CODES = """structure,category,scheme,code,meaning,laterality
+a thing of ours,Tissue,99LAB,T-1,Lab's thing,
+hippocampus,,SCT,5366008,Hippocampus again,
+Right-Hippocampus,,SCT,4958002,Amygdala,left
+"""
+
+
+def codes_of(folder: Path, text: str) -> dict[str, StructureCode]:
+    """Return the codes in a table."""
+    (folder / "codes.csv").write_text(text, encoding="utf-8")
+    return read_structure_codes(folder / "codes.csv", list(NAMES)[1:])
+
+
+def test_codes_of_a_table_replace_those_that_are_known(tmp_path: Path) -> None:
+    """A row with a side is of that label, one without of both sides; others stay as they are."""
+    own = codes_of(tmp_path, CODES)
+    assert set(own) == {"left hippocampus", "right hippocampus", "a thing of ours"}
+    folder = make_series().write(tmp_path / "in")
+    labels = random_labels(folder)
+    volumes = dict.fromkeys(NAMES, 12.0)
+    result = made(folder, labels, own_codes=own, volumes_mm3=volumes)
+    assert result.warnings == ()
+    np.testing.assert_array_equal(read_back(result.segmentation, folder), labels)
+    found = []
+    for segment in dcmread(BytesIO(result.segmentation)).SegmentSequence:
+        kind = segment.SegmentedPropertyTypeCodeSequence[0]
+        sides = kind.get("SegmentedPropertyTypeModifierCodeSequence", [])
+        category = segment.SegmentedPropertyCategoryCodeSequence[0].CodeMeaning
+        found.append(
+            (
+                segment.SegmentLabel,
+                kind.CodingSchemeDesignator,
+                kind.CodeValue,
+                [side.CodeMeaning for side in sides],
+                category,
+            )
+        )
+    assert found == [
+        ("left hippocampus", "SCT", "5366008", ["Left"], "Anatomical Structure"),
+        ("right hippocampus", "SCT", "4958002", ["Left"], "Anatomical Structure"),
+        ("brain-stem", "SCT", "119238007", [], "Anatomical Structure"),
+        ("a thing of ours", "99LAB", "T-1", [], "Tissue"),
+    ]
+    report = hd.sr.srread(BytesIO(result.report or b""))
+    groups = report.content.get_volumetric_roi_measurement_groups()
+    assert groups[0].finding_type.meaning == "Hippocampus again"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("structure,code\nx,1\n", "found the columns structure, code, expected structure, scheme"),
+        ("", "found the columns none"),
+        ("structure,scheme,code,meaning\nliver,SCT,10200004,Liver\n",
+         "line 2: liver is no label of the model; expected one of left hippocampus"),
+        ("structure,scheme,code,meaning\nbrain stem,SCT,119238008,Stem\n",
+         "line 2: 119238008 is no identifier of SNOMED CT.*typing error"),
+        ("structure,scheme,code,meaning\nbrain stem,99X,,Stem\n", "code has 0 characters"),
+        (f"structure,scheme,code,meaning\nbrain stem,99X,1,{'x' * 65}\n", "expected 1 to 64"),
+        ("structure,scheme,code,meaning,category\nbrain stem,99X,1,Stem,Organ\n",
+         "category Organ, expected one of AnatomicalStructure"),
+        ("structure,scheme,code,meaning,laterality\nbrain stem,99X,1,Stem,middle\n",
+         "laterality middle, expected left"),
+        ("structure,scheme,code,meaning\nbrain stem,99X,1,A\n\nBrain-Stem,99X,2,B\n",
+         "line 4: Brain-Stem has two rows; keep one"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_of_codes_is_explained(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        codes_of(tmp_path, text)
+
+
+def test_a_missing_table_of_codes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        read_structure_codes(tmp_path / "none.csv", NAMES)
+    (tmp_path / "latin.csv").write_bytes(b"structure\xe4")
+    with pytest.raises(ConfigError, match="cannot be read as UTF-8"):
+        read_structure_codes(tmp_path / "latin.csv", NAMES)
+
+
+def test_check_digits_find_typing_errors() -> None:
+    """Every change of one digit and every exchange of neighbours, in all codes that are known."""
+    known = [
+        row["code"]
+        for row in read_csv(ROOT / "pipeline" / "io" / "dicom_codes.csv")
+        if row["scheme"] == "SCT"
+    ]
+    known += [code for _, code, _ in (*CATEGORIES.values(), *LATERALITY.values())]
+    assert all(map(is_snomed_identifier, known))
+    for code in known:
+        for place, digit in enumerate(code):
+            for other in set("0123456789") - {digit}:
+                assert not is_snomed_identifier(code[:place] + other + code[place + 1 :])
+            swapped = code[:place] + code[place : place + 2][::-1] + code[place + 2 :]
+            assert swapped == code or not is_snomed_identifier(swapped)
+
+
+def test_categories_are_those_of_the_standard() -> None:
+    group = codes.cid7150
+    found = {name: getattr(group, name) for name in group.dir()}
+    assert {
+        name: (code.scheme_designator, code.value, code.meaning) for name, code in found.items()
+    } == CATEGORIES
 
 
 def test_every_code_is_one_of_the_standard() -> None:
@@ -222,7 +335,9 @@ def test_dciodvfy_finds_no_error(tmp_path: Path, form: str) -> None:
         make_series().write(folder)
     else:
         enhanced(make_series()).save_as(folder / "all.dcm")
-    result = made(folder, random_labels(folder), volumes_mm3=dict.fromkeys(NAMES, 12.0))
+    own = codes_of(tmp_path, CODES)
+    volumes = dict.fromkeys(NAMES, 12.0)
+    result = made(folder, random_labels(folder), volumes_mm3=volumes, own_codes=own)
     for name, content in (("seg", result.segmentation), ("sr", result.report)):
         path = tmp_path / f"{name}.dcm"
         path.write_bytes(content or b"")
