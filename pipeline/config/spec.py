@@ -230,8 +230,8 @@ class NetworkSpec:
 class Cascade:
     """A second network, in smaller voxels, that sees a box around some of the structures.
 
-    It has the channels and the labels of the first network. In the box its probabilities replace
-    those of the first network, and pass into them towards the faces of the box.
+    It has the channels and the labels of the first network. In the box the probabilities of both
+    are averaged geometrically; towards the faces of the box those of the first network remain.
     `pipeline.inference.cascade` implements it.
 
     Attributes:
@@ -240,12 +240,17 @@ class Cascade:
         spacing: voxel size in the box along the axes of the spec's `orientation`, mm.
         roi_size: size of the box, voxels: the input of the second network.
         network: architecture of the second network.
+        share: weight of the second network in the average, 0 < share ≤ 1.
     """
 
     structures: tuple[str, ...]
     spacing: tuple[float, float, float]
     roi_size: tuple[int, int, int]
     network: NetworkSpec
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.share <= 1, "spec.cascade.share", "0 < share ≤ 1", self.share)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

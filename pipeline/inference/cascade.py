@@ -33,8 +33,8 @@ from pipeline.transforms import (
 )
 from pipeline.types import Affine, PathOrStr
 
-# distance from a face of the box over which the second network's share rises to 1, voxels. The
-# network sees only one side there, and is least certain
+# distance from a face of the box over which the second network's share rises, voxels. The network
+# sees only one side there, and is least certain
 FADE_VOXELS = 8
 # smallest probability whose logarithm is averaged: float16 holds no much smaller one
 MIN_PROBABILITY = 1e-6
@@ -132,7 +132,7 @@ class CascadeNetwork:
         own = spec.cascade_spec
         if spec.cascade is None or own is None:
             raise ConfigError("spec.cascade: expected a second network, got null")
-        self.spec, self.structures = own, spec.cascade.structures
+        self.spec, self.structures, self.share = own, spec.cascade.structures, spec.cascade.share
         self.paths, self.device = BundlePaths(bundle_root), torch.device(device)
         self.runtime: RuntimeName = runtime
         self.precision: Precision = "auto" if precision == "int8" else precision
@@ -217,7 +217,7 @@ class CascadeNetwork:
         logits = self.prepare()(image[None].to(self.device))[0].float().cpu()
         before = _box_probabilities(coarse.maps, affine, box_affine, self.spec.roi_size)
         scores = torch.log_softmax(logits, dim=0)
-        share = _share(self.spec.roi_size)
+        share = self.share * _fade(self.spec.roi_size)
         scores.mul_(share).add_(before.clamp(min=MIN_PROBABILITY).log_().mul_(1 - share))
         after = torch.softmax(scores, dim=0)
         voxel_mm3 = abs(float(np.linalg.det(box_affine[:3, :3])))
@@ -304,12 +304,12 @@ def _box_probabilities(
     return torch.stack([sample_axes(channel.float(), samplings) for channel in maps])
 
 
-def _share(roi_size: Sequence[int]) -> torch.Tensor:
-    """Return the second network's share in each voxel of the box, (*roi_size), 0 to 1."""
-    share = torch.ones(tuple(roi_size))
+def _fade(roi_size: Sequence[int]) -> torch.Tensor:
+    """Return the factor on the second network's share, (*roi_size), 0 at the faces to 1 inside."""
+    fade = torch.ones(tuple(roi_size))
     for dim, size in enumerate(roi_size):
         along = torch.arange(size, dtype=torch.float32)
         to_face = torch.minimum(along, size - 1 - along)
         rising = (to_face / FADE_VOXELS).clamp(max=1)
-        share = torch.minimum(share, rising.view([-1 if i == dim else 1 for i in range(3)]))
-    return share
+        fade = torch.minimum(fade, rising.view([-1 if i == dim else 1 for i in range(3)]))
+    return fade

@@ -138,6 +138,32 @@ def test_soft_volumes_are_those_of_both_networks_together() -> None:
     assert sum(both.soft_mm3) == pytest.approx(sum(alone.soft_mm3), rel=1e-4)
 
 
+def test_a_share_averages_the_logarithms_of_both() -> None:
+    spec = cascade_spec(share=0.3)
+    coarse, scan = CoarseProbabilities(), MetaTensor(torch.rand(1, 50, 52, 60), affine=torch.eye(4))
+    logits = torch.zeros(3, 50, 52, 60)
+    logits[2, 20:30, 22:30, 25:36] = 2.0
+    block = ScoreBlock(start=(0, 0, 0), scores=logits, shape=(50, 52, 60))
+    list(coarse.pass_through(iter([block])))
+    network = Perfect(spec, ".")
+    found = network.fine_box(coarse, np.eye(4), scan)
+    assert found is not None
+    network.share = 1.0
+    second = network.fine_box(coarse, np.eye(4), scan)
+    assert second is not None
+    inner = (slice(None), *(slice(10, -10) for _ in range(3)))
+    start = np.rint(found.affine[:3, 3]).astype(int) + 10
+    stop = start + np.array(found.scores[inner].shape[1:])
+    box = (slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))
+    # the box lies between voxels of the first network's grid: its logits are interpolated, and
+    # away from steps they are the same
+    first = torch.log_softmax(logits, dim=0)[box]
+    even = first[2, 3, 3, 3]
+    assert float(even) < 0
+    expected = 0.3 * second.scores[inner][:, 3, 3, 3] + 0.7 * first[:, 3, 3, 3]
+    torch.testing.assert_close(found.scores[inner][:, 3, 3, 3], expected, atol=2e-3, rtol=0)
+
+
 def test_without_the_structures_the_first_network_stays_alone() -> None:
     spec = cascade_spec()
     coarse = CoarseProbabilities()
@@ -248,6 +274,7 @@ def test_a_bundle_with_a_cascade_opens_and_uses_it(tmp_path: Path) -> None:
         ({"structures": ["hull"]}, r"spec\.cascade\.structures: expected names of structures"),
         ({"structures": ["background"]}, r"spec\.cascade\.structures: expected names of"),
         ({"roi_size": [41, 48, 32]}, r"spec\.cascade\.roi_size\[0\]: expected a multiple of"),
+        ({"share": 0}, r"spec\.cascade\.share: expected 0 < share ≤ 1"),
         ({"spacing": [1.0, 0.0, 1.0]}, r"spec\.cascade\.spacing\[1\]: expected mm"),
     ],
 )
