@@ -18,6 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from pipeline.bundle.wiring import refresh_bundle
 from pipeline.config.parser import parse_config
+from pipeline.config.paths import BundlePaths
 from pipeline.config.spec import Spec, load_spec
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.model import Model
@@ -138,6 +139,10 @@ def make_bundle(
     torch.nn.init.normal_(net.output.weight)
     torch.nn.init.zeros_(net.output.bias)
     save_weights(net, folder / "models" / "model.pt")
+    paths = BundlePaths(folder)
+    paths.readme.parent.mkdir()
+    paths.readme.write_text("# Tiny\n\nMade-up weights for tests.\n")
+    paths.licence.write_text("No licence: these weights are for tests.\n")
     refresh_bundle(folder)
     return folder
 

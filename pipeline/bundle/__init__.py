@@ -5,7 +5,11 @@ trust          which bundles can run code, and the error that keeps them from it
 info           what a bundle is, without evaluating it
 wiring         the wiring that volseg writes, and which release wrote a bundle's
 metadata       metadata.json, from spec and card
-check          MONAI's checks, offline, and ours
+check          MONAI's checks, those of its model zoo, and ours, all offline
+zoo_files      rules of the model zoo for the files of a bundle
+zoo_metadata   … for metadata.json
+zoo_configs    … for its configurations
+findings       what a check found
 export         the network for other runtimes
 inline_spec    the wiring for files that leave the bundle's folder
 weight_import  published checkpoints as bundles
@@ -17,6 +21,7 @@ templates/     the wiring itself, and the schema of the metadata
 
 from pipeline.bundle.check import check_bundle
 from pipeline.bundle.export import ExportReport, export_bundle
+from pipeline.bundle.findings import CheckReport, Finding
 from pipeline.bundle.foreign.files import ForeignFacts, foreign_facts
 from pipeline.bundle.info import BundleInfo, bundle_info
 from pipeline.bundle.inline_spec import parse_spec
@@ -28,7 +33,7 @@ from pipeline.bundle.opening import (
     shipped_bundles,
 )
 from pipeline.bundle.overrides import parse_overrides
-from pipeline.bundle.trust import code_hash
+from pipeline.bundle.trust import check_plain, code_hash
 from pipeline.bundle.weight_import import PublishedNetwork, import_checkpoint
 from pipeline.bundle.wiring import (
     WIRING,
@@ -38,17 +43,25 @@ from pipeline.bundle.wiring import (
     template,
     wiring_origin,
 )
+from pipeline.bundle.zoo_files import BUNDLE_NAME, BUNDLE_NAME_RULE
+from pipeline.bundle.zoo_metadata import PLACEHOLDER
 
 __all__ = [
+    "BUNDLE_NAME",
+    "BUNDLE_NAME_RULE",
+    "PLACEHOLDER",
     "WIRING",
     "BundleInfo",
+    "CheckReport",
     "ExportReport",
+    "Finding",
     "ForeignFacts",
     "NnUNetModel",
     "PublishedNetwork",
     "Refreshed",
     "bundle_info",
     "check_bundle",
+    "check_plain",
     "code_hash",
     "export_bundle",
     "find_bundle",

@@ -1,35 +1,41 @@
-"""Checks of a bundle: MONAI's own, without a network connection, and those of volseg."""
+"""Checks of a bundle, offline: MONAI's own, the rules of its model zoo, and those of volseg."""
 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigWorkflow, verify_net_in_out
 
+from pipeline.bundle.findings import CheckReport, Finding
+from pipeline.bundle.foreign.network_check import network_findings
 from pipeline.bundle.metadata import bundle_metadata
 from pipeline.bundle.opening import find_bundle
 from pipeline.bundle.trust import check_plain
 from pipeline.bundle.wiring import WIRING, literal, wiring_origin, wiring_to_evaluate
+from pipeline.bundle.zoo_configs import configuration_findings, id_findings
+from pipeline.bundle.zoo_files import file_findings, large_file_findings, weights_findings
+from pipeline.bundle.zoo_metadata import metadata_findings, schema_findings
 from pipeline.config import BundlePaths, Run, Spec, load_run, load_spec
 from pipeline.errors import ConfigError, describe_error
 from pipeline.networks import build_network, read_state
 from pipeline.transforms import crop_size
 from pipeline.types import Case, PathOrStr
 
-Check = Callable[["CheckedBundle"], None]
+Check = Callable[["CheckedBundle"], Iterable[Finding] | None]
 Workflow = Literal["inference", "train"]
 
-SCHEMA = "metadata_schema.json"
+NETWORK = "network_def"
 # Keys of metadata.json that describe the machine where the bundle was made. They differ on another
 # machine without anything being wrong.
 ENVIRONMENT_KEYS = (
@@ -47,17 +53,33 @@ class CheckedBundle:
     paths: BundlePaths
     trust: bool
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is one of volseg's, with a spec and volseg's wiring, or meant to be."""
+        known = self.paths.spec.is_file() or self.paths.card.is_file()
+        return known or wiring_origin(self.paths.inference) in ("current", "released")
 
-def check_bundle(bundle: PathOrStr, *, trust: bool = False) -> dict[str, str]:
-    """Return the result of each check of a bundle: its name → what is wrong, empty if it passed.
+    @property
+    def training(self) -> list[Path]:
+        """Files of the configuration for training, later ones over earlier ones."""
+        names = WIRING if self.is_own else ("train.json", "train.yaml", "train.yml")
+        found = [self.paths.configs / name for name in names]
+        found = [path for path in found if path.is_file()]
+        return found if self.is_own else found[:1]
 
-    MONAI checks the properties that a workflow for inference and for training must have, the
-    metadata against its schema, and the shapes of the network's input and output. volseg checks the
-    spec, the weights against the spec, and whether the generated files are as this version would
-    write them. Wiring of an earlier release is checked in its present form, the one that is used.
+
+def check_bundle(bundle: PathOrStr, *, trust: bool = False) -> CheckReport:
+    """Return what is wrong with a bundle, check by check.
+
+    The rules of MONAI's model zoo hold for every bundle: its files, its large files, its metadata,
+    its configurations and their ids. They evaluate nothing. MONAI checks the properties that a
+    workflow for inference and for training must have, and the shapes of the network's input and
+    output. volseg checks the spec, the weights against the spec, and whether the generated files
+    are as this version would write them. Wiring of an earlier release is checked in its present
+    form, the one that is used.
 
     Nothing of a bundle is evaluated whose wiring is not volseg's, unless it is trusted: the checks
-    that would do so have not passed, and say that they did not run.
+    that would do so have not passed, and their findings are that they did not run.
 
     Args:
         bundle: a folder, or the name of a shipped bundle.
@@ -66,28 +88,38 @@ def check_bundle(bundle: PathOrStr, *, trust: bool = False) -> dict[str, str]:
     Raises:
         ConfigError: there is no such bundle.
     """
-    checked = CheckedBundle(BundlePaths(find_bundle(bundle)), trust)
-    checks: dict[str, Check] = {
-        "spec": _check_spec,
-        "weights fit the spec": _check_weights,
-        "inference properties": _check_inference_properties,
-        "training properties": _check_training_properties,
-        "metadata against the schema": _check_metadata,
-        "network input and output": _check_network_shapes,
-        "generated files": _check_generated_files,
-    }
-    return {name: _failure(check, checked) for name, check in checks.items()}
+    folder = Path(bundle)
+    if not BundlePaths(folder).configs.is_dir():
+        folder = find_bundle(bundle)
+    checked = CheckedBundle(BundlePaths(folder), trust)
+    checks = OWN_CHECKS if checked.is_own else FOREIGN_CHECKS
+    return CheckReport({name: _findings(check, checked) for name, check in checks.items()})
 
 
-def _failure(check: Check, checked: CheckedBundle) -> str:
-    """Run one check and return its error message, empty if it passed."""
+def _findings(check: Check, checked: CheckedBundle) -> tuple[Finding, ...]:
+    """Run one check and return what it found."""
+    found: list[Finding] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_log_of_monai():
             warnings.simplefilter("ignore")  # MONAI warns whenever it reads a configuration
-            check(checked)
+            found.extend(check(checked) or ())
     except Exception as error:  # a broken bundle may raise anything; the other checks still run
-        return describe_error(error)
-    return ""
+        found.append(Finding(level="error", found=describe_error(error)))
+    return tuple(found)
+
+
+@contextmanager
+def _no_log_of_monai() -> Iterator[None]:
+    """Keep MONAI's notes on each step off the terminal; its loggers write to stderr themselves."""
+    loggers = [logging.getLogger(f"monai.bundle.{name}") for name in ("scripts", "workflows")]
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
 
 
 def _check_spec(checked: CheckedBundle) -> None:
@@ -95,8 +127,12 @@ def _check_spec(checked: CheckedBundle) -> None:
     load_spec(checked.paths.spec)
 
 
-def _check_weights(checked: CheckedBundle) -> None:
+def _check_weights(checked: CheckedBundle) -> Iterator[Finding]:
     """Raise an error if weights do not fit their network of the spec, or are not finite."""
+    missing = list(weights_findings(checked.paths))
+    if missing:
+        yield from missing
+        return
     spec, paths = load_spec(checked.paths.spec), checked.paths
     _check_state(spec, paths.weights)
     if spec.cascade_spec is not None:
@@ -114,7 +150,10 @@ def _check_state(spec: Spec, path: Path) -> None:
 
 def _check_inference_properties(checked: CheckedBundle) -> None:
     """Raise an error if the workflow for inference cannot be built or lacks a property of MONAI."""
-    _check_properties(checked, "inference", ["inference.yaml"], {"dataset::data": []})
+    overrides: dict[str, Any] = {"dataset::data": []}
+    if not checked.paths.weights.is_file():  # that is a finding of its own
+        overrides["initialize"] = []
+    _check_properties(checked, "inference", ["inference.yaml"], overrides)
 
 
 def _check_training_properties(checked: CheckedBundle) -> None:
@@ -204,21 +243,12 @@ def _noise_cases(paths: BundlePaths, run: Run) -> list[Case]:
     ]
 
 
-def _check_metadata(checked: CheckedBundle) -> None:
-    """Raise an error if metadata.json does not follow MONAI's schema.
-
-    The schema is a copy that is installed with volseg: MONAI would download it.
-    """
-    schema = files("pipeline.bundle") / "templates" / SCHEMA
-    verify_metadata(meta_file=str(checked.paths.metadata), filepath=str(schema))
-
-
 def _check_network_shapes(checked: CheckedBundle) -> None:
     """Raise an error if the network's input or output is not as metadata.json describes it."""
     [wiring] = _wiring(checked, ["inference.yaml"])
     _check_metadata_is_plain(checked.paths)
     verify_net_in_out(
-        net_id="network_def",
+        net_id=NETWORK,
         meta_file=str(checked.paths.metadata),
         config_file=str(wiring),
         device="cpu",
@@ -266,3 +296,47 @@ def _outdated_metadata(paths: BundlePaths) -> list[str]:
     if not changed:
         return []
     return [f"configs/metadata.json: {', '.join(changed)} differ from the spec and the card"]
+
+
+def _check_torchscript(checked: CheckedBundle) -> Iterator[Finding]:
+    """Yield advice if PyTorch cannot compile the network, which the zoo's CI wants to export."""
+    network = build_network(load_spec(checked.paths.spec)).eval()
+    try:
+        torch.jit.script(network)
+    except Exception as error:  # the compiler of TorchScript raises many kinds
+        yield Finding(
+            level="advice",
+            found=f"the network cannot be compiled: {str(error).strip().splitlines()[0]}",
+            expected="a network that MONAI's ckpt_export takes",
+            action=(
+                "have the zoo add the bundle to exclude_verify_torchscript_list; "
+                "`volseg export --to torchscript` traces the network instead"
+            ),
+        )
+
+
+ZOO_CHECKS: dict[str, Check] = {
+    "files": lambda checked: file_findings(checked.paths),
+    "large files": lambda checked: large_file_findings(checked.paths),
+    "metadata against the schema": lambda checked: schema_findings(checked.paths),
+    "metadata": lambda checked: metadata_findings(checked.paths),
+    "configurations": lambda checked: configuration_findings(checked.paths),
+    "ids": lambda checked: id_findings(checked.paths, checked.training),
+}
+OWN_CHECKS: dict[str, Check] = {
+    "spec": _check_spec,
+    "weights fit the spec": _check_weights,
+    **ZOO_CHECKS,
+    "inference properties": _check_inference_properties,
+    "training properties": _check_training_properties,
+    "network input and output": _check_network_shapes,
+    "TorchScript": _check_torchscript,
+    "generated files": _check_generated_files,
+}
+FOREIGN_CHECKS: dict[str, Check] = {
+    "weights": lambda checked: weights_findings(checked.paths),
+    **ZOO_CHECKS,
+    "network input and output": lambda checked: network_findings(
+        checked.paths, trust=checked.trust
+    ),
+}

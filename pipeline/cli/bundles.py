@@ -1,8 +1,9 @@
-"""The commands on bundles: check, info, refresh, import and export."""
+"""The commands on bundles: new, check, info, refresh, import and export."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -21,12 +22,77 @@ from pipeline.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.bundle import BundleInfo
+    from pipeline.bundle import BundleInfo, CheckReport
 
 
 @click.group("bundle")
 def bundle_group() -> None:
-    """Check, describe and refresh bundles."""
+    """Make, check, describe and refresh bundles."""
+
+
+@bundle_group.command(cls=Command)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--name", help="Title of the bundle. Default: the name of its folder.")
+@click.option(
+    "--like",
+    default="3d",
+    show_default=True,
+    metavar="3d|2d|brain|BUNDLE",
+    help="Where the settings come from: 3d and 2d are general, brain is for whole heads, and "
+    "BUNDLE is another bundle of volseg's.",
+)
+@click.option(
+    "--labels",
+    metavar="NAME[=VALUE],...",
+    help="Structures to segment, separated by commas. Default: those of --like.",
+)
+@click.option(
+    "--channels",
+    metavar="NAME,...",
+    help="Images of a case, separated by commas, such as T1w,FLAIR. Default: those of --like.",
+)
+@click.option("--authors", default="", help="Authors, for the card and the licence.")
+@click.option(
+    "--licence",
+    "--license",
+    default="Apache-2.0",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="Licence of the weights: Apache-2.0, MIT, CC-BY-4.0, none (no licence yet), or a file "
+    "with its text.",
+)
+def new(
+    folder: Path,
+    name: str | None,
+    like: str,
+    labels: str | None,
+    channels: str | None,
+    authors: str,
+    licence: str,
+) -> None:
+    """Make a bundle without weights in FOLDER, which must be new or empty.
+
+    It passes `volseg bundle check` but for its weights, which `volseg train` writes. To have the
+    settings chosen from a dataset instead, use `volseg plan`.
+    """
+    with usage_errors():
+        from pipeline.training.planning import Draft, new_bundle, parse_labels
+
+        draft = Draft(
+            title=folder.resolve().name.replace("_", " ") if name is None else name,
+            like=like,
+            labels={} if labels is None else parse_labels(labels),
+            channels=[] if channels is None else [part.strip() for part in channels.split(",")],
+            authors=authors.strip(),
+            licence=licence,
+        )
+        written = new_bundle(folder, draft)
+    for file in written:
+        click.echo(f"written  {folder / file}")
+    run = shlex.quote(str(folder / "configs" / "run.yaml"))
+    click.echo(f"describe it in {folder / 'configs' / 'card.yaml'}, then train and check it:")
+    click.echo(f"  volseg train {run} dataset=FOLDER")
+    click.echo(f"  volseg bundle check {shlex.quote(str(folder))}")
 
 
 @bundle_group.command(cls=Command)
@@ -34,22 +100,35 @@ def bundle_group() -> None:
 @trust_option()
 @json_option("Print the results as JSON on stdout.")
 def check(bundle: str, trust: bool, as_json: bool) -> None:
-    """Check a bundle by MONAI's own checks, offline, and its weights against its spec.
+    """Check a bundle by the rules of MONAI's model zoo and its weights by its spec, offline.
 
-    BUNDLE is a folder, or the name of a shipped bundle. Exit status 1 when a check fails. Checks
-    that evaluate wiring that volseg did not write fail without --trust; nothing of it runs.
+    BUNDLE is a folder, or the name of a shipped bundle, of volseg's or of MONAI's form. A line for
+    each check says that it passed or failed, with what was found, what was expected and what to do;
+    exit status 1 when one failed. Lines with `advice` are what the zoo's reviewers ask for. Checks
+    that evaluate wiring that volseg did not write do not run without --trust.
     """
     with usage_errors():
         from pipeline.bundle import check_bundle
 
-        results = check_bundle(bundle, trust=trust)
+        report = check_bundle(bundle, trust=trust)
     if as_json:
-        click.echo(json.dumps(results, indent=2))
+        content = {
+            name: [asdict(finding) for finding in found] for name, found in report.findings.items()
+        }
+        click.echo(json.dumps(content, indent=2))
     else:
-        for name, reason in results.items():
-            outcome = f"failed  {name}: {reason}" if reason else f"passed  {name}"
-            click.echo(outcome)
-    sys.exit(SOME_FAILED if any(results.values()) else DONE)
+        _print_report(report)
+    sys.exit(SOME_FAILED if report.errors else DONE)
+
+
+def _print_report(report: CheckReport) -> None:
+    """Print a line for each check that passed, and one for each finding."""
+    states = {"error": "failed", "advice": "advice"}
+    for name, found in report.findings.items():
+        if name not in report.errors:
+            click.echo(f"passed  {name}")
+        for finding in found:
+            click.echo(f"{states[finding.level]}  {name}: {finding.text}")
 
 
 @bundle_group.command(cls=Command)

@@ -17,6 +17,7 @@
 from pipeline.report.batch_page import Choice, ReportOptions, read_marks, write_batch_report
 from pipeline.report.bundle_page import (
     bundle_page,
+    draft_page,
     quality_section,
     trained_page,
     with_section,
@@ -31,6 +32,7 @@ __all__ = [
     "TrainingRecord",
     "ViewServer",
     "bundle_page",
+    "draft_page",
     "quality_section",
     "read_marks",
     "read_training_record",

@@ -90,6 +90,36 @@ Data: {card.data_source}.
 """
 
 
+def draft_page(card: Card, spec: Spec, bundle: str) -> str:
+    """Return the README of a bundle that has no weights yet, as Markdown.
+
+    Args:
+        card: description of the bundle.
+        spec: its inputs and outputs.
+        bundle: name of its folder.
+    """
+    return f"""\
+{_introduction(card)}
+
+This bundle has no weights yet. Training writes them, and this page again with its scores:
+
+```bash
+volseg train {bundle}/configs/run.yaml dataset=FOLDER
+```
+
+## Input and output
+
+Channels: {", ".join(spec.channels)}. The network sees voxels of {_spacing(spec)}, and label maps
+have the grid of the scan.
+
+{_label_table(spec)}
+
+Data: {card.data_source}.
+
+{GENERATED}
+"""
+
+
 def quality_section(scores: Sequence[QualityScore], method: str, command: str) -> str:
     """Return the section of a README on the predicted Dice, as Markdown.
 

@@ -101,7 +101,7 @@ def test_the_labels_are_those_of_nnunet(
 def test_the_bundle_passes_its_checks(tmp_path: Path) -> None:
     folder = write_nnunet_model(tmp_path / "model", 3)
     import_nnunet(folder, tmp_path / "bundle", mirror=True)
-    assert not any(check_bundle(tmp_path / "bundle").values())
+    assert check_bundle(tmp_path / "bundle").errors == {}
     spec = load_spec(tmp_path / "bundle" / "configs" / "spec.yaml")
     assert list(spec.labels.items()) == [("background", 0), ("front", 1), ("back", 2)]
     assert spec.orientation == "jki"

@@ -96,7 +96,7 @@ def test_a_bundle_of_0_1_0_gives_the_same_voxels(earlier_bundle: Path, runtime: 
 
 def test_the_check_of_a_bundle_of_0_1_0_names_the_command(log: pytest.LogCaptureFixture) -> None:
     """All other checks pass: they are about the wiring that is used in place of the old one."""
-    reasons = check_bundle(BUNDLE_0_1_0)
+    reasons = check_bundle(BUNDLE_0_1_0).errors
     outdated = reasons.pop("generated files")
     for name in WIRING:
         assert f"configs/{name} is that of an earlier release" in outdated
@@ -121,7 +121,7 @@ def test_refresh_rewrites_a_bundle_of_0_1_0(
     assert (spec["foreground_threshold"], spec["tta_mirror"]) == (0.05, ["A"])
     assert spec["warn_at_edge"] is True
     assert load_spec(paths.spec) == load_spec(BundlePaths(BUNDLE_0_1_0).spec)
-    assert check_bundle(earlier_bundle) == dict.fromkeys(check_bundle(earlier_bundle), "")
+    assert check_bundle(earlier_bundle).errors == {}
     assert_as_0_1_0(segment(open_bundle(earlier_bundle, device="cpu"), str(VOLUME)))
     assert not messages(log)
 
@@ -151,14 +151,14 @@ def test_edited_wiring_is_replaced_only_when_asked(edited_bundle: Path) -> None:
     assert refreshed.kept == ("inference.yaml",)
     assert set(refreshed.written) == {"train.yaml", "metadata.json"}
     assert path.read_bytes() == edited
-    reason = check_bundle(edited_bundle)["generated files"]
+    reason = check_bundle(edited_bundle).errors["generated files"]
     assert f"`{REFRESH} {edited_bundle} --overwrite`" in reason
     assert "train.yaml" not in reason
 
     refreshed = refresh_bundle(edited_bundle, overwrite=True)
     assert refreshed.kept == ()
     assert path.read_bytes() == template("inference.yaml").read_bytes()
-    assert not any(check_bundle(edited_bundle).values())
+    assert check_bundle(edited_bundle).errors == {}
 
 
 def test_edited_wiring_of_0_1_0_is_not_renewed(earlier_bundle: Path) -> None:
@@ -169,7 +169,7 @@ def test_edited_wiring_of_0_1_0_is_not_renewed(earlier_bundle: Path) -> None:
         ConfigError, match=f"cannot be opened.*volseg bundle check {earlier_bundle}"
     ):
         open_bundle(earlier_bundle, device="cpu", trust=True)
-    reasons = check_bundle(earlier_bundle, trust=True)
+    reasons = check_bundle(earlier_bundle, trust=True).errors
     assert "pipeline" in reasons["inference properties"]
     assert f"`{REFRESH} {earlier_bundle} --overwrite`" in reasons["generated files"]
     refresh_bundle(earlier_bundle, overwrite=True)
@@ -178,10 +178,10 @@ def test_edited_wiring_of_0_1_0_is_not_renewed(earlier_bundle: Path) -> None:
 
 def test_a_missing_overlay_is_written_by_refresh(earlier_bundle: Path) -> None:
     BundlePaths(earlier_bundle).train.unlink()
-    reason = check_bundle(earlier_bundle)["generated files"]
+    reason = check_bundle(earlier_bundle).errors["generated files"]
     assert "configs/train.yaml is missing" in reason
     assert "train.yaml" in refresh_bundle(earlier_bundle).written
-    assert not any(check_bundle(earlier_bundle).values())
+    assert check_bundle(earlier_bundle).errors == {}
 
 
 def draw_dataset(folder: Path, cases: int) -> None:

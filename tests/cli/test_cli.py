@@ -254,5 +254,6 @@ def test_check_tells_each_check(tmp_path: Path) -> None:
         for line, state in lines.items()
     )
     told = json.loads(run("bundle", "check", root, "--json").stdout)
-    assert told["spec"] == ""
-    assert "model.pt" in told["weights fit the spec"]
+    assert told["spec"] == []
+    [finding] = told["weights fit the spec"]
+    assert (finding["level"], finding["where"]) == ("error", "models/model.pt")

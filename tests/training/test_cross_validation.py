@@ -98,7 +98,7 @@ def test_folds_are_scored_on_what_they_never_saw_and_joined(run_file: Path) -> N
     written = {path.name for path in (root / "crossval" / "fold_0").iterdir()}
     assert not written & {"scores.csv", "summary.json", "dice.png", "worst.png"}
 
-    assert not any(check_bundle(root).values())
+    assert check_bundle(root).errors == {}
     spec = yaml.safe_load((root / "configs" / "spec.yaml").read_text())
     assert spec["network"]["ensemble"] == 3
     for key in ("largest_component", "min_component_ml", "fill_holes"):
@@ -180,4 +180,4 @@ def test_folds_of_ensembles_join_to_one(run_file: Path, tmp_path: Path) -> None:
             torch.equal(state[name.replace(f"members.{member}", f"members.{i}", 1)], own[name])
             for name in names
         )
-    assert not any(check_bundle(root).values())
+    assert check_bundle(root).errors == {}

@@ -94,7 +94,7 @@ def test_from_a_folder_to_label_maps(
     run("train", config, *TINY, "validate_every=1")
     torch.set_num_threads(threads)
     if name in CHECKED:
-        assert not any(check_bundle(paths.folder).values())
+        assert check_bundle(paths.folder).errors == {}
     assert "## Worst cases" in paths.training_report.read_text()
     assert paths.readme.is_file()
 

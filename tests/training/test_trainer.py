@@ -109,7 +109,7 @@ def test_training_leaves_a_complete_bundle_that_segments(
     assert len(losses) == EPOCHS
     assert losses[-1] < losses[0]
     root = tmp_path / "bundle"
-    assert not any(check_bundle(root).values())
+    assert check_bundle(root).errors == {}
     evaluated = CliRunner().invoke(
         main,
         [
@@ -162,7 +162,7 @@ def test_an_ensemble_is_trained_as_one_network(dims: int, dataset: Path, tmp_pat
     assert result.exit_code == 0, result.output
     losses = [float(loss) for loss in re.findall(r"epoch \d+ of 6: loss ([\d.]+)", result.stderr)]
     assert losses[-1] < losses[0]
-    assert not any(check_bundle(tmp_path / "bundle").values())
+    assert check_bundle(tmp_path / "bundle").errors == {}
     state = torch.load(tmp_path / "bundle" / "models" / "model.pt", weights_only=True)
     one, two, three = member_states(state)
     for name in one:

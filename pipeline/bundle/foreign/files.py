@@ -111,9 +111,9 @@ def foreign_facts(root: PathOrStr) -> ForeignFacts:
     configuration = foreign_configuration(root)
     if configuration is None:
         raise ConfigError(f"{root}: expected one of configs/{', configs/'.join(NAMES)}")
-    config = _read(configuration)
+    config = read_mapping(configuration)
     path = BundlePaths(root).metadata
-    metadata = _read(path) if path.is_file() else {}
+    metadata = read_mapping(path) if path.is_file() else {}
     return ForeignFacts(
         folder=Path(root),
         configuration=configuration,
@@ -124,7 +124,12 @@ def foreign_facts(root: PathOrStr) -> ForeignFacts:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON or YAML file, not evaluated.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

@@ -8,11 +8,18 @@ from typing import Any
 
 import yaml
 
+from pipeline.bundle import PLACEHOLDER
 from pipeline.config import BundlePaths
 from pipeline.io import Layout, Problem, write_atomically, write_json
 from pipeline.training.planning.choices import Choice, nested_values
 
 LINE_WIDTH = 110  # characters
+SPEC_HEADING = "The inputs and outputs of these weights. Changing any of it makes them invalid."
+CARD_HEADING = "For readers of the bundle: complete it."
+NO_LICENCE = """\
+No licence has been chosen for these weights: all rights are reserved by their authors.
+Put the text of a licence here before you share them.
+"""
 
 
 def write_plan(
@@ -23,7 +30,7 @@ def write_plan(
     layout: Layout,
     problems: Sequence[Problem] = (),
 ) -> None:
-    """Write the YAML file of the run, and spec, card, splits and plan.json of its bundle.
+    """Write the YAML file of the run, and spec, card, LICENSE, splits and plan.json of its bundle.
 
     Args:
         path: YAML file of the run.
@@ -36,12 +43,7 @@ def write_plan(
     paths = BundlePaths(run["bundle"])
     reasons = {choice.name.partition(".")[2]: choice.explanation for choice in choices}
     spec = nested_values(choices, "spec.")
-    _write_yaml(
-        paths.spec,
-        spec,
-        reasons,
-        "The inputs and outputs of these weights. Changing any of it makes them invalid.",
-    )
+    write_yaml(paths.spec, spec, reasons, SPEC_HEADING)
     write_json(paths.splits, splits)
     write_json(
         paths.plan,
@@ -55,9 +57,11 @@ def write_plan(
             ],
         },
     )
-    _write_yaml(
-        paths.card, _card(paths, spec, layout), {}, "For readers of the bundle: complete it."
-    )
+    licence = f", {layout.licence}" if layout.licence else ""
+    card = draft_card(paths.folder.name, list(spec["labels"]), f"{layout.kind}{licence}")
+    write_yaml(paths.card, card, {}, CARD_HEADING)
+    if not paths.licence.is_file():
+        write_atomically(paths.licence, NO_LICENCE.encode())
     content = {
         "bundle": run["bundle"],
         "dataset": run["dataset"],
@@ -65,20 +69,25 @@ def write_plan(
         "fold": 0,
         **nested_values(choices, "run."),
     }
-    _write_yaml(path, content, reasons, f"A training run: volseg train {path.name}")
+    write_yaml(path, content, reasons, f"A training run: volseg train {path.name}")
 
 
-def _card(paths: BundlePaths, spec: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    structures = list(spec["labels"])[1:]  # the first label is the background
-    licence = f", {layout.licence}" if layout.licence else ""
+def draft_card(name: str, labels: Sequence[str], data_source: str) -> dict[str, Any]:
+    """Return the content of a card that its owner completes.
+
+    Args:
+        name: title of the bundle.
+        labels: names of the labels, background first.
+        data_source: data that the weights are trained on.
+    """
     return {
-        "name": paths.folder.name,
-        "description": f"A U-Net that segments {', '.join(structures)}.",
+        "name": name,
+        "description": f"A U-Net that segments {', '.join(labels[1:])}.",
         "task": "Segmentation of MR images",
-        "authors": "to be named",
-        "copyright": "to be named",
+        "authors": PLACEHOLDER,
+        "copyright": PLACEHOLDER,
         "intended_use": "Research; not a medical device, not for diagnosis.",
-        "data_source": f"{layout.kind}{licence}",
+        "data_source": data_source,
         "data_type": "NIfTI",
         "references": [],
         "eval_metrics": {},
@@ -86,9 +95,10 @@ def _card(paths: BundlePaths, spec: Mapping[str, Any], layout: Layout) -> dict[s
     }
 
 
-def _write_yaml(
+def write_yaml(
     path: Path, content: Mapping[str, Any], reasons: Mapping[str, str], heading: str
 ) -> None:
+    """Write a mapping as YAML with comments; see `commented_yaml`."""
     write_atomically(path, commented_yaml(content, reasons, heading).encode())
 
 
