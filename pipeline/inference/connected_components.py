@@ -54,11 +54,23 @@ def clean_components(index: torch.Tensor, affine: Affine, spec: Spec) -> torch.T
         affine: affine of the label map, voxel → world, mm.
         spec: gives the labels and the rules.
     """
+    rules = component_rules(spec, abs(float(np.linalg.det(affine[:3, :3]))))
+    boxes = ndimage.find_objects((index != 0).cpu().numpy().view(np.uint8))
+    if not boxes or (rules.is_empty() and ALL not in spec.largest_component):
+        return index
+    # all that changes, and one voxel around it, which is the nearest one of voxels at the edge
+    box = widen_box(boxes[0], index.shape)
+    cleaned = index.clone()
+    cleaned[box] = _clean(index[box], rules, spec)
+    return cleaned
+
+
+def _clean(index: torch.Tensor, rules: ComponentRules, spec: Spec) -> torch.Tensor:
+    """Return class numbers (X, Y, Z) that follow the rules; see `clean_components`."""
     labels = index
     if ALL in spec.largest_component:
         largest = largest_components((labels > 0).to(torch.uint8))
         labels = fill_holes(labels * largest.to(labels.dtype))
-    rules = component_rules(spec, abs(float(np.linalg.det(affine[:3, :3]))))
     if rules.is_empty():
         return labels
     members = region_members(spec) if spec.output == "regions" else None
@@ -95,13 +107,17 @@ class ComponentRules:
         if not (smallest or only_largest):
             return None
         components, count = ndimage.label(mask)
+        if count == 1 and not smallest:
+            return None
         sizes = np.bincount(components.ravel(), minlength=count + 1)
         is_removed = sizes < smallest
         if only_largest and count > 1:
             is_removed |= np.arange(count + 1) != 1 + sizes[1:].argmax()
         is_removed[0] = False  # component 0 is everything else
+        if not is_removed.any():
+            return None
         removed: Array = is_removed[components]
-        return removed if is_removed.any() else None
+        return removed
 
 
 def component_rules(spec: Spec, voxel_mm3: float) -> ComponentRules:

@@ -2,8 +2,9 @@
 
 The result equals softmax → linear resampling → argmax; if logits are interpolated, linear
 resampling → argmax. Classes are resampled one at a time and only
-the running maximum is kept, so that no second array of classes × volume is needed. A class that
-cannot be the maximum anywhere in a block is not resampled.
+the running maximum is kept, so that no second array of classes × volume is needed. This is done in
+small pieces of the volume, whose arrays stay in the processor's cache. In each piece, a class is
+resampled only in the box in which it can be the maximum.
 
 Regions may overlap. For them the result equals sigmoid → linear resampling → painting each region
 where its probability is above 0.5, in their order; the map painted so far is all that is kept.
@@ -11,39 +12,66 @@ where its probability is above 0.5, in their order; the map painted so far is al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.nn import functional
 
 from pipeline.config import OutputKind
 from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.boxes import crop_box, widen_box
 from pipeline.inference.probabilities import (
     class_probabilities,
     entropy,
     structure_probabilities,
 )
-from pipeline.transforms import axis_samplings, parallel_axes, sample_axes
-from pipeline.types import Affine
+from pipeline.transforms import AxisSampling, axis_samplings, parallel_axes, sample_axes
+from pipeline.types import Affine, Box
 
 SNAP = 0.001  # voxels; positions that are closer to a voxel's centre are moved onto it
-# scores that are resampled together: 64 MB, and as much again for temporary arrays
-PIECE_VALUES = 2**24
+# scores that are resampled together between grids with parallel axes: 2 MB, and some temporary
+# arrays; in larger pieces more classes can be the maximum, smaller ones have too many borders
+PIECE_VALUES = 2**19
+# the same between other grids, where the boxes around small pieces overlap: 64 MB
+SLAB_VALUES = 2**24
 # voxels: blocks at the volume's edge extend this far beyond it, with the scores of the edge
 FAR = 1e9
-# the highest of N probabilities is at least 1/N, so a class that stays below it in a block cannot
-# be the maximum there; this factor on 1/N is a margin for rounding errors
+# the highest of N probabilities with the sum s is at least s/N, so a class that stays below it
+# cannot be the maximum; this factor on s/N is a margin for rounding errors
 LEAST_WINNING = 0.999
 MAX_FRACTION = 255  # what a probability of 1 is in uint8
 
-# field (x, y, z) → its values, interpolated at the target's voxels
-FieldSampler = Callable[[torch.Tensor], torch.Tensor]
 # scores (C, x, y, z), FieldSampler, soft=… → one value per voxel of the target
 Reduction = Callable[..., Any]
+
+
+class FieldSampler(Protocol):
+    """Interpolates fields (x, y, z) of a block at the target's voxels that the block covers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of the target's box of voxels."""
+
+    def __call__(self, field: torch.Tensor) -> torch.Tensor:
+        """Return the values of a field at all voxels of the target's box."""
+
+    def near(self, field: torch.Tensor, box: Box) -> tuple[Box, torch.Tensor]:
+        """Return the values of a field where voxels of a box of it count, and where that is.
+
+        Args:
+            field: (x, y, z) field.
+            box: box of the field.
+
+        Returns:
+            A part of the target's box of voxels, and the values there. It holds at least the voxels
+            next to which there is a voxel of the given box.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,13 +132,15 @@ def labels_of_blocks(
     axes = parallel_axes(matrix, target_shape)
     regions = output == "regions"
     resample: Callable[..., None] = partial(_resample_by_grid_sample, regions=regions)
+    pieces = _slabs
     if axes is not None:
         resample = partial(_resample_by_axes, axes=axes, nearest=interpolation.nearest)
+        pieces = _pieces
     for block in blocks:
         if index is None:
             dtype = _index_type(len(block.scores))
             index = torch.zeros(tuple(target_shape), dtype=dtype, device=block.scores.device)
-        for piece in _pieces(block):
+        for piece in pieces(block):
             if uncertainty is not None:
                 field = replace(piece, scores=entropy(piece.scores, regions=regions)[None])
                 resample(uncertainty, field, matrix, soft=True, reduce=_first_field)
@@ -147,16 +177,40 @@ def _index_type(classes: int) -> torch.dtype:
 
 
 def _pieces(block: ScoreBlock) -> Iterator[ScoreBlock]:
-    """Cut a block along its first axis into pieces of at most about `PIECE_VALUES` scores.
+    """Cut a block into cubes of about `PIECE_VALUES` scores.
 
-    As blocks do, each piece repeats the last voxel of the one before it.
+    As blocks do, each piece repeats the last voxels of those before it.
     """
-    rows = block.scores.shape[1]
-    step = max(1, PIECE_VALUES // max(1, block.scores[:, 0].numel()))
-    for first in range(0, max(1, rows - 1), step):
-        last = min(rows, first + step + 1)
-        start = (block.start[0] + first, *block.start[1:])
-        yield ScoreBlock(start=start, scores=block.scores[:, first:last], shape=block.shape)
+    # on a GPU, many small computations take longer than a few large ones
+    values = PIECE_VALUES if block.scores.device.type == "cpu" else SLAB_VALUES
+    edge = max(1, round((values / len(block.scores)) ** (1 / 3)))
+    steps = []
+    for size in block.scores.shape[1:]:
+        count = max(1, round((size - 1) / edge))
+        steps.append(max(1, -(-(size - 1) // count)))
+    yield from _cut(block, steps)
+
+
+def _slabs(block: ScoreBlock) -> Iterator[ScoreBlock]:
+    """Cut a block along its first axis into pieces of at most about `SLAB_VALUES` scores."""
+    step = max(1, SLAB_VALUES // max(1, block.scores[:, 0].numel()))
+    yield from _cut(block, [step, *block.scores.shape[2:]])
+
+
+def _cut(block: ScoreBlock, steps: Sequence[int]) -> Iterator[ScoreBlock]:
+    """Cut a block into pieces of a size, and one voxel more at the end of each axis.
+
+    Args:
+        block: block of scores.
+        steps: size of a piece along each axis, without the last voxel, voxels.
+    """
+    sizes = block.scores.shape[1:]
+    firsts = [range(0, max(1, size - 1), step) for size, step in zip(sizes, steps, strict=True)]
+    for first in product(*firsts):
+        along = zip(first, sizes, steps, strict=True)
+        box = [slice(i, min(n, i + step + 1)) for i, n, step in along]
+        start = tuple(s + i for s, i in zip(block.start, first, strict=True))
+        yield ScoreBlock(start=start, scores=crop_box(block.scores, box), shape=block.shape)
 
 
 def _resample_by_axes(
@@ -196,9 +250,38 @@ def _resample_by_axes(
     on_voxels = not any(sampling.weight.any() for sampling in along)
     # if all positions are on voxel centres, nothing is interpolated, and the maximum is the same
     # with and without a softmax
-    target[tuple(part)] = reduce(
-        block.scores, lambda field: sample_axes(field, along), soft=soft or on_voxels
-    )
+    target[tuple(part)] = reduce(block.scores, _AxesSampler(along), soft=soft or on_voxels)
+
+
+@dataclass(frozen=True, slots=True)
+class _AxesSampler:
+    """A `FieldSampler` between grids with parallel axes.
+
+    Attributes:
+        along: sampling of each target axis, in voxels of the block.
+    """
+
+    along: Sequence[AxisSampling]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(len(sampling.low) for sampling in self.along)
+
+    def __call__(self, field: torch.Tensor) -> torch.Tensor:
+        return sample_axes(field, self.along)
+
+    def near(self, field: torch.Tensor, box: Box) -> tuple[Box, torch.Tensor]:
+        wide = list(widen_box(box, field.shape))
+        part, along = [], []
+        for sampling in self.along:
+            axis = sampling.source
+            extent = wide[axis]
+            voxels, own = sampling.inside(
+                extent.start, extent.stop - extent.start, field.shape[axis]
+            )
+            part.append(voxels)
+            along.append(own)
+        return tuple(part), sample_axes(field[tuple(wide)], along)
 
 
 def _first_field(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) -> torch.Tensor:
@@ -248,23 +331,67 @@ def _winning_class(scores: torch.Tensor, sample: FieldSampler, *, soft: bool) ->
     Returns:
         Class numbers on the target grid, or a single number if they are all the same.
     """
+    scores = scores.contiguous()
+    low, high = scores.flatten(1).aminmax(dim=1)
     # a class whose highest score is below the lowest score of another cannot be the maximum
-    possible = scores.amax((1, 2, 3)) >= scores.amin((1, 2, 3)).max()
-    if not soft and possible.sum() > 1:
-        if len(scores) == 2:
-            return (sample(torch.sigmoid(scores[1] - scores[0])) > 0.5).to(torch.uint8)
-        scores = torch.softmax(scores, dim=0)
-        possible &= scores.amax((1, 2, 3)) >= LEAST_WINNING / len(scores)
-    numbers = possible.nonzero().flatten().tolist()
+    numbers = (high >= low.max()).nonzero().flatten().tolist()
     if len(numbers) == 1:
         return int(numbers[0])
-    best = sample(scores[numbers[0]]).clone()
-    dtype = _index_type(len(scores))
-    index = torch.full(best.shape, numbers[0], dtype=dtype, device=best.device)
-    for number in numbers[1:]:
-        field = sample(scores[number])
-        index.masked_fill_(field > best, number)
-        torch.maximum(best, field, out=best)
+    if soft:
+        whole = tuple(slice(0, n) for n in scores.shape[1:])
+        return _running_maximum(scores, dict.fromkeys(numbers, whole), sample)
+    if len(scores) == 2:
+        return (sample(torch.sigmoid(scores[1] - scores[0])) > 0.5).to(torch.uint8)
+    probabilities = torch.softmax(scores, dim=0)
+    boxes = _possible_boxes(probabilities, numbers)
+    if len(boxes) == 1:
+        return next(iter(boxes))
+    return _running_maximum(probabilities, boxes, sample)
+
+
+def _possible_boxes(probabilities: torch.Tensor, numbers: Sequence[int]) -> dict[int, Box]:
+    """Return the box in which each class can have the highest interpolated probability.
+
+    Classes that can have it nowhere are left out. The lowest sum of the probabilities of N classes
+    at a voxel is a lower bound of their sum wherever they are interpolated.
+
+    Args:
+        probabilities: (C, x, y, z) probabilities of all classes.
+        numbers: numbers of the classes that may have it, ascending.
+    """
+    highest = probabilities.flatten(1).amax(dim=1)[numbers].tolist()
+    higher = LEAST_WINNING / len(probabilities)
+    threshold, possible = 0.0, list(numbers)
+    while higher > threshold:
+        threshold = higher
+        of_all = zip(numbers, highest, strict=True)
+        possible = [number for number, value in of_all if value >= threshold]
+        total = float(probabilities[possible].sum(dim=0).min())
+        higher = LEAST_WINNING * total / len(possible)
+    boxes = {}
+    for number in possible:
+        is_likely = (probabilities[number] >= threshold).numpy(force=True)
+        boxes[number] = ndimage.find_objects(is_likely.view(np.uint8))[0]
+    return boxes
+
+
+def _running_maximum(
+    scores: torch.Tensor, boxes: Mapping[int, Box], sample: FieldSampler
+) -> torch.Tensor:
+    """Return the number of the class with the highest interpolated score.
+
+    Args:
+        scores: (C, x, y, z) scores.
+        boxes: number of a class → box in which it can have the highest score, ascending.
+        sample: interpolates one class.
+    """
+    best = scores.new_full(sample.shape, -torch.inf)
+    index = torch.zeros(sample.shape, dtype=_index_type(len(scores)), device=scores.device)
+    for number, box in boxes.items():
+        part, values = sample.near(scores[number], box)
+        so_far = best[part]
+        index[part].masked_fill_(values > so_far, number)
+        torch.maximum(so_far, values, out=so_far)
     return index
 
 
@@ -289,15 +416,36 @@ def _resample_by_grid_sample(
         block = replace(block, scores=scores)
     area = _target_box(target.shape, block, matrix)
     plane = (area[1].stop - area[1].start) * (area[2].stop - area[2].start)
-    thickness = max(1, PIECE_VALUES // max(1, len(block.scores) * plane))
+    thickness = max(1, SLAB_VALUES // max(1, len(block.scores) * plane))
     for first in range(area[0].start, area[0].stop, thickness):
         part = (slice(first, min(first + thickness, area[0].stop)), *area[1:])
         grid, inside = _sample_positions(part, block, matrix)
         if not inside.any():
             continue
-        values = reduce(block.scores, partial(_sample_field, grid=grid), soft=True)
+        values = reduce(block.scores, _GridSampler(grid), soft=True)
         values = torch.as_tensor(values, dtype=target.dtype, device=target.device)
         target[part] = torch.where(inside.to(target.device), values, target[part])
+
+
+@dataclass(frozen=True, slots=True)
+class _GridSampler:
+    """A `FieldSampler` for any two grids.
+
+    Attributes:
+        grid: (X, Y, Z, 3) positions in `grid_sample`'s format.
+    """
+
+    grid: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.grid.shape[:3])
+
+    def __call__(self, field: torch.Tensor) -> torch.Tensor:
+        return _sample_field(field, self.grid)
+
+    def near(self, field: torch.Tensor, box: Box) -> tuple[Box, torch.Tensor]:
+        return tuple(slice(0, n) for n in self.shape), self(field)
 
 
 def _sample_field(field: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

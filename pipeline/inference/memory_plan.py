@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.inference.aggregator import FLOAT32_BYTES, buffer_bytes
-from pipeline.inference.label_resampling import PIECE_VALUES
+from pipeline.inference.label_resampling import SLAB_VALUES
 from pipeline.inference.process_memory import resident_bytes
 from pipeline.inference.sliding_window import SLICES_PER_BATCH, WindowInferer
 from pipeline.io import Grid, Header
@@ -138,7 +138,7 @@ def _bytes_besides_sums(model: Model, headers: Sequence[Header]) -> int:
     channels = len(spec.labels)
     windows = 2 * (SLICES_PER_BATCH if spec.spatial_dims == 2 else 1)  # input and output
     window = FLOAT32_BYTES * channels * prod(spec.roi_size) * windows
-    piece = FLOAT32_BYTES * min(PIECE_VALUES, channels * grid)
+    piece = FLOAT32_BYTES * min(SLAB_VALUES, channels * grid)
     labels = 2 * prod(label_shape) * (1 if channels <= 256 else 4)
     if model.inversion.probabilities:
         labels += len(spec.outputs) * prod(label_shape)  # uint8

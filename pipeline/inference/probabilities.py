@@ -9,6 +9,10 @@ import torch
 from torch.nn import functional
 
 from pipeline.inference.aggregator import HALO, ScoreBlock
+from pipeline.inference.boxes import box_at, crop_box
+
+# logits whose probabilities are held at a time: 4 MB
+SLAB_VALUES = 2**20
 
 
 class ProbabilityCollector:
@@ -45,17 +49,32 @@ class ProbabilityCollector:
         return torch.stack(self.sums).sum(dim=0)
 
     def _add(self, block: ScoreBlock) -> None:
-        probabilities = class_probabilities(block.scores, regions=self.regions)
-        # a block repeats the last voxels of the one before it, which must not be counted twice
-        new = (slice(None), *(slice(HALO if start else 0, None) for start in block.start))
-        self.sums.append(probabilities[new].sum((1, 2, 3), dtype=torch.float64).cpu())
+        total = torch.zeros(len(block.scores), dtype=torch.float64)
+        rows = block.scores.shape[1]
+        step = max(1, SLAB_VALUES // max(1, block.scores[:, 0].numel()))
+        for first in range(0, rows, step):
+            scores = block.scores[:, first : first + step]
+            probabilities = class_probabilities(scores, regions=self.regions)
+            start = (block.start[0] + first, *block.start[1:])
+            # a block repeats the last voxels of the one before it, which must not be counted twice
+            halo = [HALO if begin else 0 for begin in block.start]
+            halo[0] = max(0, halo[0] - first)
+            new = crop_box(probabilities, [slice(size, None) for size in halo])
+            total += new.sum((1, 2, 3), dtype=torch.float64).cpu()
+            self._keep(probabilities, start, block.shape)
+        self.sums.append(total)
+
+    def _keep(
+        self, probabilities: torch.Tensor, start: Sequence[int], shape: Sequence[int]
+    ) -> None:
+        """Copy the probabilities (C, x, y, z) from voxel `start` on to the maps."""
         if not self.kept_classes:
             return
         if self.maps is None:
-            self.maps = torch.zeros((len(self.kept_classes), *block.shape), dtype=torch.float16)
-        sizes = block.scores.shape[1:]
-        x, y, z = (slice(s, s + n) for s, n in zip(block.start, sizes, strict=True))
-        self.maps[:, x, y, z] = probabilities[self.kept_classes].half().cpu()
+            self.maps = torch.zeros((len(self.kept_classes), *shape), dtype=torch.float16)
+        place = crop_box(self.maps, box_at(start, probabilities.shape[1:]))
+        for kept, number in zip(place, self.kept_classes, strict=True):
+            kept.copy_(probabilities[number])
 
 
 def class_probabilities(scores: torch.Tensor, *, regions: bool) -> torch.Tensor:

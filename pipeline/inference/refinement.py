@@ -90,7 +90,9 @@ def refine_borders(
     labels = index.cpu().numpy().copy()
     names, contested = list(spec.labels), list(spec.contested)
     scan_affine = np.asarray(scan.affine, dtype=np.float64)
-    grey = np.nan_to_num(scan.as_tensor().cpu().numpy(), posinf=0, neginf=0)
+    grey = scan.as_tensor().cpu().numpy()
+    if not np.isfinite(grey.sum()):  # a sum keeps NaN and infinity, and is fast
+        grey = np.nan_to_num(grey, posinf=0, neginf=0)
     to_scan = np.linalg.inv(scan_affine) @ affine
     shape = probabilities.shape[1:]
     network_grey = np.stack([_resample_nearest(channel, to_scan, shape) for channel in grey])
@@ -106,16 +108,17 @@ def refine_borders(
         if not len(voxels):
             continue
         world = voxels @ target_affine[:3, :3].T + target_affine[:3, 3]
+        probability = _sample_linear(likely, world, box_affine)
+        values = np.array(numbers, dtype=labels.dtype)
+        is_open = _is_open(probability, values, labels[tuple(voxels.T)])
+        place, world = tuple(voxels[is_open].T), world[is_open]
         winners = _most_probable(
             _sample_linear(torch.from_numpy(grey), world, scan_affine),
             world,
-            likely,
+            probability[:, torch.from_numpy(is_open)],
             _appearance(likely, crop_box(torch.from_numpy(network_grey), box), box_affine),
-            box_affine,
         )
-        place = tuple(voxels.T)
-        refined = np.array(numbers, dtype=labels.dtype)[winners]
-        labels[place] = np.where(winners >= 0, refined, labels[place])
+        labels[place] = np.where(winners >= 0, values[winners], labels[place])
     return torch.from_numpy(labels).to(index.device)
 
 
@@ -123,14 +126,32 @@ def _contesting_box(likely: torch.Tensor) -> Box:
     """Return the bounding box of the voxels that any structure can get, with one voxel around it.
 
     Args:
-        likely: (K, X, Y, Z) probabilities of a group's structures.
+        likely: (K, X, Y, Z) probabilities of a group's structures, float16.
 
     Returns:
         A box within (X, Y, Z); the box at its first voxel if there are no such voxels.
     """
-    can_win = (likely >= CONTESTING_PROBABILITY).any(dim=0).numpy()
-    boxes = ndimage.find_objects(can_win.astype(np.uint8))
+    # numbers in float16 that are not negative have the order of their bits, which are compared
+    # several times as fast
+    least = np.float16(CONTESTING_PROBABILITY).view(np.int16)
+    can_win = (likely.numpy().view(np.int16) >= least).any(axis=0)
+    boxes = ndimage.find_objects(can_win.view(np.uint8))
     return widen_box(boxes[0] if boxes else (slice(0, 1),) * 3, can_win.shape)
+
+
+def _is_open(probability: torch.Tensor, numbers: Array, labels: Array) -> Array:
+    """Return in which of N voxels grey values can decide, or the label is not what they can get.
+
+    Args:
+        probability: (K, N) probabilities of a group's structures.
+        numbers: (K,) their class numbers.
+        labels: (N,) class numbers of the voxels.
+    """
+    can_win = (probability >= CONTESTING_PROBABILITY).numpy()
+    is_kept: Array = (can_win & (numbers[:, None] == labels)).any(axis=0)
+    count = can_win.sum(axis=0)
+    is_open: Array = (count > 1) | ((count == 1) & ~is_kept)
+    return is_open
 
 
 def _contested_voxels(
@@ -193,18 +214,16 @@ def _is_any_of(part: Array, numbers: Sequence[int], labels: Array) -> Array:
 def _most_probable(
     grey: torch.Tensor,
     world: Array,
-    likely: torch.Tensor,
+    probability: torch.Tensor,
     appearance: _Appearance,
-    affine: Affine,
 ) -> Array:
     """Return the structure of a group with the highest posterior probability in each of N voxels.
 
     Args:
         grey: (C, N) grey values of the voxels.
         world: (N, 3) positions of the voxels, mm.
-        likely: (K, X, Y, Z) probabilities of the group's structures.
+        probability: (K, N) probabilities of the group's structures.
         appearance: appearance of the group's structures.
-        affine: affine of `likely`, voxel → world, mm.
 
     Returns:
         (N,) numbers of structures, 0 to K - 1; -1 if no structure can get the voxel, or if the
@@ -214,7 +233,6 @@ def _most_probable(
     fields = torch.cat([appearance.means.flatten(0, 1), appearance.variances, appearance.known])
     sampled = _sample_linear(fields, world, appearance.affine)
     means, variances, known = torch.split(sampled, [count * channels, channels, count])
-    probability = _sample_linear(likely, world, affine)
     # Bayes: log prior + log likelihood. The factor before a Gaussian depends on its variance only,
     # which is the same for all structures, and is left out.
     deviation = grey - means.view(count, channels, -1)
@@ -311,7 +329,14 @@ def _sample_linear(fields: torch.Tensor, world: Array, affine: Affine) -> torch.
     voxels = world @ inverse[:3, :3].T + inverse[:3, 3]
     # grid_sample takes coordinates from -1 to 1, in the order (z, y, x)
     grid = torch.from_numpy(2 * voxels / np.maximum(size - 1, 1) - 1).float().flip(-1)
+    # grid_sample uses one thread per item of a batch
+    threads = torch.get_num_threads()
+    length = -(-len(grid) // threads)
+    padded = functional.pad(grid, (0, 0, 0, threads * length - len(grid)))
     sampled = functional.grid_sample(
-        fields.float()[None], grid[None, None, None], padding_mode="border", align_corners=True
+        fields.float().expand(threads, *fields.shape),
+        padded.view(threads, 1, 1, length, 3),
+        padding_mode="border",
+        align_corners=True,
     )
-    return sampled[0, :, 0, 0]
+    return sampled[:, :, 0, 0].movedim(0, 1).flatten(1)[:, : len(grid)]

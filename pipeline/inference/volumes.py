@@ -84,7 +84,9 @@ def with_sums(volumes: Mapping[str, float], sums: Mapping[str, Sequence[str]]) -
 def _voxel_counts(labels: LabelMap) -> dict[int, int]:
     """Return value → number of voxels, for the values that occur."""
     if labels.dtype == np.uint8:  # counted without sorting, which is much faster
-        counts = np.bincount(labels.ravel())
+        counts = np.zeros(256, dtype=np.int64)
+        for plane in labels:  # `bincount` makes a copy in int64
+            counts += np.bincount(plane.ravel(), minlength=256)
         return {value: int(count) for value, count in enumerate(counts) if count}
     values, found = np.unique(labels, return_counts=True)
     return dict(zip(values.tolist(), found.tolist(), strict=True))

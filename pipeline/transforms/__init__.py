@@ -35,7 +35,13 @@ from pipeline.transforms.mirror_padding import mirror_padded_box
 from pipeline.transforms.network_grid import network_grid_shape
 from pipeline.transforms.patches import crop_size, training_transform
 from pipeline.transforms.preprocess import IMAGE, LABEL, SCAN, preprocessing
-from pipeline.transforms.resampling import Resample, axis_samplings, parallel_axes, sample_axes
+from pipeline.transforms.resampling import (
+    AxisSampling,
+    Resample,
+    axis_samplings,
+    parallel_axes,
+    sample_axes,
+)
 from pipeline.transforms.spline_resampling import filled_spacing, separate_axis
 from pipeline.transforms.synthesis import synthesis_transform
 
@@ -44,6 +50,7 @@ __all__ = [
     "LABEL",
     "SCAN",
     "WEIGHT",
+    "AxisSampling",
     "CheckVolumed",
     "Degradation",
     "LoadVolumed",

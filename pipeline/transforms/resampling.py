@@ -272,14 +272,18 @@ def sample_axes(field: torch.Tensor, samplings: Sequence[AxisSampling]) -> torch
 def _interpolate(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:
     """Return the field interpolated linearly along one axis."""
     low = torch.as_tensor(sampling.low, device=field.device)
+    has_weights = bool(sampling.weight.any())
     # an axis that does not change, which is common, needs no copy
-    is_identity = torch.equal(low, torch.arange(field.shape[dim], device=low.device))
-    lower = field if is_identity else field.index_select(dim, low)
-    if not sampling.weight.any():
-        return lower
-    upper = field.index_select(dim, (low + 1).clamp(max=field.shape[dim] - 1))
-    weight = torch.as_tensor(sampling.weight, dtype=field.dtype, device=field.device)
-    return torch.lerp(lower, upper, weight.view([-1 if i == dim else 1 for i in range(3)]))
+    if not has_weights and torch.equal(low, torch.arange(field.shape[dim], device=low.device)):
+        return field
+    # with the axis first, whole planes are copied, which is several times as fast as single voxels
+    planes = field.movedim(dim, 0).contiguous()
+    values = planes.index_select(0, low)
+    if has_weights:
+        upper = planes.index_select(0, (low + 1).clamp(max=len(planes) - 1))
+        weight = torch.as_tensor(sampling.weight, dtype=field.dtype, device=field.device)
+        values.lerp_(upper, weight.view(-1, 1, 1))
+    return values.movedim(0, dim)
 
 
 def _average(field: torch.Tensor, dim: int, sampling: AxisSampling) -> torch.Tensor:

@@ -161,6 +161,30 @@ def test_values_are_the_specs_in_the_smallest_unsigned_type(values: list[int], d
     )
 
 
+@pytest.mark.parametrize("name", ["finer", "permuted"])
+@pytest.mark.parametrize("values", [300, 5000])
+def test_pieces_give_the_labels_of_the_whole(
+    name: str, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes of single classes in small pieces give the argmax of all classes everywhere."""
+    logits, shape = scores(SHAPE, 9) / 10, (19, 14, 23)
+    fields = [sample_parallel(p, GRIDS[name], shape) for p in torch.softmax(logits, dim=0)]
+    expected = torch.stack(fields).argmax(dim=0)
+    monkeypatch.setattr("pipeline.inference.label_resampling.PIECE_VALUES", values)
+    ours = labels_on_grid(logits, np.eye(4), GRIDS[name], shape)
+    assert len(np.unique(expected)) == 9
+    assert torch.equal(ours.long(), expected)
+
+
+def test_a_class_can_win_between_voxels_in_which_it_does_not() -> None:
+    """0.4 between 0.6 and 0 of one class, and 0 and 0.6 of another one."""
+    probabilities = torch.tensor([[0.6, 0.0], [0.4, 0.4], [0.0, 0.6]])
+    logits = (probabilities + 1e-6).log()[:, :, None, None]
+    between = np.diag([0.25, 1.0, 1.0, 1.0])
+    index = labels_on_grid(logits, np.eye(4), between, (5, 1, 1))
+    assert index.flatten().tolist() == [0, 0, 1, 2, 2]
+
+
 def test_many_classes() -> None:
     """More than 256 channels do not wrap around."""
     logits = torch.zeros(300, 3, 4, 5)

@@ -24,6 +24,7 @@ from pipeline.bundle.opening import open_bundle
 from pipeline.config.run import Run
 from pipeline.config.spec import Spec
 from pipeline.errors import ConfigError
+from pipeline.inference import refinement
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.memory_plan import estimate_memory
 from pipeline.inference.predictor import predict_case
@@ -154,6 +155,44 @@ def test_a_scan_that_shows_no_border_moves_none(scan: str, truth: Any, spec: Spe
     assert (after != before).mean() <= {"flat": 0.0, "noise": 0.02, "nothing known": 0.0}[scan]
 
 
+def test_voxels_without_a_choice_need_no_grey_values(
+    truth: Any, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels are the same when the grey values of all contested voxels are compared.
+
+    So they are where labels are not what the probabilities give, as those of a second network.
+    """
+    affine, before = oblique((1.0, 1.0, 1.0)), blurred(truth)
+    before[:, 30:34][before[:, 30:34] == 1] = 2
+    grey = scan_of(truth, (5.0, 110.0, 80.0, 20.0))
+    found = refine_labels(before, affine, grey, affine, truth, spec)
+    counts = []
+
+    def every_voxel(probability: torch.Tensor, numbers: Any, labels: Any) -> Any:
+        counts.append(int(is_open(probability, numbers, labels).sum()) / len(labels))
+        return np.ones(len(labels), dtype=bool)
+
+    is_open = refinement._is_open
+    monkeypatch.setattr(refinement, "_is_open", every_voxel)
+    np.testing.assert_array_equal(refine_labels(before, affine, grey, affine, truth, spec), found)
+    assert 0 < max(counts) < 1
+
+
+def test_the_number_of_threads_changes_no_interpolated_value() -> None:
+    """A number of positions that it does not divide, some of them beyond the edges."""
+    fields, affine = torch.rand(2, 5, 7, 6), oblique((0.9, 1.3, 2.1))
+    world = np.random.default_rng(2).uniform(-20, 20, size=(13, 3)) + affine[:3, 3]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(refinement._sample_linear(fields, world, affine))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0].shape == (2, 13)
+    assert torch.equal(*found)
+
+
 def test_a_spot_deep_in_a_tissue_stays(truth: Any, spec: Spec) -> None:
     """A lesion as bright as the other tissue keeps its class: the network is sure."""
     affine, before = oblique((1.0, 1.0, 1.0)), blurred(truth)
@@ -165,8 +204,12 @@ def test_a_spot_deep_in_a_tissue_stays(truth: Any, spec: Spec) -> None:
     assert (after[27:33, 30:36, 20:26] == 1).all()
 
 
-def test_probabilities_are_held_as_blocks_come() -> None:
-    """Those of the requested classes, by a softmax over all."""
+@pytest.mark.parametrize("together", [2**20, 250, 1])
+def test_probabilities_are_held_as_blocks_come(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the requested classes, by a softmax over all, however many are computed together."""
+    monkeypatch.setattr("pipeline.inference.probabilities.SLAB_VALUES", together)
     logits = torch.randn(4, 9, 6, 5, generator=torch.Generator().manual_seed(0))
     shape = (9, 6, 5)
     blocks = [
