@@ -21,6 +21,7 @@ from pipeline.cli.options import (
     usage_errors,
 )
 from pipeline.cli.progress import case_line, progress_bar
+from pipeline.processes import importing
 
 if TYPE_CHECKING:
     from pipeline.evaluation import SummaryRow
@@ -85,9 +86,10 @@ def evaluate(
     whose label map cannot be used is listed and not scored. Either gives the exit status 1.
     """
     with usage_errors():
-        from pipeline.bundle import open_bundle
-        from pipeline.evaluation import evaluate
-        from pipeline.io import fold_cases
+        with importing():
+            from pipeline.bundle import open_bundle
+            from pipeline.evaluation import evaluate
+            from pipeline.io import fold_cases
 
         model = open_bundle(bundle, device=device, precision=precision, trust=trust)
         cases = fold_cases(dataset, splits, fold, "val")

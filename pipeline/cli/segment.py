@@ -19,6 +19,7 @@ from pipeline.cli.batches import (
 from pipeline.cli.options import command, usage_errors
 from pipeline.cli.reports import show_report
 from pipeline.defaults import INTRACRANIAL, STATISTICS
+from pipeline.processes import importing
 
 if TYPE_CHECKING:
     from pipeline.inference import CaseModel
@@ -118,8 +119,9 @@ def segment(
     per channel.
     """
     with usage_errors():
-        from pipeline.batch import with_dicom_outputs
-        from pipeline.io import find_cases
+        with importing():
+            from pipeline.batch import with_dicom_outputs
+            from pipeline.io import find_cases
 
         if dicom_seg and given["labels_spacing"]:
             raise click.UsageError(
