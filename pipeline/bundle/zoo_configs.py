@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from monai.bundle import ConfigParser, ReferenceResolver
 from monai.bundle.properties import InferProperties, TrainProperties
+from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import BundleProperty, BundlePropertyConfig
 
 from pipeline.bundle.findings import Finding
@@ -119,9 +120,12 @@ def _reference_findings(paths: BundlePaths, path: Path) -> Iterator[Finding]:
         parser.parse()
     items = parser.ref_resolver.items
     for name, item in items.items():
-        references = ReferenceResolver.find_refs_in_config(config=item.get_config(), id=name)
-        for reference in references:
-            if reference not in items:
+        text = item.get_config()
+        if not isinstance(text, str):
+            continue  # what it holds has items of its own
+        for reference in ReferenceResolver.match_refs_pattern(value=text):
+            in_metadata = reference.split(ID_SEP_KEY)[0] == parser.meta_key
+            if reference not in items and (paths.metadata.is_file() or not in_metadata):
                 yield Finding(
                     level="error",
                     where=f"configs/{path.name}, {name}",

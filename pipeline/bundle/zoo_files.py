@@ -22,7 +22,7 @@ LARGE_FILES = ("large_files.yml", "large_files.yaml", "large_files.json")
 MAX_MIB = 25  # the zoo's limit of a single file, which is that of an upload to GitHub
 HASH_TYPES = ("md5", "sha1", "sha256", "sha512")
 DEFAULT_HASH = "md5"  # MONAI's, where only `hash_val` is given
-SOUND_HASHES = ("sha256", "sha512")  # two files with one MD5 or SHA-1 can be made on purpose
+WEAK_HASHES = ("md5", "sha1")  # two files with one of these can be made on purpose
 BUNDLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 BUNDLE_NAME_RULE = "letters, digits, _ and -, a letter or digit first"
 
@@ -173,7 +173,7 @@ def large_file_findings(paths: BundlePaths) -> Iterator[Finding]:
     files = large_files(paths)
     for file in files:
         yield from _entry_findings(paths, names[0], file)
-    weak = [file.path for file in files if file.hash_type not in SOUND_HASHES or not file.hash_val]
+    weak = [file.path for file in files if file.hash_type in WEAK_HASHES or not file.hash_val]
     if weak:
         yield Finding(
             level="advice",

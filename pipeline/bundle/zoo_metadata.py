@@ -181,6 +181,8 @@ def _tensor_findings(metadata: Mapping[str, Any], side: str, name: str) -> Itera
         return  # a bundle of another kind, or the schema reports it
     where = f"{METADATA}, {NETWORK_FORMAT}.{side}.{name}"
     tensors = _mapping(_mapping(metadata[NETWORK_FORMAT]).get(side))
+    if not tensors:
+        return  # the schema reports it
     if name not in tensors:
         yield Finding(
             level="advice",
