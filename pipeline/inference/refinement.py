@@ -111,6 +111,8 @@ def refine_borders(
         probability = _sample_linear(likely, world, box_affine)
         values = np.array(numbers, dtype=labels.dtype)
         is_open = _is_open(probability, values, labels[tuple(voxels.T)])
+        if not is_open.any():
+            continue
         place, world = tuple(voxels[is_open].T), world[is_open]
         winners = _most_probable(
             _sample_linear(torch.from_numpy(grey), world, scan_affine),

@@ -178,6 +178,17 @@ def test_voxels_without_a_choice_need_no_grey_values(
     assert 0 < max(counts) < 1
 
 
+def test_labels_without_any_choice_stay(truth: Any, spec: Spec) -> None:
+    """Two tissues meet, but at the centre of each voxel only one of them is likely."""
+    affine, shape = oblique((2.0, 2.0, 2.0)), tuple(n // STEP for n in FINE)
+    flat = torch.ones(shape, dtype=torch.uint8)
+    flat[15:] = 2
+    likely = torch.stack([flat == 1, flat == 2]).half()
+    grey = torch.from_numpy(scan_of(truth, (5.0, 110.0, 80.0, 20.0)))[None]
+    scan = MetaTensor(grey, affine=torch.as_tensor(oblique((1.0, 1.0, 1.0))))
+    assert torch.equal(refine_borders(flat, affine, scan, likely, affine, spec), flat)
+
+
 def test_the_number_of_threads_changes_no_interpolated_value() -> None:
     """A number of positions that it does not divide, some of them beyond the edges."""
     fields, affine = torch.rand(2, 5, 7, 6), oblique((0.9, 1.3, 2.1))
