@@ -58,8 +58,13 @@ def with_dicom_outputs(
     if kind is None:
         raise ConfigError("a DICOM report refers to a segmentation: give --dicom-seg as well")
     wanted = (kind, REPORT) if report else (kind,)
-    asked = {"dicom": wanted, "dicom_codes": codes} if codes else {"dicom": wanted}
-    found = [Case(**(case | asked)) if _series(case) is not None else case for case in cases]
+    asked: Case = {"case": "", "dicom": wanted}
+    if codes:
+        asked["dicom_codes"] = codes
+    found: list[Case] = []
+    for case in cases:
+        is_series = _series(case) is not None
+        found.append({**case, **asked, "case": case["case"]} if is_series else case)
     if cases and not any("dicom" in case for case in found):
         raise ConfigError(
             "none of the inputs is a DICOM series: --dicom-seg writes on the frames of a series"

@@ -145,7 +145,7 @@ def id_findings(paths: BundlePaths, training: Sequence[Path]) -> Iterator[Findin
     inference = inference_configuration(paths)
     if inference is not None:
         config = _load([inference])
-        required = INFERENCE_IDS if _has_network(paths) else ()
+        required: tuple[str, ...] = INFERENCE_IDS if _has_network(paths) else ()
         yield from _missing(config, f"configs/{inference.name}", required, "error")
         others = {*_required(InferProperties), OUTPUT_DIR} - set(required)
         yield from _missing(config, f"configs/{inference.name}", sorted(others), "advice")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.io.cases import find_cases
 from pipeline.io.dicom_discovery import find_series
 from pipeline.io.discovery import named_files
 from pipeline.io.reader import read
+from pipeline.types import Case
 
 
 class OneChannel:
@@ -31,6 +33,12 @@ def reason(folder: Path) -> str:
     found = find_series(file.path for file in named_files(folder))
     (series,) = found.series
     return found.no_volumes.get(series.uid, "")
+
+
+def _folder(case: Case) -> str:
+    """Return the folder of a case's only series."""
+    series: Any = case["image"]
+    return str(series.folder)
 
 
 def by_dcm2niix(folder: Path, out: Path, *options: str) -> list[int]:
@@ -68,7 +76,7 @@ def numbered(series: Series, first: int) -> Series:
 
 DERIVED = ["DERIVED", "SECONDARY", "OTHER"]
 NO_PLACE: dict[str, Any] = {"ImagePositionPatient": None, "ImageOrientationPatient": None}
-NO_VOLUMES = {
+NO_VOLUMES: dict[str, tuple[Callable[[], Series], str]] = {
     "said": (lambda: make_localiser(stated=True), r"localiser \(ImageType LOCALIZER\)"),
     "said of a volume": (
         lambda: changed(make_series(), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
@@ -100,9 +108,7 @@ def test_what_is_no_volume_has_a_reason(tmp_path: Path, name: str) -> None:
     make, words = NO_VOLUMES[name]
     folder = make().write(tmp_path / "in")
     make_series(7).write(tmp_path / "volume")  # or nothing is left to segment
-    no_volume, volume = sorted(
-        find_cases([tmp_path], OneChannel()), key=lambda case: case["image"].folder
-    )
+    no_volume, volume = sorted(find_cases([tmp_path], OneChannel()), key=_folder)
     assert "left_out" not in volume
     assert no_volume["left_out"].startswith("no volume: ")
     assert re.search(words, no_volume["left_out"])
@@ -148,7 +154,7 @@ def _cut() -> Series:
     return Series(series.slices[9:12])
 
 
-MAY_BE_VOLUMES = {
+MAY_BE_VOLUMES: dict[str, Callable[[], Series]] = {
     "volume": make_series,
     "missing slices": _gap,
     "three of 24 slices": _cut,
@@ -244,7 +250,8 @@ def test_other_objects_are_named_once(tmp_path: Path) -> None:
     assert "left_out" not in cases[volume.uid]
     text = "no MR images: 9 × Secondary Capture Image Storage"
     assert cases[pictures.uid]["left_out"] == text
-    assert len(cases[volume.uid]["image"].files) == len(volume.slices)
+    read_series: Any = cases[volume.uid]["image"]
+    assert len(read_series.files) == len(volume.slices)
 
 
 def test_a_listed_folder_is_read_whatever_it_is(tmp_path: Path) -> None:

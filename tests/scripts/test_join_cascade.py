@@ -13,7 +13,7 @@ from scipy import ndimage
 from pipeline.bundle.opening import open_bundle
 from pipeline.inference.predictor import predict_case
 
-CASCADE = {
+CASCADE: dict[str, Any] = {
     "structures": ["front"],
     "spacing": [1.0, 1.0, 1.0],
     "roi_size": [16, 12, 20],
