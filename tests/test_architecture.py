@@ -14,6 +14,7 @@ import yaml
 
 import pipeline.parts
 from pipeline.bundle.inline_spec import wiring_with_spec
+from pipeline.bundle.wiring import WIRING, template
 from pipeline.config import BundlePaths
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +114,7 @@ def targets_of(content: object) -> Iterator[str]:
             yield from targets_of(value)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("bundle/templates/*.yaml")), ids=name_of)
+@pytest.mark.parametrize("path", [template(name) for name in WIRING], ids=name_of)
 def test_wiring_targets_the_stable_surface_only(path: Path) -> None:
     """Whatever of ours a bundle's wiring names is in `pipeline.parts`."""
     ours = {name for name in targets_of(yaml.safe_load(path.read_text())) if "pipeline" in name}
@@ -122,7 +123,7 @@ def test_wiring_targets_the_stable_surface_only(path: Path) -> None:
 
 
 def test_the_stable_surface_has_nothing_that_no_wiring_names() -> None:
-    texts = [path.read_text() for path in PACKAGE.glob("bundle/templates/*.yaml")]
+    texts = [path.read_text() for path in map(template, WIRING)]
     wirings = [yaml.safe_load(text) for text in texts]
     wirings.append(wiring_with_spec(BundlePaths(ROOT / "bundles" / "hippocampus_mr_3d")))
     used = {name for wiring in wirings for name in targets_of(wiring)}
