@@ -343,7 +343,7 @@ def test_the_hash_covers_code_and_no_weights(bundle: Path, tmp_path: Path) -> No
     (tmp_path / "elsewhere" / "g.py").write_text("2")
     assert changes_the_hash()
     BundlePaths(bundle).weights.write_bytes(b"others")
-    (bundle / "docs").mkdir()
+    (bundle / "docs").mkdir(exist_ok=True)
     (bundle / "docs" / "README.md").write_text("words")
     assert not changes_the_hash()
 
