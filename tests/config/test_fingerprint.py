@@ -11,7 +11,7 @@ import yaml
 from phantom import parse_spec, spec_content
 
 from pipeline.config import RENAMED_SPEC_KEYS, load_spec, spec_fingerprint
-from pipeline.config.spec import CropResize, Intensity, NetworkSpec, Spec, SplineResampling
+from pipeline.config.spec import Cascade, CropResize, Intensity, NetworkSpec, Spec, SplineResampling
 
 
 def test_how_the_file_is_written_does_not_count(tmp_path: Path) -> None:
@@ -62,6 +62,12 @@ CHANGES: dict[str, Any] = {
     "ignore_label": 9,
     "min_component_ml": {"front": 0.5},
     "fill_holes": ("each",),
+    "cascade": Cascade(
+        structures=("front",),
+        spacing=(1.0, 1.0, 1.0),
+        roi_size=(16, 12, 20),
+        network=NetworkSpec(features=(2, 3)),
+    ),
 }
 TOGETHER: dict[str, dict[str, Any]] = {  # fields that only change together with another
     "localise": {"localise": True, "foreground_threshold": 0.0},

@@ -32,6 +32,7 @@ SCORES = {"a": (0.9, 0.8), "b|1": (0.5, nan), "c": (0.7, 0.0)}
 def write_records(root: Path, **files: Any) -> BundlePaths:
     """Write the files of a training run into a bundle, with some of them changed or left out."""
     paths = BundlePaths(root)
+    paths.readme.unlink(missing_ok=True)  # nobody has written one
     rows = []
     for case, values in SCORES.items():
         for label, dice in zip(("front", "back"), values, strict=True):
