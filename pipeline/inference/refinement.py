@@ -44,7 +44,7 @@ MIN_KNOWN_FRACTION = 1e-4
 MIN_NOISE = 1e-4
 # what a neighbour with the same label adds to the logarithm of a label's probability, less for a
 # more distant one. Without it, noise leaves speckles of one tissue in the other
-NEIGHBOUR_WEIGHT = 0.4
+NEIGHBOUR_WEIGHT = 0.2
 SMOOTHING_STEPS = 2  # passes over all voxels
 # added to probabilities before their logarithm: a network's 0 does not mean impossible
 PROBABILITY_OFFSET = 1e-3
