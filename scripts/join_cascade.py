@@ -2,17 +2,14 @@
 
     python scripts/join_cascade.py BUNDLE TRAINED_BUNDLE
 
-The weights are stored in float16, which halves the file; they are computed with in float32. The
-spec of the trained network has to be that of the cascade.
+The spec of the trained network has to be that of the cascade.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 
 import click
-import torch
 
 from pipeline.config import BundlePaths, Spec, load_spec
 from pipeline.io import write_atomically
@@ -31,11 +28,10 @@ def main(bundle: str, trained: str) -> None:
     differing = _differences(wanted, found)
     if differing:
         sys.exit(f"{source.spec}: differs from the cascade of {whole.spec} in {differing}")
-    state = {name: tensor.half() for name, tensor in read_state(source.weights).items()}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(whole.cascade_weights, buffer.getvalue())
-    click.echo(f"{whole.cascade_weights}: {len(buffer.getvalue()) / 2**20:.1f} MB")
+    read_state(source.weights)  # refuses what is no file of weights
+    content = source.weights.read_bytes()
+    write_atomically(whole.cascade_weights, content)
+    click.echo(f"{whole.cascade_weights}: {len(content) / 2**20:.1f} MB")
 
 
 def _differences(wanted: Spec, found: Spec) -> str:
