@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pipeline.config import BundlePaths, Spec
 from pipeline.errors import ConfigError
 from pipeline.inference.aggregator import ScoreBlock
+from pipeline.inference.block_observer import BlockObserver
 from pipeline.inference.boxes import box_at, crop_box
 from pipeline.inference.runtime import Precision, Runtime, RuntimeName
 from pipeline.networks import build_network, read_state
@@ -68,7 +69,7 @@ class FineBox:
         return ScoreBlock(start=(1, 1, 1), scores=self.scores, shape=shape), affine
 
 
-class CoarseProbabilities:
+class CoarseProbabilities(BlockObserver):
     """Keeps the first network's probabilities of a volume, from its blocks of logits.
 
     Attributes:
@@ -78,14 +79,7 @@ class CoarseProbabilities:
     def __init__(self) -> None:
         self.maps: torch.Tensor | None = None
 
-    def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
-        """Yield the given blocks of logits unchanged, after keeping their probabilities."""
-        for block in blocks:
-            self._add(block)
-            yield block
-            del block  # or it would be held while the next one is computed
-
-    def _add(self, block: ScoreBlock) -> None:
+    def add(self, block: ScoreBlock) -> None:
         if self.maps is None:
             self.maps = torch.zeros((len(block.scores), *block.shape), dtype=torch.float16)
             self.maps[0] = 1

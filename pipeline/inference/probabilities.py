@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import log
 
 import torch
 from torch.nn import functional
 
 from pipeline.inference.aggregator import HALO, ScoreBlock
+from pipeline.inference.block_observer import BlockObserver
 from pipeline.inference.boxes import box_at, crop_box
 
 # logits whose probabilities are held at a time: 4 MB
 SLAB_VALUES = 2**20
 
 
-class ProbabilityCollector:
+class ProbabilityCollector(BlockObserver):
     """Accumulates per-class probabilities block by block.
 
     It also stores full probability maps for `kept_classes`.
@@ -36,19 +37,12 @@ class ProbabilityCollector:
         self.sums: list[torch.Tensor] = []
         self.maps: torch.Tensor | None = None
 
-    def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
-        """Yield the given blocks of logits unchanged, after accumulating their probabilities."""
-        for block in blocks:
-            self._add(block)
-            yield block
-            del block  # or it would be held while the next one is computed
-
     @property
     def voxels(self) -> torch.Tensor:
         """Soft volume of each class over all blocks so far, (C,) float64, in voxels."""
         return torch.stack(self.sums).sum(dim=0)
 
-    def _add(self, block: ScoreBlock) -> None:
+    def add(self, block: ScoreBlock) -> None:
         total = torch.zeros(len(block.scores), dtype=torch.float64)
         rows = block.scores.shape[1]
         step = max(1, SLAB_VALUES // max(1, block.scores[:, 0].numel()))

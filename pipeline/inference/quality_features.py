@@ -7,7 +7,7 @@ block adds only voxels, and pairs of neighbours within a plane, that no block be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import log, nan, prod
 from typing import Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import OutputKind, Spec
 from pipeline.inference.aggregator import HALO, ScoreBlock
+from pipeline.inference.block_observer import BlockObserver
 from pipeline.inference.mirror_agreement import MirrorAgreement
 from pipeline.inference.probabilities import structure_probabilities
 from pipeline.inference.test_time_augmentation import other_side
@@ -134,7 +135,7 @@ class ClassSums:
             getattr(self, name)[place] += found[1] if isinstance(place, int) else found
 
 
-class QualityCollector:
+class QualityCollector(BlockObserver):
     """Collects what the features need from blocks of logits, without changing them.
 
     Args:
@@ -160,14 +161,7 @@ class QualityCollector:
         self._intensity: Array = plain.cpu().float().numpy()
         self._range = (float(self._intensity.min()), float(self._intensity.max()))
 
-    def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
-        """Yield the given blocks of logits unchanged, after collecting from them."""
-        for block in blocks:
-            self._add(block)
-            yield block
-            del block  # or it would be held while the next one is computed
-
-    def _add(self, block: ScoreBlock) -> None:
+    def add(self, block: ScoreBlock) -> None:
         """Add the planes of a block that count, slab by slab: little memory is needed besides it.
 
         A block repeats the last voxels of the one before it, which must count once only.
