@@ -36,6 +36,7 @@ from pipeline.bundle.overrides import parse_overrides
 from pipeline.bundle.trust import check_plain, code_hash
 from pipeline.bundle.weight_import import PublishedNetwork, import_checkpoint
 from pipeline.bundle.wiring import (
+    NO_LICENCE,
     WIRING,
     Refreshed,
     read_wiring,
@@ -49,6 +50,7 @@ from pipeline.bundle.zoo_metadata import PLACEHOLDER
 __all__ = [
     "BUNDLE_NAME",
     "BUNDLE_NAME_RULE",
+    "NO_LICENCE",
     "PLACEHOLDER",
     "WIRING",
     "BundleInfo",

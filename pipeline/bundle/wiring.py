@@ -26,6 +26,10 @@ from pipeline.log import LOGGER
 from pipeline.types import PathOrStr
 
 WIRING = ("inference.yaml", "train.yaml")
+NO_LICENCE = """\
+No licence has been chosen for these weights: all rights are reserved by their authors.
+Put the text of a licence here before you share them.
+"""
 Origin = Literal["missing", "current", "released", "edited"]
 
 # SHA-256 of the wiring that earlier releases wrote → the release
@@ -143,7 +147,8 @@ def _log_renewal(paths: BundlePaths, names: Sequence[str]) -> None:
 def refresh_bundle(root: PathOrStr, *, overwrite: bool = False) -> Refreshed:
     """Write what is generated in a bundle: its wiring and metadata.json.
 
-    Keys of the spec that an earlier release named otherwise get their present names.
+    Keys of the spec that an earlier release named otherwise get their present names. A bundle
+    without LICENSE gets one that says that none has been chosen.
 
     Args:
         root: the bundle's folder, with spec.yaml and card.yaml.
@@ -160,6 +165,8 @@ def refresh_bundle(root: PathOrStr, *, overwrite: bool = False) -> Refreshed:
             continue
         write_atomically(own, template(name).read_bytes())
         written.append(name)
+    if not paths.licence.is_file():
+        write_atomically(paths.licence, NO_LICENCE.encode())
     write_json(paths.metadata, bundle_metadata(paths.folder))
     written.append(paths.metadata.name)
     return Refreshed(written=tuple(written), kept=tuple(kept))

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.bundle import PLACEHOLDER
+from pipeline.bundle import NO_LICENCE, PLACEHOLDER
 from pipeline.config import BundlePaths
 from pipeline.io import Layout, Problem, write_atomically, write_json
 from pipeline.training.planning.choices import Choice, nested_values
@@ -16,10 +16,6 @@ from pipeline.training.planning.choices import Choice, nested_values
 LINE_WIDTH = 110  # characters
 SPEC_HEADING = "The inputs and outputs of these weights. Changing any of it makes them invalid."
 CARD_HEADING = "For readers of the bundle: complete it."
-NO_LICENCE = """\
-No licence has been chosen for these weights: all rights are reserved by their authors.
-Put the text of a licence here before you share them.
-"""
 
 
 def write_plan(

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.bundle import (
     BUNDLE_NAME,
     BUNDLE_NAME_RULE,
+    NO_LICENCE,
     PLACEHOLDER,
     check_plain,
     find_bundle,
@@ -32,7 +33,6 @@ from pipeline.io import write_atomically
 from pipeline.report import draft_page
 from pipeline.training.planning.files import (
     CARD_HEADING,
-    NO_LICENCE,
     SPEC_HEADING,
     draft_card,
     write_yaml,
