@@ -148,7 +148,7 @@ def refresh_bundle(root: PathOrStr, *, overwrite: bool = False) -> Refreshed:
     """Write what is generated in a bundle: its wiring and metadata.json.
 
     Keys of the spec that an earlier release named otherwise get their present names. A bundle
-    without LICENSE gets one that says that none has been chosen.
+    without LICENSE gets one with the text `NO_LICENCE`.
 
     Args:
         root: the bundle's folder, with spec.yaml and card.yaml.

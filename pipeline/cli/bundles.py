@@ -102,10 +102,10 @@ def new(
 def check(bundle: str, trust: bool, as_json: bool) -> None:
     """Check a bundle by the rules of MONAI's model zoo and its weights by its spec, offline.
 
-    BUNDLE is a folder, or the name of a shipped bundle, of volseg's or of MONAI's form. A line for
-    each check says that it passed or failed, with what was found, what was expected and what to do;
-    exit status 1 when one failed. Lines with `advice` are what the zoo's reviewers ask for. Checks
-    that evaluate wiring that volseg did not write do not run without --trust.
+    BUNDLE is a folder, or the name of a shipped bundle, of volseg's or of MONAI's form. Each
+    check has a line, `passed` or `failed`, with what was found, what was expected and what to do.
+    The exit status is 1 if a check failed. Lines with `advice` are what the zoo's reviewers ask
+    for. Checks that evaluate wiring that volseg did not write do not run without --trust.
     """
     with usage_errors():
         from pipeline.bundle import check_bundle

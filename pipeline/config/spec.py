@@ -228,7 +228,7 @@ class NetworkSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cascade:
-    """A second network, in smaller voxels, that sees a box around some of the structures.
+    """A second network, which segments a box around some of the structures in smaller voxels.
 
     It has the channels and the labels of the first network. In the box the probabilities of both
     are averaged geometrically; towards the faces of the box those of the first network remain.

@@ -7,7 +7,7 @@ Modules:
     sliding_window           the network over a volume of any size
     bundle_inferer           the same for callers that bring the network in torch
     windows, aggregator, boxes   batches of windows, and their sums as finished blocks
-    block_observer           what sees these blocks on their way
+    block_observer           base class of what collects from these blocks
     foreground, localisation where windows are needed
     test_time_augmentation, overlap_tile, multi_output   other ways to apply a network
     runtime, openvino_models the network in torch or OpenVINO

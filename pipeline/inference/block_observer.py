@@ -1,4 +1,4 @@
-"""What sees the blocks of a volume's logits on their way from the network to the labels."""
+"""The base class of what collects something from the blocks of a volume's logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.inference.aggregator import ScoreBlock
 
 
 class BlockObserver(ABC):
-    """Takes something from each block of logits, before the receiver of the block changes it."""
+    """Collects from each block of logits, before the receiver of the block changes it."""
 
     def pass_through(self, blocks: Iterator[ScoreBlock]) -> Iterator[ScoreBlock]:
         """Yield the given blocks of logits unchanged, after adding each of them."""
@@ -20,4 +20,4 @@ class BlockObserver(ABC):
 
     @abstractmethod
     def add(self, block: ScoreBlock) -> None:
-        """Take what is needed from one block; it is not changed."""
+        """Collect from one block, which stays as it is."""

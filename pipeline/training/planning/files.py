@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.bundle import NO_LICENCE, PLACEHOLDER
+from pipeline.bundle import PLACEHOLDER
 from pipeline.config import BundlePaths
 from pipeline.io import Layout, Problem, write_atomically, write_json
 from pipeline.training.planning.choices import Choice, nested_values
@@ -26,7 +26,7 @@ def write_plan(
     layout: Layout,
     problems: Sequence[Problem] = (),
 ) -> None:
-    """Write the YAML file of the run, and spec, card, LICENSE, splits and plan.json of its bundle.
+    """Write the YAML file of the run, and spec, card, splits and plan.json of its bundle.
 
     Args:
         path: YAML file of the run.
@@ -56,8 +56,6 @@ def write_plan(
     licence = f", {layout.licence}" if layout.licence else ""
     card = draft_card(paths.folder.name, list(spec["labels"]), f"{layout.kind}{licence}")
     write_yaml(paths.card, card, {}, CARD_HEADING)
-    if not paths.licence.is_file():
-        write_atomically(paths.licence, NO_LICENCE.encode())
     content = {
         "bundle": run["bundle"],
         "dataset": run["dataset"],
