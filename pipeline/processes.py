@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import getpass
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 SLOW_MODULE = "torch"  # after it, and what comes with it, few modules are left to import
+UNKNOWN_USER = "unknown"
 SAFE_PATH = "PYTHONSAFEPATH"  # variable of Python's that keeps the working folder off sys.path
 
 
@@ -27,6 +29,17 @@ def without_working_folder() -> Iterator[None]:
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+
+
+def ensure_user_name() -> None:
+    """Set the variable USER where the user has no name, because MONAI cannot be imported then.
+
+    Containers and clusters run programs under numbers that no table of users lists.
+    """
+    try:
+        getpass.getuser()
+    except (ImportError, KeyError, OSError):  # Windows, Python before and after 3.13
+        os.environ["USER"] = UNKNOWN_USER
 
 
 @contextmanager

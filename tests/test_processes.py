@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import gc
+import getpass
+import os
+import pwd
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +17,23 @@ def thawed() -> Iterator[None]:
     gc.unfreeze()
     yield
     gc.unfreeze()
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a number that /etc/passwd does not list; a user who has a name keeps it."""
+
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    processes.ensure_user_name()
+    assert os.environ["USER"] == "me"
+    monkeypatch.delenv("USER")
+    processes.ensure_user_name()
+    assert getpass.getuser() == processes.UNKNOWN_USER
 
 
 def test_nothing_is_collected_while_modules_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:

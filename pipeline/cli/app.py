@@ -10,7 +10,7 @@ from pipeline.cli.evaluation import compare, evaluate
 from pipeline.cli.reports import report, view
 from pipeline.cli.segment import segment, tables
 from pipeline.cli.training import crossval, plan, train
-from pipeline.processes import without_working_folder
+from pipeline.processes import ensure_user_name, without_working_folder
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -24,6 +24,7 @@ def main(context: click.Context) -> None:
     """
     # until the command ends, so that a program that calls it keeps its own environment
     context.with_resource(without_working_folder())
+    ensure_user_name()
 
 
 COMMANDS = (
