@@ -119,6 +119,39 @@ def test_the_table_sorts_and_filters(page: Any, out: Path) -> None:
     assert cases_shown(page) == ["a", "b", "c"]
 
 
+def test_series_that_were_left_out(page: Any, out: Path) -> None:
+    """They are counted, chosen and shown with their reason; the ends of long names are visible."""
+    uids = [f"1.2.826.0.1.3680043.8.498.{'7' * 30}{number}" for number in range(2)]
+    reason, nothing = "slices of 3 orientations", {"volumes_mm3": {}, "inputs": ()}
+    store(out, *(record_of(uid, status="left out", error=reason, **nothing) for uid in uids))
+    store(out, record_of("e", status="quarantined", error="the process died", **nothing))
+    open_report(page, out)
+    assert "2 left out" in page.run("document.getElementById('counts').textContent")
+    choose(page, "show", "left out")
+    assert cases_shown(page) == uids
+    assert reason in page.run("document.getElementById('detail').textContent")
+    ends = page.run(
+        "[...document.querySelectorAll('.row .case .end')].map(end => {"
+        "const inner = end.getBoundingClientRect(), cell = end.parentNode.getBoundingClientRect();"
+        "return inner.width > 20 && inner.right <= cell.right; })"
+    )
+    assert ends == [True, True]
+    choose(page, "show", "failures")
+    assert cases_shown(page) == ["d", "e"]
+    parts = page.run("document.querySelector('.row:last-child .status').scrollWidth")
+    assert parts <= page.run("document.querySelector('.row:last-child .status').clientWidth")
+
+
+def test_cases_with_a_low_predicted_dice_come_first(page: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, dice in {"a": 0.9, "b": 0.6}.items():
+        predicted = {"mean": {"dice": dice, "low": 0.5, "high": 1.0}, "labels": {}}
+        store(out, record_of(name, outputs=(), predicted_dice=predicted))
+    store(out, record_of("c", outputs=()))
+    open_report(page, out)
+    assert cases_shown(page) == ["b", "a", "c"]
+
+
 def test_text_of_a_batch_stays_text(page: Any, out: Path) -> None:
     open_report(page, out)
     assert HOSTILE in page.run("document.getElementById('detail').textContent")
@@ -267,13 +300,20 @@ def test_ten_thousand_cases(page: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 1920])
 def test_it_is_readable(page: Any, out: Path, width: int, dark: bool) -> None:
-    """Contrast of text is at least 4.5, and nothing is wider than the window."""
+    """Contrast of text is at least 4.5; nothing is wider than the window, no heading is cut."""
     page.resize(width, 900, dark=dark)
     open_report(page, out)
     assert page.run("document.documentElement.scrollWidth") <= width
+    cut = "x => x.scrollWidth > x.clientWidth"
+    parts = "[...document.querySelectorAll('.head .start, .cell.status')]"
+    assert page.run(f"{parts}.length") > 5
+    assert not page.run(f"{parts}.some({cut})")
     for name in ("text", "quiet", "bad", "warn", "good", "accent"):
         for ground in ("ground", "raised"):
             assert contrast(page, name, ground) >= 4.5, (name, ground)
+    assert contrast(page, "edge", "ground") >= 3  # borders of controls
+    for ground in ("ground", "band"):
+        assert contrast(page, "bar", ground) >= 3  # points of plots
 
 
 def contrast(page: Any, first: str, second: str) -> float:

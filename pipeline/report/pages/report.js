@@ -3,6 +3,7 @@
 // All text from the batch enters the page as text nodes, never as HTML.
 
 const ROW = 28; // height of a row, as in report.css
+const ENDING = 14; // last characters of a name that stay visible: paths and UIDs differ there
 const SPARE = 12; // rows that are drawn above and below the visible ones
 const MM3 = 1000; // per mL
 const POINTS = 400; // cases that are drawn as points; of more, a histogram is drawn
@@ -33,6 +34,8 @@ function start(batch) {
   document.title = `${batch.folder.split(/[\\/]/).pop()} – volseg report`;
   byId("folder").textContent = batch.folder;
   fillStructures();
+  // the cases that need a look come first, where the Dice is predicted
+  if (state.cases.some((row) => row.dice !== null)) state.sort.key = "dice";
   setColumns();
   connect();
   applyFilter();
@@ -152,7 +155,7 @@ function setColumns() {
   const count = (list) => (list.length ? String(list.length) : "");
   const columns = [
     { key: "case", name: "Case", kind: "case", value: (row) => row.case.toLowerCase(), text: (row) => row.case },
-    { key: "status", name: "Status", value: (row) => row.status, text: (row) => row.status,
+    { key: "status", name: "Status", kind: "status", value: (row) => row.status, text: (row) => row.status,
       tone: (row) => (isFailure(row) ? "bad" : "") },
     { key: "mark", name: "Mark", kind: "mark", value: (row) => `${row.mark}${row.note ? "1" : "2"}`,
       text: (row) => `${row.mark}${row.note ? " ✎" : ""}`,
@@ -194,7 +197,8 @@ function drawHead() {
     const cell = element("div", { className: `cell ${column.kind || ""}`, role: "columnheader", title: column.name });
     cell.setAttribute("aria-sort", sorted ? (state.sort.down ? "descending" : "ascending") : "none");
     const arrow = sorted ? (state.sort.down ? " ↓" : " ↑") : "";
-    cell.append(element("button", { type: "button", onclick: () => sortBy(column) }, `${column.name}${arrow}`));
+    cell.append(element("button", { type: "button", onclick: () => sortBy(column) },
+      element("span", { className: "start" }, column.name), element("span", { className: "end" }, arrow)));
     cell.dataset.key = column.key;
     return cell;
   }));
@@ -276,9 +280,18 @@ function drawRow(row, index) {
   for (const column of state.columns) {
     const text = column.text(row);
     const tone = column.tone && text ? column.tone(row) : "";
-    line.append(element("div", { className: `cell ${column.kind || ""} ${tone}`, role: "gridcell", title: text }, text));
+    line.append(element("div", { className: `cell ${column.kind || ""} ${tone}`, role: "gridcell", title: text },
+      ...(column.key === "case" ? inTwoParts(text) : [text])));
   }
   return line;
+}
+
+// Returns a name of which the middle is cut where it is too long; dots cut its end otherwise
+function inTwoParts(text) {
+  const letters = [...text];
+  if (letters.length <= ENDING) return [text];
+  return [element("span", { className: "start" }, letters.slice(0, -ENDING).join("")),
+    element("span", { className: "end" }, letters.slice(-ENDING).join(""))];
 }
 
 const current = () => (state.at >= 0 ? state.shown[state.at] : null);
@@ -311,11 +324,12 @@ function drawCounts() {
     [`${state.cases.length} cases`, ""],
     [`${count(CHOICES.done)} done`, "good"],
     [`${count(CHOICES.failures)} failed`, "bad"],
+    [`${count(CHOICES["left out"])} left out`, ""],
     [`${count(CHOICES.flagged)} flagged`, "warn"],
     [`${count((row) => row.mark !== "")} marked`, ""],
   ];
   byId("counts").replaceChildren(
-    ...badges.filter(([text]) => !text.startsWith("0 failed"))
+    ...badges.filter(([text]) => !/^0 (failed|left out)$/.test(text))
       .map(([text, tone]) => element("span", { className: `badge ${tone}` }, text)),
   );
 }
@@ -398,7 +412,7 @@ function mosaicOf(row) {
   const scan = element("img", { src: `mosaics/${row.mosaic}.webp`, alt: `Slices of ${row.case} in three planes` });
   const outlines = element("img", { src: `mosaics/${row.mosaic}_outlines.webp`, alt: "", className: "outlines" });
   outlines.hidden = !state.outlines;
-  const box = element("div", { className: "mosaic", tabIndex: 0 }, scan, outlines);
+  const box = element("div", { className: "mosaic", tabIndex: 0, role: "group", "aria-label": "Slices" }, scan, outlines);
   box.classList.toggle("large", state.large);
   return box;
 }

@@ -107,9 +107,15 @@ function placeText(place, table) {
 }
 
 function addTools(tools, viewer, content) {
-  for (const [name, view] of Object.entries(VIEWS)) {
-    tools.append(element("button", { type: "button", onclick: () => viewer.setSliceType(view) }, name));
-  }
+  const buttons = Object.entries(VIEWS).map(([name, view]) => {
+    const button = element("button", { type: "button", "aria-pressed": String(view === VIEWS.All) }, name);
+    button.onclick = () => {
+      viewer.setSliceType(view);
+      for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+    };
+    return button;
+  });
+  tools.append(...buttons);
   if (!content.labels) return;
   const opacity = element("input", { type: "range", min: 0, max: 1, step: 0.05, value: 0.5 });
   opacity.oninput = () => viewer.setOpacity(1, Number(opacity.value));
