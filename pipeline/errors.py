@@ -8,6 +8,7 @@ PipelineError            something the user can fix; its text says where, what w
 ├── GeometryError        grids that do not agree
 ├── ShapeError           a tensor that does not fit the network (also a ValueError)
 ├── WriteError           a result that cannot be written
+├── OpenVinoError        a network that OpenVINO cannot compute
 ├── RunStoppedError      a batch that cannot go on: the disk is full, the output folder is gone
 └── InterruptedRunError  a RunStoppedError: a signal ended the batch
 
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "GeometryError",
     "InterruptedRunError",
+    "OpenVinoError",
     "PipelineError",
     "ReadError",
     "RunStoppedError",
@@ -62,6 +64,18 @@ class ShapeError(PipelineError, ValueError):
 
 class WriteError(PipelineError):
     """A result that cannot be written."""
+
+
+class OpenVinoError(PipelineError):
+    """A network that OpenVINO cannot compute.
+
+    Attributes:
+        lasting: whether the same network fails the same way whenever it is tried.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class RunStoppedError(PipelineError):

@@ -1,7 +1,7 @@
 """A torch network as a model of OpenVINO: conversion, cache, comparison with torch, inference.
 
 OpenVINO computes a U-Net two to three times faster than torch on a CPU. A network is converted
-once, compared with torch, and kept in the user's cache folder.
+once, tried in a process of its own, compared with torch, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,8 @@ from torch import nn
 from torch.nn import functional
 
 from pipeline.config import Spec, spec_fingerprint, valid_size_near
+from pipeline.errors import OpenVinoError
+from pipeline.inference.openvino_trial import first_output
 from pipeline.io import sha256
 from pipeline.log import LOGGER
 from pipeline.types import NetworkFunction
@@ -37,8 +39,10 @@ if TYPE_CHECKING:
 
 CACHE_VARIABLE = "VOLSEG_CACHE"
 # part of the key of a cache entry, to be changed with what an entry contains
-CACHE_LAYOUT = "3"
-MODEL, REPORT = "model.xml", "report.json"  # files of a cache entry; model.bin is the third
+CACHE_LAYOUT = "4"
+# files of a cache entry; model.bin is the third. A network that OpenVINO cannot compute has a
+# report only, with the reason as its `problem`
+MODEL, REPORT = "model.xml", "report.json"
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 # what reading a cache entry raises that is incomplete, unreadable or changed
 _DAMAGE = (OSError, RuntimeError, ValueError, KeyError, TypeError)
@@ -146,13 +150,7 @@ class OpenVinoNetwork:
 
     def __init__(self, model: ov.Model, precision: str) -> None:
         self.model = model
-        self._hints = {
-            "PERFORMANCE_HINT": "LATENCY",  # all cores compute one window
-            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # pinned threads of several processes would all sit on the first cores
-            "ENABLE_CPU_PINNING": False,
-        }
+        self._hints = compile_hints(precision)
         self._requests: dict[tuple[int, ...], ov.InferRequest] = {}
         # an infer request belongs to one caller at a time
         self._lock = threading.Lock()
@@ -185,9 +183,7 @@ class OpenVinoNetwork:
         return OPENVINO_TYPES.get(name, name)
 
     def _request(self, shape: torch.Size) -> ov.InferRequest:
-        # slices come in batches of many sizes, for which a model of any batch size is compiled
-        batch = -1 if len(shape) == 4 else shape[0]
-        key = (batch, *shape[1:])
+        key = compiled_shape(shape)
         if key not in self._requests:
             sized = self.model.clone()
             sized.reshape({0: list(key)})
@@ -196,6 +192,29 @@ class OpenVinoNetwork:
                 weakref.finalize(self, _released.set)
             self._requests[key] = compiled.create_infer_request()
         return self._requests[key]
+
+
+def compile_hints(precision: str) -> dict[str, Any]:
+    """Return what OpenVINO's `compile_model` is asked for.
+
+    Args:
+        precision: `float32` or `bfloat16`.
+    """
+    return {
+        "PERFORMANCE_HINT": "LATENCY",  # all cores compute one window
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # pinned threads of several processes would all sit on the first cores
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def compiled_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that a model is compiled for, to compute inputs of a shape.
+
+    Slices come in batches of many sizes, for which a model of any batch size is compiled.
+    """
+    return (-1 if len(shape) == 4 else shape[0], *shape[1:])
 
 
 def convert_to_openvino(network: nn.Module, spec: Spec) -> ov.Model:
@@ -219,12 +238,16 @@ def cached_model(network: nn.Module, spec: Spec, precision: str) -> ConvertedMod
     The key of an entry contains weights, spec, precision, versions and processor. An entry whose
     files do not have the hashes in its report is made again, with a warning. Several processes may
     make an entry at once: the first one to finish stays. Where there can be no cache folder of the
-    user's own, the network is converted each time, with a warning.
+    user's own, the network is converted each time, with a warning. A network that OpenVINO cannot
+    compute has an entry as well, so that it is not tried again.
 
     Args:
         network: in torch.
         spec: of the network.
         precision: that the model is compared with torch in, `float32` or `bfloat16`.
+
+    Raises:
+        OpenVinoError: OpenVINO cannot compute the network.
     """
     entry = cache_folder() / _cache_key(network, spec, precision)
     problem = _prepare_cache(entry.parent)
@@ -232,24 +255,64 @@ def cached_model(network: nn.Module, spec: Spec, precision: str) -> ConvertedMod
         found = _checked_entry(entry)
         if found is not None:
             return found
-    converted = _convert_and_compare(network, spec, precision)
+    try:
+        model = convert_to_openvino(network, spec)
+    except Exception as error:  # whatever OpenVINO raises for an operation that it does not know
+        raise OpenVinoError(f"OpenVINO cannot convert the network ({error})") from error
+    tried = _Trial(model, network, spec, precision)
     if problem is None:
-        problem = _store(converted, entry)
+        problem = _store(tried, entry)
     if problem is None:
         return _read_entry(entry)  # its weights are mapped from the file, not copied
     warnings.warn(
         f"{entry.parent}: no cache there ({problem}): the network is converted each time",
         stacklevel=2,
     )
-    return converted
+    with _folder_for_trial() as folder:
+        return ConvertedModel(model=model, agreement=tried.agreement(folder))
 
 
-def _convert_and_compare(network: nn.Module, spec: Spec, precision: str) -> ConvertedModel:
-    model = convert_to_openvino(network, spec)
-    converted = OpenVinoNetwork(model, precision)
-    return ConvertedModel(
-        model=model, agreement=compare_runtimes(network, converted, noise_window(spec))
-    )
+@dataclass(frozen=True)
+class _Trial:
+    """A converted network that is to be tried, and its network in torch."""
+
+    model: ov.Model
+    network: nn.Module
+    spec: Spec
+    precision: str
+
+    def agreement(self, folder: Path) -> RuntimeAgreement:
+        """Write the model's files into a folder, and return how far it agrees with torch.
+
+        OpenVINO computes in a process of its own, which also compiles the model for whole windows.
+
+        Raises:
+            OpenVinoError: it cannot compute the network.
+            OSError, RuntimeError: the files cannot be written.
+        """
+        # half-precision weights would be smaller, and others
+        import_openvino().save_model(self.model, folder / MODEL, compress_to_fp16=False)
+        window = noise_window(self.spec)
+        whole = (1, len(self.spec.channels), *self.spec.roi_size)
+        with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as exchanged:
+            computed = first_output(
+                folder / MODEL,
+                window,
+                compile_hints(self.precision),
+                [compiled_shape(whole)],
+                folder=Path(exchanged),
+            )
+        return compare_runtimes(self.network, lambda _: computed, window)
+
+
+@contextlib.contextmanager
+def _folder_for_trial() -> Iterator[Path]:
+    """Yield a temporary folder for a trial; an OpenVinoError where there can be none."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="volseg-", ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
+    except (OSError, RuntimeError) as error:  # OpenVINO's errors of a full disk are RuntimeErrors
+        raise OpenVinoError(f"OpenVINO cannot be tried ({error})") from error
 
 
 def _prepare_cache(folder: Path) -> str | None:
@@ -282,7 +345,11 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def _checked_entry(entry: Path) -> ConvertedModel | None:
-    """Return the content of a cache entry, None if it is missing or damaged; log the damage."""
+    """Return the content of a cache entry, None if it is missing or damaged; log the damage.
+
+    Raises:
+        OpenVinoError: its network is one that OpenVINO cannot compute.
+    """
     if not entry.exists():
         return None
     try:
@@ -301,11 +368,14 @@ def _read_entry(entry: Path) -> ConvertedModel:
     """Return the content of a cache entry.
 
     Raises:
+        OpenVinoError: its network is one that OpenVINO cannot compute.
         OSError, RuntimeError, ValueError, KeyError, TypeError: it is damaged.
     """
     report = json.loads((entry / REPORT).read_text("utf-8"))
     if report["key"] != entry.name or not _is_private(entry.stat()):
         raise ValueError("it was made for another network, or by another user")
+    if "problem" in report:
+        raise OpenVinoError(f"{report['problem']}; delete {entry} to try again", lasting=True)
     model = read_verified_model(entry / MODEL, report["sha256"])
     agreement = RuntimeAgreement(
         logit_difference=float(report["logit_difference"]),
@@ -343,11 +413,14 @@ def model_hashes(path: Path) -> dict[str, str]:
     return {file.name: sha256(file) for file in (path, path.with_suffix(".bin"))}
 
 
-def _store(converted: ConvertedModel, entry: Path) -> str | None:
-    """Write a cache entry and return why that failed, None if it did not.
+def _store(tried: _Trial, entry: Path) -> str | None:
+    """Try a network, write a cache entry and return why that failed, None if it did not.
 
     The entry appears under its name only when it is whole. A damaged one is moved out of its way:
     another process that reads it goes on with the files that it has open.
+
+    Raises:
+        OpenVinoError: OpenVINO cannot compute the network now, and may another time.
     """
     try:
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=entry.parent))
@@ -356,7 +429,7 @@ def _store(converted: ConvertedModel, entry: Path) -> str | None:
     try:
         made = temporary / "entry"
         made.mkdir(mode=0o700)
-        _write_entry(made, converted, key=entry.name)
+        _write_entry(made, tried, key=entry.name)
         if _is_damaged(entry):
             with contextlib.suppress(OSError):  # another process moved it first
                 entry.rename(temporary / "damaged")
@@ -374,16 +447,31 @@ def _is_damaged(entry: Path) -> bool:
         return False
     try:
         _read_entry(entry)
+    except OpenVinoError:
+        return False
     except _DAMAGE:
         return True
     return False
 
 
-def _write_entry(folder: Path, converted: ConvertedModel, *, key: str) -> None:
-    """Write the files of a cache entry."""
-    # half-precision weights would be smaller, and others
-    import_openvino().save_model(converted.model, folder / MODEL, compress_to_fp16=False)
-    report = {"key": key, **converted.agreement, "sha256": model_hashes(folder / MODEL)}
+def _write_entry(folder: Path, tried: _Trial, *, key: str) -> None:
+    """Write the files of a cache entry.
+
+    Raises:
+        OpenVinoError: OpenVINO cannot compute the network now, and may another time.
+        OSError, RuntimeError: a file cannot be written.
+    """
+    report: dict[str, Any] = {"key": key}
+    try:
+        agreement = tried.agreement(folder)
+    except OpenVinoError as error:
+        if not error.lasting:
+            raise
+        for path in folder.iterdir():  # the model is of no use
+            path.unlink()
+        report["problem"] = str(error)
+    else:
+        report |= {**agreement, "sha256": model_hashes(folder / MODEL)}
     (folder / REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

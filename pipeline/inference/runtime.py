@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.config import BundlePaths, Spec
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OpenVinoError
 from pipeline.inference.device import processor_name
 from pipeline.inference.forking import keep_forks_computing
 from pipeline.inference.openvino_models import (
@@ -74,8 +74,8 @@ class Runtime(nn.Module):
         network: in torch, with the weights that it has when it is first called.
         spec: of the network.
         bundle_root: the bundle's folder, for its int8 model.
-        runtime: `torch`, `openvino`, or `auto`: OpenVINO on a CPU where it is installed and agrees
-            with torch, else torch.
+        runtime: `torch`, `openvino`, or `auto`: OpenVINO on a CPU where it is installed, computes
+            the network and agrees with torch, else torch.
         precision: of the arithmetic. `auto` is float32 on a CPU and torch's float16 autocast on a
             GPU. `int8` needs the bundle's int8 model, which `volseg export` makes.
 
@@ -182,10 +182,14 @@ class Runtime(nn.Module):
         """
         problem: str | None = NOT_INSTALLED
         if openvino_version() is not None:
-            converted = cached_model(self.network, self.spec, precision)
-            problem = disagreement(converted.agreement, precision)
-            if problem is None:
-                return converted.model
+            try:
+                converted = cached_model(self.network, self.spec, precision)
+            except OpenVinoError as error:
+                problem = str(error)
+            else:
+                problem = disagreement(converted.agreement, precision)
+                if problem is None:
+                    return converted.model
         if self.runtime == "openvino":
             raise ConfigError(f"--runtime openvino: {problem}; choose --runtime torch")
         warnings.warn(f"the network runs in torch, not in OpenVINO: {problem}", stacklevel=2)
