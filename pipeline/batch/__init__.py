@@ -35,6 +35,7 @@ from pipeline.batch.bids_group import GroupTable, write_group_table
 from pipeline.batch.coordinator import Progress
 from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.dicom_outputs import with_dicom_outputs
+from pipeline.batch.locks import locked
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
@@ -42,6 +43,7 @@ from pipeline.batch.reading import (
     BatchResults,
     count_records,
     file_problem,
+    is_complete,
     read_case,
     read_results,
 )
@@ -78,7 +80,9 @@ __all__ = [
     "dask_executor",
     "file_problem",
     "forecast_cases",
+    "is_complete",
     "local_executor",
+    "locked",
     "output_path",
     "parse_shard",
     "pool_executor",

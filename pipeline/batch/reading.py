@@ -26,12 +26,14 @@ class BatchResults:
         labels: name → value in the label maps, as in the spec; empty where it is not known, as in
             folders that an earlier version made.
         run: what produced the results, as in `run.json`.
+        is_complete: whether no run is under way, and the last one was not killed.
     """
 
     folder: Path
     records: Sequence[CaseRecord]
     labels: Mapping[str, int]
     run: Mapping[str, Any]
+    is_complete: bool = True
 
 
 def read_results(folder: Path) -> BatchResults:
@@ -53,12 +55,18 @@ def read_results(folder: Path) -> BatchResults:
         records=records,
         labels=read_labels(out),
         run=run_facts(records, _last_command(folder)),
+        is_complete=is_complete(folder),
     )
 
 
 def read_case(folder: Path, case: str) -> CaseRecord | None:
     """Return the record of one case in an output folder; None where there is none."""
     return read_record(OutputFolder(folder).record(case))
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether no run is under way in an output folder, and the last one was not killed."""
+    return not any(OutputFolder(folder).runs.glob("*.json"))
 
 
 def count_records(folder: Path) -> int:

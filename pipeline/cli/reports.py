@@ -84,12 +84,18 @@ def show_report(output: Path, to: Path | None = None, options: ReportOptions | N
         ConfigError: the folder holds no results.
         WriteError: the report cannot be written.
     """
-    from pipeline.batch import count_records
+    from pipeline.batch import count_records, is_complete
     from pipeline.report import write_batch_report
 
     with progress_bar("drawing", count_records(output)) as advance:
         page = write_batch_report(
-            output, to, options, progress=lambda case: advance(f"drawn    {case}")
+            output, to, options, progress=lambda case: advance(f"added    {case}")
+        )
+    if not is_complete(output):
+        click.echo(
+            "warning: a run is under way in the folder, or was killed: cases that it has not "
+            "finished are not in the report",
+            err=True,
         )
     click.echo(f"the report is {page}", err=True)
 

@@ -19,6 +19,7 @@ from pipeline.batch import (
     FileState,
     allotted_cores,
     file_problem,
+    locked,
     read_results,
 )
 from pipeline.bundle import shipped_bundles
@@ -40,6 +41,7 @@ from pipeline.report.viewer_volume import viewer_volume
 Choice = Literal["all", "flagged", "none"]
 FOLDER, INDEX = "report", "index.html"
 MOSAICS, VOLUMES, DATA = "mosaics", "volumes", "data"
+LOCK = ".lock"  # held while the page is written and pictures are removed
 SCAN_ENDING, OUTLINES_ENDING, VOLUME_ENDING = ".webp", "_outlines.webp", ".js"
 # To be raised when pictures or volumes of the same files change: older ones are drawn again
 DRAWING = 1
@@ -80,6 +82,11 @@ class _Pictures:
     volume: str = ""
     problem: str = ""
 
+    def add_to(self, row: dict[str, Any]) -> None:
+        """Set the columns of a case's row that name its pictures."""
+        row["mosaic"], row["volume"] = self.mosaic, self.volume
+        row["picture_problem"] = self.problem
+
 
 def write_batch_report(
     folder: Path,
@@ -116,18 +123,22 @@ def write_batch_report(
         }
         try:
             for job in as_completed(jobs):
-                pictures, row = job.result(), cases[jobs[job]]
-                row["mosaic"], row["volume"] = pictures.mosaic, pictures.volume
-                row["picture_problem"] = pictures.problem
+                row = cases[jobs[job]]
+                job.result().add_to(row)
                 if progress is not None:
                     progress(row["case"])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    write_payload(
-        target / DATA / "batch.js", "batch", _batch(results, cases, options, writer.table)
-    )
-    _remove_others(target, cases)
+    with locked(target / LOCK):
+        # a report that was written meanwhile, of other options, may have removed pictures
+        for number, row in enumerate(cases):
+            if row["mosaic"] or row["volume"]:
+                writer.pictures(number).add_to(row)
+        write_payload(
+            target / DATA / "batch.js", "batch", _batch(results, cases, options, writer.table)
+        )
+        _remove_others(target, cases)
     return target / INDEX
 
 
@@ -262,6 +273,7 @@ def _batch(
         "id": hashlib.sha256(folder.encode()).hexdigest()[:KEY_LETTERS],
         "whole_head": options.whole_head,
         "viewer": options.viewer,
+        "complete": results.is_complete,
         "structures": structure_rows(results, table),
         "cases": cases,
         "run": _printable_texts(results.run),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,35 @@ def test_the_records_are_the_truth(out: Path) -> None:
     (out / "volumes.csv").write_text("case,left thalamus\nsub/one,1\n")
     (out / "run.json").unlink(missing_ok=True)
     assert batch_of(out) == before
+
+
+def test_a_run_that_has_not_ended_is_named(out: Path) -> None:
+    """Its cases have no record yet: neither page nor command may look complete."""
+    assert batch_of(out)["complete"] is True
+    run = OutputFolder(out).runs / "0123.json"
+    run.write_text("{}")
+    assert batch_of(out)["complete"] is False
+    said = CliRunner().invoke(main, ["report", str(out), "--mosaics", "none"])
+    assert said.exit_code == 0
+    assert "a run is under way in the folder, or was killed" in said.output
+    run.unlink()
+    said = CliRunner().invoke(main, ["report", str(out), "--mosaics", "none"])
+    assert "was killed" not in said.output
+
+
+def test_two_reports_at_once(out: Path) -> None:
+    """With other options: each page is whole, and what the last one names is there."""
+    choices: list[dict[str, Any]] = [{"viewer": "all"}, {"viewer": "none"}, {"whole_head": True}]
+    with ThreadPoolExecutor(len(choices)) as pool:
+        pages = list(
+            pool.map(lambda words: write_batch_report(out, options=ReportOptions(**words)), choices)
+        )
+    rows = read_payload(pages[0].parent / "data" / "batch.js")["cases"]
+    assert [row["case"] for row in rows] == ["bad", "sub/one", "sub/two", "worse"]
+    for row in rows:
+        for folder, name in (("mosaics", row["mosaic"]), ("volumes", row["volume"])):
+            found = list((out / "report" / folder).glob(f"{name}*")) if name else []
+            assert bool(found) == bool(name)
 
 
 def test_a_scan_that_is_gone_is_said(out: Path) -> None:

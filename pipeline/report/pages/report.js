@@ -33,6 +33,7 @@ function start(batch) {
   readMarks();
   document.title = `${batch.folder.split(/[\\/]/).pop()} – volseg report`;
   byId("folder").textContent = batch.folder;
+  byId("incomplete").hidden = batch.complete;
   fillStructures();
   // the cases that need a look come first, where the Dice is predicted
   if (state.cases.some((row) => row.dice !== null)) state.sort.key = "dice";
