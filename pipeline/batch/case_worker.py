@@ -163,7 +163,9 @@ class CaseWorker:
             self._check_start(task)
             job.inputs = retry_io(lambda: states_of_inputs(case_files(task.case)))
             if self.model.max_memory is None:
-                job.prepared = retry_io(lambda: self.model.prepare(task.case["image"]))
+                job.prepared = retry_io(
+                    lambda: self.model.prepare(task.case["image"], self.out.staging)
+                )
                 self._check_unchanged(job)
         except CASE_ERRORS as error:
             job.error = error
@@ -211,7 +213,7 @@ class CaseWorker:
             if self._computed is None:  # a model may need a case to decide what computes it
                 self._computed = settle_runtime(self.out, self.model, job.task.case["image"])
             if job.prepared is None:
-                job.prediction = self.model.predict_case(job.task.case["image"])
+                job.prediction = self.model.predict_case(job.task.case["image"], self.out.staging)
                 self._check_unchanged(job)
             elif self.predict is not None:
                 job.prediction = self.predict(self.model, job.prepared)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from pipeline.io import TEMPORARY_SUFFIX, host_code
 LEASE_SECONDS = 300.0  # network file systems may show a time of modification a minute late
 HEARTBEAT_SECONDS = 20.0
 OLD_TEMPORARY_SECONDS = 3600.0  # no file takes an hour to write
+OLD_FOLDER_SECONDS = 7 * 86400.0  # no case takes a week, while which its temporary images lie there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,8 +184,13 @@ class Claims:
         now = self._now()
         for path in list(self.out.staging.glob(f".*{TEMPORARY_SUFFIX}")):
             with suppress(OSError):
-                old = now - path.stat().st_mtime > OLD_TEMPORARY_SECONDS
-                if old or _is_left_behind(path):
+                age, is_folder = now - path.stat().st_mtime, path.is_dir()
+                old = age > (OLD_FOLDER_SECONDS if is_folder else OLD_TEMPORARY_SECONDS)
+                if not old and not _is_left_behind(path):
+                    continue
+                if is_folder and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
                     path.unlink()
 
     def _link(self, path: Path) -> bool:
@@ -254,10 +261,16 @@ class Claims:
 
 @contextmanager
 def claims_of_run(out: OutputFolder) -> Iterator[Claims]:
-    """Yield the claims of a new run, after what dead runs left was removed."""
+    """Yield the claims of a new run, after what dead runs left was removed.
+
+    At its end, what its own dead workers left is removed.
+    """
     with Claims(out) as claims:
         claims.sweep()
-        yield claims
+        try:
+            yield claims
+        finally:
+            claims.sweep()
 
 
 def holds_claim(out: OutputFolder, run: str, case: str) -> bool:

@@ -136,7 +136,7 @@ def settle_runtime(
     decided = _stored_runtime(out)
     if decided is not None:
         _follow(model, decided, out)
-    description = model.prepare_runtime(image)
+    description = model.prepare_runtime(image, out.staging)
     if description is None:
         return None
     chosen = {key: str(description[key]) for key in ("runtime", "precision")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,13 +108,18 @@ class CaseModel(Protocol):
     def identity(self) -> dict[str, str]:
         """Return what else than the bundle's code decides the voxels: weights and settings."""
 
-    def prepare(self, image: Any) -> PreparedCase:
-        """Return a case after reading and preprocessing; see `pipeline.inference.prepare`."""
+    def prepare(self, image: Any, scratch: Path | None = None) -> PreparedCase:
+        """Return a case after reading and preprocessing; see `pipeline.inference.prepare`.
+
+        Args:
+            image: path, nibabel image or SimpleITK image, or a list of them, one per channel.
+            scratch: folder for temporary files, if there are any; None for the system's.
+        """
 
     def predict(self, prepared: PreparedCase) -> Prediction:
         """Return the prediction for a case from `prepare`."""
 
-    def predict_case(self, image: Any) -> Prediction:
+    def predict_case(self, image: Any, scratch: Path | None = None) -> Prediction:
         """Return the prediction for one case, within the limit of the memory."""
 
     @property
@@ -123,11 +129,14 @@ class CaseModel(Protocol):
     def follow_runtime(self, decided: Mapping[str, str]) -> None:
         """Ask for the runtime and precision that were decided before."""
 
-    def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:
+    def prepare_runtime(
+        self, image: Any = None, scratch: Path | None = None
+    ) -> dict[str, Any] | None:
         """Prepare the network, and describe what really computes it.
 
         Args:
             image: a case by which a model may decide what computes it; None before the first case.
+            scratch: folder for temporary files, if there are any; None for the system's.
 
         Returns:
             with `runtime` and `precision` at least; None where nothing is decided (yet).

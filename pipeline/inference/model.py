@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,16 +138,26 @@ class Model:
         used = self.inversion.cascade is not None and paths.cascade_weights.is_file()
         return sha256(paths.cascade_weights) if used else ""
 
-    def prepare(self, image: Any) -> PreparedCase:
-        """Return a case after reading and preprocessing; see `predictor.prepare`."""
+    def prepare(self, image: Any, scratch: Path | None = None) -> PreparedCase:
+        """Return a case after reading and preprocessing; see `predictor.prepare`.
+
+        Args:
+            image: of the case.
+            scratch: not used: nothing temporary is written.
+        """
         return predictor.prepare(self, image)
 
     def predict(self, prepared: PreparedCase) -> Prediction:
         """Return the prediction for a case from `prepare`; see `predictor.predict_prepared`."""
         return predictor.predict_prepared(self, prepared)
 
-    def predict_case(self, image: Any) -> Prediction:
-        """Return the prediction for one case; see `predictor.predict_case`."""
+    def predict_case(self, image: Any, scratch: Path | None = None) -> Prediction:
+        """Return the prediction for one case; see `predictor.predict_case`.
+
+        Args:
+            image: of the case.
+            scratch: not used: nothing temporary is written.
+        """
         return predictor.predict_case(self, image)
 
     @property
@@ -163,11 +174,14 @@ class Model:
         if self.inversion.cascade is not None:
             self.inversion.cascade.follow_runtime(decided)
 
-    def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:
+    def prepare_runtime(
+        self, image: Any = None, scratch: Path | None = None
+    ) -> dict[str, Any] | None:
         """Prepare the network, and describe what really computes it.
 
         Args:
             image: not used: no case decides it.
+            scratch: not used: nothing temporary is written.
 
         Returns:
             None for a network that is not ours to prepare.

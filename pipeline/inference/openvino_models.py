@@ -209,6 +209,34 @@ def compile_hints(precision: str) -> dict[str, Any]:
     }
 
 
+def compute_apart(
+    model: ov.Model,
+    x: torch.Tensor,
+    precision: str,
+    folder: Path,
+    shapes: Sequence[Sequence[int]] = (),
+) -> torch.Tensor:
+    """Return a model's output for one input, computed in a process of its own.
+
+    Args:
+        model: of OpenVINO; its files are written into `folder` and stay there.
+        x: (1, C, *spatial).
+        precision: `float32` or `bfloat16`.
+        folder: where files may be written.
+        shapes: other shapes of inputs that the model is compiled for; -1 for any size.
+
+    Raises:
+        OpenVinoError: the process crashed, did not end in time, or OpenVINO refuses the network.
+        OSError, RuntimeError: the files cannot be written.
+    """
+    # half-precision weights would be smaller, and others
+    import_openvino().save_model(model, folder / MODEL, compress_to_fp16=False)
+    with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as exchanged:
+        return first_output(
+            folder / MODEL, x, compile_hints(precision), shapes, folder=Path(exchanged)
+        )
+
+
 def compiled_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the shape that a model is compiled for, to compute inputs of a shape.
 
@@ -290,18 +318,9 @@ class _Trial:
             OpenVinoError: it cannot compute the network.
             OSError, RuntimeError: the files cannot be written.
         """
-        # half-precision weights would be smaller, and others
-        import_openvino().save_model(self.model, folder / MODEL, compress_to_fp16=False)
         window = noise_window(self.spec)
-        whole = (1, len(self.spec.channels), *self.spec.roi_size)
-        with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as exchanged:
-            computed = first_output(
-                folder / MODEL,
-                window,
-                compile_hints(self.precision),
-                [compiled_shape(whole)],
-                folder=Path(exchanged),
-            )
+        whole = compiled_shape((1, len(self.spec.channels), *self.spec.roi_size))
+        computed = compute_apart(self.model, window, self.precision, folder, [whole])
         return compare_runtimes(self.network, lambda _: computed, window)
 
 

@@ -97,6 +97,7 @@ from pipeline.io.writer import (
     host_code,
     probabilities_as_nibabel,
     retry_io,
+    temporary_folder,
     write_atomically,
     write_labels,
 )
@@ -180,6 +181,7 @@ __all__ = [
     "source_list",
     "source_path",
     "structure_name",
+    "temporary_folder",
     "training_cases",
     "validation_cases",
     "warnings_of",

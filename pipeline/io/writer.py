@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -182,7 +183,7 @@ def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
     folder = path.parent if staging is None else staging
     # short, because the final name may be as long as a name can be; the machine and the process
     # are in it, so that what a dead process left can be told from what a living one writes
-    temporary = folder / f".{host_code()}-{os.getpid()}-{next(_NUMBERS)}{TEMPORARY_SUFFIX}"
+    temporary = folder / _temporary_name()
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -197,6 +198,24 @@ def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
             _write_and_rename(path, content, None)  # another disk is mounted below the folder
             return
         raise
+
+
+def temporary_folder(staging: Path | None = None) -> Path:
+    """Make a folder for temporary files, and return it.
+
+    Args:
+        staging: where it lies, with a name by which a later run removes what a dead process left;
+            None for the system's folder for temporary files.
+    """
+    if staging is None:
+        return Path(tempfile.mkdtemp(prefix="volseg-"))
+    folder = staging / _temporary_name()
+    folder.mkdir(mode=0o700, parents=True)
+    return folder
+
+
+def _temporary_name() -> str:
+    return f".{host_code()}-{os.getpid()}-{next(_NUMBERS)}{TEMPORARY_SUFFIX}"
 
 
 @cache

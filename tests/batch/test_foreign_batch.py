@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,12 @@ from click.testing import CliRunner
 from zoo_forms import zoo_bundle, zoo_images
 
 import pipeline
-from pipeline.batch.runner import pool_executor, run_batch
+from pipeline.batch.runner import local_executor, pool_executor, run_batch
 from pipeline.bundle import open_for_cases
+from pipeline.bundle.foreign.engine import ForeignEngine
 from pipeline.cli.app import main
 from pipeline.errors import ConfigError
+from pipeline.inference.openvino_models import CACHE_VARIABLE
 from pipeline.io.cases import find_cases
 from pipeline.io.tables import read_csv
 
@@ -132,3 +135,51 @@ def test_the_command(folder: Path) -> None:
     assert statuses(folder / "out") == {"a": "done", "b": "failed", "c": "done"}
     wrong = runner.invoke(main, [*command, "--trust", "--set", "inferrer#overlap=0.25"])
     assert "did you mean inferer" in wrong.stderr
+
+
+def test_temporary_images_lie_in_the_output_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of files that the bundle cannot read, and parts of them; in the end all are gone."""
+    root = zoo_bundle(tmp_path / "bundle", "json")
+    [file] = zoo_images(tmp_path / "in", "json")
+    image = nib.load(file)
+    nib.save(nib.MGHImage(np.asarray(image.dataobj), image.affine), tmp_path / "in" / "m.mgz")
+    Path(file).unlink()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no such folder"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    model = open_for_cases(root, device="cpu", trust=True)
+    staging = tmp_path / "out" / ".volseg" / "staging"
+    seen = []
+    run = ForeignEngine._run
+
+    def watched(self: ForeignEngine, item: Any, *arguments: Any) -> Any:
+        assert staging in Path(item["image"]).parents
+        seen.append(item["image"])
+        return run(self, item, *arguments)
+
+    monkeypatch.setattr(ForeignEngine, "_run", watched)
+    run_batch(model, find_cases([tmp_path / "in"], model), tmp_path / "out", local_executor)
+    assert statuses(tmp_path / "out") == {"m": "done"}
+    assert len(seen) == 3  # for the decision both ways, and the case
+    del model
+    gc.collect()
+    assert not list(staging.iterdir())
+
+
+@pytest.mark.slow
+def test_a_killed_worker_leaves_no_images(tmp_path: Path) -> None:
+    """They are removed at the end of the run."""
+    root = zoo_bundle(tmp_path / "bundle", "scripts")
+    script = root / "scripts" / "own.py"
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    script.write_text(script.read_text().replace("return {", f"{kill}; return {{"))
+    [file] = zoo_images(tmp_path / "in", "scripts")
+    image = nib.load(file)
+    nib.save(nib.MGHImage(np.asarray(image.dataobj), image.affine), tmp_path / "in" / "m.mgz")
+    Path(file).unlink()
+    model = open_for_cases(root, device="cpu", trust=True, runtime="stock")
+    cases = find_cases([tmp_path / "in"], model)
+    run_batch(model, cases, tmp_path / "out", pool_executor(jobs=2, threads=1))
+    assert statuses(tmp_path / "out") == {"m": "quarantined"}
+    assert not list((tmp_path / "out" / ".volseg" / "staging").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from pipeline.bundle import bundle_info, open_for_cases, parse_overrides
 from pipeline.bundle.foreign.model import ForeignBundle
 from pipeline.bundle.overrides import apply_overrides
 from pipeline.errors import ConfigError, PipelineError, VolumeError
-from pipeline.inference import Prediction
+from pipeline.inference import Prediction, openvino_trial
 from pipeline.inference.openvino_models import CACHE_VARIABLE
 
 FORMS = (
@@ -89,6 +90,29 @@ def test_openvino_takes_the_place_of_the_own_inferer(
     again = opened(root).prepare_runtime()
     assert again is not None
     assert again["runtime"] == "openvino"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
+def test_openvino_crashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torch computes, and the next process does not try OpenVINO again."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    root, files = zoo_bundle(tmp_path / "b", "json"), images(tmp_path / "in", "json")
+    crash = tmp_path / "crash.py"
+    crash.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino_trial, "CHILD", crash)
+        with pytest.raises(ConfigError, match=r"openvino .*crashed .*SIGSEGV.* --runtime stock"):
+            opened(root, runtime="openvino").prepare_runtime(files[0])
+        description = opened(root).prepare_runtime(files[0])
+    assert description is not None
+    assert description["runtime"] == "torch"
+    assert "SIGSEGV" in description["reason"]
+    assert "computed in torch, not in OpenVINO" in caplog.text
+    again = opened(root).prepare_runtime()
+    assert again is not None
+    assert again["runtime"] == "torch"
 
 
 def test_a_copy_in_another_process_opens_the_bundle_again(tmp_path: Path) -> None:

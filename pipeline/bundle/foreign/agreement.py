@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pipeline.bundle.overrides import overrides_text
 from pipeline.bundle.trust import code_hash
 from pipeline.errors import ConfigError, WriteError
 from pipeline.inference import cache_folder, processor_name
-from pipeline.io import Grid, read_json, write_json, write_part
+from pipeline.io import Grid, read_json, temporary_folder, write_json, write_part
 from pipeline.types import LabelMap
 
 MIN_VOXELS = 100  # of a label; smaller ones are not compared
@@ -78,9 +78,22 @@ def label_agreement(runtime: str, found: LabelMap, expected: LabelMap) -> Agreem
 
 
 @contextmanager
+def trial_folder(staging: Path | None) -> Iterator[Path]:
+    """Yield a folder for the files of a trial, which is removed after that.
+
+    Args:
+        staging: where it lies; None for the system's folder for temporary files.
+    """
+    folder = temporary_folder(staging)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def trial_items(
-    item: Mapping[str, Any], grid: Grid, length_mm: float
-) -> Iterator[Iterator[tuple[dict[str, Any], Grid]]]:
+    item: Mapping[str, Any], grid: Grid, length_mm: float, folder: Path
+) -> Iterator[tuple[dict[str, Any], Grid]]:
     """Yield the middle of a case, and then other parts of it, as items and their grids.
 
     A case that is not much larger than a part is yielded whole.
@@ -89,14 +102,8 @@ def trial_items(
         item: of the bundle's dataset.
         grid: of the case's files.
         length_mm: of a part along each axis.
+        folder: for the files of the parts.
     """
-    with tempfile.TemporaryDirectory(prefix="volseg-") as folder:
-        yield _parts(item, grid, length_mm, Path(folder))
-
-
-def _parts(
-    item: Mapping[str, Any], grid: Grid, length_mm: float, folder: Path
-) -> Iterator[tuple[dict[str, Any], Grid]]:
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
     sizes = [
         min(n, int(np.ceil(length_mm / mm))) for n, mm in zip(grid.shape, spacing, strict=True)

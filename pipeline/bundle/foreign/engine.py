@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.bundle.foreign.agreement import (
     label_agreement,
     store_decision,
     stored_decision,
+    trial_folder,
     trial_items,
 )
 from pipeline.bundle.foreign.files import ForeignFacts
@@ -141,7 +143,7 @@ class ForeignEngine:
             raise ConfigError(f"{self.facts.folder}: --runtime {runtime}: {planned}")
         self._settle(runtime, planned, "as the folder's results")
 
-    def decide(self, item: Mapping[str, Any], grid: Grid) -> None:
+    def decide(self, item: Mapping[str, Any], grid: Grid, scratch: Path | None = None) -> None:
         """Decide by a case whether volseg's inferer computes the bundle's own labels.
 
         A part of the case is computed both ways, so that the bundle's own does not exceed the
@@ -150,6 +152,7 @@ class ForeignEngine:
         Args:
             item: of the bundle's dataset.
             grid: of the case's first file.
+            scratch: folder for temporary files; None for the system's.
 
         Raises:
             ConfigError: the runtime that was asked for does not agree.
@@ -158,12 +161,17 @@ class ForeignEngine:
         names = ["openvino", "torch"] if self.settings.device.type == "cpu" else ["torch"]
         tried = []
         for name in names if asked == AUTO else [asked]:
-            agreement = self._compare(name, item, grid)
+            with trial_folder(scratch) as folder:
+                agreement = self._compare(name, item, grid, folder)
             if agreement is None:
                 return
             tried.append(agreement)
             if agreement.good:
                 reason = "; ".join(one.text for one in tried)
+                if len(tried) > 1:
+                    LOGGER.warning(
+                        "%s: computed in torch, not in OpenVINO (%s)", self.facts.folder, reason
+                    )
                 self._settle(name, self._planned, reason)
                 if asked == AUTO:  # what was asked for is no decision for those who do not ask
                     decided = Agreement(name, good=True, text=reason)
@@ -183,17 +191,18 @@ class ForeignEngine:
         self._settle(STOCK, None, reason)
         store_decision(self.facts, self.settings, Agreement(STOCK, good=True, text=reason))
 
-    def _compare(self, name: str, item: Mapping[str, Any], grid: Grid) -> Agreement | None:
+    def _compare(
+        self, name: str, item: Mapping[str, Any], grid: Grid, folder: Path
+    ) -> Agreement | None:
         """Return how far a runtime agrees on a case; None where nothing is found in it."""
         try:
-            replacement = self._planned.with_runtime(name, self.settings.device)
-            with trial_items(item, grid, self._trial_mm()) as trials:
-                for part, part_grid in trials:
-                    expected = self._labels(self._run(part, part_grid, None).pred, part_grid)
-                    found = self._labels(self._run(part, part_grid, replacement).pred, part_grid)
-                    agreement = label_agreement(name, found, expected)
-                    if agreement is not None:
-                        return agreement
+            replacement = self._planned.with_runtime(name, self.settings.device, folder)
+            for part, part_grid in trial_items(item, grid, self._trial_mm(), folder):
+                expected = self._labels(self._run(part, part_grid, None).pred, part_grid)
+                found = self._labels(self._run(part, part_grid, replacement).pred, part_grid)
+                agreement = label_agreement(name, found, expected)
+                if agreement is not None:
+                    return agreement
         except (VolumeError, MemoryError):
             raise  # the case cannot be segmented at all
         except Exception as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-import tempfile
 import threading
 import time
 import weakref
@@ -46,6 +45,7 @@ from pipeline.io import (
     read_channels,
     read_header,
     source_list,
+    temporary_folder,
     write_copy,
 )
 from pipeline.transforms import check_affine, check_values
@@ -187,13 +187,15 @@ class ForeignBundle:
             "volume": str(settings.volume),
         }
 
-    def prepare(self, image: Any) -> PreparedCase:
+    def prepare(self, image: Any, scratch: Path | None = None) -> PreparedCase:
         """Return a case whose files have been read to their end and checked.
 
         The bundle's own transforms read them again.
 
         Args:
             image: path, nibabel image or SimpleITK image, or a list of them, one per file.
+            scratch: where images that the bundle cannot read itself lie as NIfTI files until the
+                case is done; None for the system's folder for temporary files.
 
         Raises:
             PipelineError: the case cannot be read, or is no image.
@@ -207,7 +209,7 @@ class ForeignBundle:
         grids = [Grid(affine=i.affine, shape=i.array.shape, header=i.header) for i in images]
         folder = None
         if not _as_they_are(sources, len(images), self.settings.volume):
-            folder = _Folder()
+            folder = _Folder(scratch)
             sources = _as_nifti(images, folder.path)
         case: dict[Hashable, Any] = {
             ITEM: self._item(sources),
@@ -227,8 +229,12 @@ class ForeignBundle:
             output = self.engine().run(prepared.case[ITEM], prepared.case[GRIDS][0])
         return self._prediction(prepared, output)
 
-    def predict_case(self, image: Any) -> Prediction:
+    def predict_case(self, image: Any, scratch: Path | None = None) -> Prediction:
         """Return the prediction for one case.
+
+        Args:
+            image: as for `prepare`.
+            scratch: as for `prepare`.
 
         Raises:
             VolumeError: the case needs more memory than `max_memory`.
@@ -242,7 +248,7 @@ class ForeignBundle:
                     f"needs about {needed / 2**30:.2f} GB of memory, --max-memory allows "
                     f"{self.max_memory / 2**30:.2f} GB; give more, or crop the volume"
                 )
-        return self.predict(self.prepare(image))
+        return self.predict(self.prepare(image, scratch))
 
     @property
     def asked_runtime(self) -> Mapping[str, str] | None:
@@ -256,12 +262,15 @@ class ForeignBundle:
         )
         self.engine().follow(decided["runtime"])
 
-    def prepare_runtime(self, image: Any = None) -> dict[str, Any] | None:
+    def prepare_runtime(
+        self, image: Any = None, scratch: Path | None = None
+    ) -> dict[str, Any] | None:
         """Prepare the network, and describe what computes it.
 
         Args:
             image: a case by which it is decided whether volseg's inferer and OpenVINO agree with
                 the bundle's own; None before the first case.
+            scratch: folder for parts of that case; None for the system's for temporary files.
 
         Returns:
             None where a case is needed to decide.
@@ -272,8 +281,8 @@ class ForeignBundle:
         engine = self.engine()
         if engine.description is None and image is not None:
             with self._lock, unwrapped_errors(), _named_errors():
-                prepared = self.prepare(image)
-                engine.decide(prepared.case[ITEM], prepared.case[GRIDS][0])
+                prepared = self.prepare(image, scratch)
+                engine.decide(prepared.case[ITEM], prepared.case[GRIDS][0], scratch)
         return engine.description
 
     @property
@@ -358,10 +367,14 @@ class ForeignBundle:
 
 
 class _Folder:
-    """A temporary folder that is removed together with this object."""
+    """A temporary folder that is removed together with this object.
 
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="volseg-"))
+    Args:
+        staging: where it lies; None for the system's folder for temporary files.
+    """
+
+    def __init__(self, staging: Path | None) -> None:
+        self.path = temporary_folder(staging)
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 

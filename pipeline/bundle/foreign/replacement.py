@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.inference import (
     OpenVinoNetwork,
     ScoreBlock,
     WindowInferer,
+    compute_apart,
     import_openvino,
     labels_of_blocks,
 )
@@ -94,12 +96,16 @@ class Replacement:
             4 * channels * prod(self.roi_size)
         )
 
-    def with_runtime(self, name: str, device: torch.device) -> Replacement:
+    def with_runtime(
+        self, name: str, device: torch.device, trial: Path | None = None
+    ) -> Replacement:
         """Return the same replacement with a runtime for the network.
 
         Args:
             name: `torch` or `openvino`.
             device: that computes.
+            trial: folder, if OpenVINO is to compute the first window in a process of its own first,
+                because it might crash.
 
         Raises:
             ConfigError: OpenVINO is for the CPU.
@@ -108,7 +114,7 @@ class Replacement:
             return self
         if device.type != "cpu":
             raise ConfigError(f"OpenVINO runs on the CPU here, the device is {device}")
-        return replace(self, network=ConvertedOnce(self.network, self.roi_size))
+        return replace(self, network=ConvertedOnce(self.network, self.roi_size, trial))
 
     def inferer(
         self, grid: Grid, *, uncertainty: bool = False, probabilities: bool = False
@@ -199,19 +205,25 @@ class ConvertedOnce(nn.Module):
     Args:
         network: in torch.
         roi_size: of its windows, voxels.
+        trial: folder, if a process of its own computes the first window first.
 
     Shapes:
         (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
     """
 
-    def __init__(self, network: nn.Module, roi_size: Sequence[int]) -> None:
+    def __init__(
+        self, network: nn.Module, roi_size: Sequence[int], trial: Path | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.roi_size = network, tuple(roi_size)
+        self.network, self.roi_size, self.trial = network, tuple(roi_size), trial
         self._converted: OpenVinoNetwork | None = None
 
     def forward(self, window: torch.Tensor) -> Any:
         if self._converted is None:
-            self._converted = OpenVinoNetwork(self._convert(window.shape[1]), "float32")
+            model = self._convert(window.shape[1])
+            if self.trial is not None:
+                compute_apart(model, window, "float32", self.trial)
+            self._converted = OpenVinoNetwork(model, "float32")
         return self._converted(window)
 
     def _convert(self, channels: int) -> Any:
