@@ -24,6 +24,7 @@ import nibabel as nib
 import numpy as np
 import yaml
 from browser import Page, open_page
+from scipy.ndimage import distance_transform_edt
 from synthesize import main as synthesize
 
 from pipeline.io import read, write_csv
@@ -41,12 +42,18 @@ LOOK = {
     "resolution_chance": 0.0, "slices_chance": 0.0, "cut_chance": 0.0, "strip_chance": 0.0,
     "noise": 0.015, "bias": 0.15, "gamma": 0.05, "texture": 0.1,
 }  # fmt: skip
-FIELD_MM = ("170", "210", "190")
+FIELD_MM = ("180", "210", "230")
 SPACING_MM = 1.5
-# participant, session and age of each image
-SCANS = (("sub-01", "ses-pre", 34.2), ("sub-01", "ses-post", 36.5), ("sub-02", "ses-pre", 58.1))
-SEXES = {"sub-01": "F", "sub-02": "M"}
-CROPPED, CROPPED_SLICES = 1, 45  # one head without its top, which gets a warning
+# Participant, session and age of each image. Enough for outliers to be looked for; the anatomies of
+# two held-out label maps alternate, so that both sessions of sub-01 have the same one.
+SCANS = (
+    ("sub-01", "ses-pre", 34.2), ("sub-02", "ses-pre", 58.1), ("sub-01", "ses-post", 36.5),
+    ("sub-03", "ses-pre", 41.7), ("sub-04", "ses-pre", 29.3), ("sub-05", "ses-pre", 63.0),
+    ("sub-06", "ses-pre", 47.8), ("sub-07", "ses-pre", 52.4), ("sub-08", "ses-pre", 38.9),
+    ("sub-09", "ses-pre", 66.6),
+)  # fmt: skip
+SEXES = {name: "FM"[number % 2] for number, name in enumerate(sorted({scan[0] for scan in SCANS}))}
+CROPPED, CROPPED_SLICES = 3, 45  # one head without its top, which gets a warning
 EVERY, STORED_MAX = 2, 2000  # of the DICOM series: each second plane of voxels
 SLICE_MM = EVERY * SPACING_MM
 TABLE_COLUMNS = (
@@ -58,6 +65,8 @@ table { border-collapse: collapse } th, td { border: 1px solid #ccd; padding: 6p
 th { background: #eef1f6; text-align: left } td.number { text-align: right }
 td { max-width: 300px } h1 { font-size: 16px; font-weight: 600; margin: 0 0 12px }"""
 SHOWN_FRAMES = 4
+WHITE_PERCENTILE = 99.0  # of the voxels; noise has some much brighter ones
+SHOWN_MM = 10.0  # of the scan around the labels, as in reports: no face is shown
 
 
 @click.command()
@@ -70,7 +79,7 @@ def main(work: Path) -> None:
     with open_page() as page:
         page.resize(WIDTH, HEIGHT)
         report_pictures(page, bids)
-        exam_picture(page, exam)
+        exam_picture(page, exam, work)
         page.open(table_page(bids / "group_volumes.tsv", work / "group.html").as_uri())
         save(page, "bids_group", "table")
         page.open(overlay_page(work / "exam", exam, work / "overlay.html").as_uri())
@@ -78,23 +87,18 @@ def main(work: Path) -> None:
 
 
 def drawn_heads(folder: Path) -> list[Path]:
-    """Return drawn images of heads, one for each of `SCANS`."""
+    """Return drawn images of heads, one for each of `SCANS`; draw them if there are none."""
     content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     content["synthesis"] = {"table": content["synthesis"]["table"], **LOOK}
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "t1.yaml"
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return [draw_head(config, folder / f"{number}", number) for number in range(len(SCANS))]
-
-
-def draw_head(config: Path, folder: Path, seed: int) -> Path:
-    """Return a drawn image of a head, which is drawn if it is not there."""
     if not (folder / "dataset.json").exists():
-        words = [str(config), "-o", str(folder), "--count", "1", "--seed", str(seed)]
+        words = [str(config), "-o", str(folder), "--count", str(len(SCANS)), "--seed", "0"]
         words += ["--spacing", str(SPACING_MM), "--field", *FIELD_MM]
         synthesize.main(words, standalone_mode=False)
-    (image,) = (folder / "images").iterdir()
-    return image
+    pairs = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["training"]
+    return [folder / pair["image"] for pair in pairs]
 
 
 def bids_results(heads: Sequence[Path], work: Path) -> Path:
@@ -103,10 +107,10 @@ def bids_results(heads: Sequence[Path], work: Path) -> Path:
     dataset.mkdir(exist_ok=True)
     description = {"Name": "Drawn heads", "BIDSVersion": "1.10.0"}
     (dataset / "dataset_description.json").write_text(json.dumps(description))
-    for place, (participant, session, _) in enumerate(SCANS):
+    for number, (participant, session, _) in enumerate(SCANS):
         name = f"{participant}_{session}_T1w.nii.gz"
         path = dataset / participant / session / "anat" / name
-        save_head(heads[place], path, crop=place == CROPPED)
+        save_head(heads[number], path, crop=number == CROPPED)
     for participant in SEXES:
         ages = {session: age for name, session, age in SCANS if name == participant}
         rows = [{"session_id": session, "age": age} for session, age in ages.items()]
@@ -168,11 +172,10 @@ def volseg(*words: str | Path) -> None:
 def report_pictures(page: Page, out: Path) -> None:
     """Take the pictures of a report: its cases, one in the viewer, its volumes."""
     index = write_batch_report(out, options=ReportOptions(viewer="all"))
-    page.open(index.as_uri())
-    page.wait("document.documentElement.dataset.ready")
-    while not page.run("Boolean(document.querySelector('.mosaic'))"):
-        page.press("j")
+    open_report(page, index, "derivatives/volseg")
     page.press("p")
+    page.press("p")
+    page.run("openCase(state.cases.find(row => row.mosaic && row.warnings.length))")
     save(page, "report_cases")
     page.press("v")
     page.wait("document.querySelector('#viewer-box').dataset.ready")
@@ -181,13 +184,22 @@ def report_pictures(page: Page, out: Path) -> None:
     save(page, "report_volumes")
 
 
-def exam_picture(page: Page, out: Path) -> None:
-    """Take a picture of the report of an exam, at a series that was left out."""
-    index = write_batch_report(out, options=ReportOptions(viewer="none"))
+def open_report(page: Page, index: Path, name: str) -> None:
+    """Open a report; in pictures the output folder has a name instead of a path of this machine."""
     page.open(index.as_uri())
     page.wait("document.documentElement.dataset.ready")
-    while not page.run("document.querySelector('#detail').textContent.includes('orientations')"):
-        page.press("j")
+    page.run(f"document.getElementById('folder').textContent = {json.dumps(name)}")
+
+
+def exam_picture(page: Page, out: Path, work: Path) -> None:
+    """Take a picture of the report of an exam, at a series that was left out."""
+    index = write_batch_report(out, options=ReportOptions(viewer="none"))
+    open_report(page, index, "out")
+    page.run("openCase(state.cases.find(row => row.message.includes('orientations')))")
+    page.run(
+        "for (const cell of document.querySelectorAll('#detail td'))"
+        f"cell.textContent = cell.textContent.replace({json.dumps(f'{work}/')}, '')"
+    )
     save(page, "dicom_exam")
 
 
@@ -214,7 +226,8 @@ def overlay_page(exam: Path, out: Path, path: Path) -> Path:
     for number, picture in enumerate(overlays(exam, out)):
         Image.fromarray(picture).save(path.with_name(f"frame{number}.png"))
     images = "".join(f"<img src=frame{number}.png width=300>" for number in range(SHOWN_FRAMES))
-    return _write_page(path, f"<main style='background:black;font-size:0'>{images}</main>")
+    style = f"background:black;font-size:0;width:{300 * SHOWN_FRAMES}px"
+    return _write_page(path, f"<main style='{style}'>{images}</main>")
 
 
 def overlays(exam: Path, out: Path) -> Iterator[Array]:
@@ -229,7 +242,7 @@ def overlays(exam: Path, out: Path) -> Iterator[Array]:
     segmentation = hd.seg.segread(found)
     headers = [dcmread(file) for file in (exam / "t1").iterdir()]
     headers.sort(key=lambda header: float(header.ImagePositionPatient[0]))
-    top = max(float(header.pixel_array.max()) for header in headers)
+    top = np.percentile([header.pixel_array for header in headers], WHITE_PERCENTILE)
     colors = [(0.0, 0.0, 0.0)]
     for segment in segmentation.SegmentSequence:
         lab = hd.color.CIELabColor.from_dicom_value(tuple(segment.RecommendedDisplayCIELabValue))
@@ -241,7 +254,9 @@ def overlays(exam: Path, out: Path) -> Iterator[Array]:
         numbers = segmentation.get_pixels_by_source_instance(
             [header.SOPInstanceUID], combine_segments=True
         )[0]
-        grey = (header.pixel_array / top * 255)[..., np.newaxis].repeat(3, axis=2)
+        far = distance_transform_edt(numbers == 0, sampling=SPACING_MM) > SHOWN_MM
+        grey = np.where(far, 0, (header.pixel_array / top).clip(max=1) * 255)
+        grey = grey[..., np.newaxis].repeat(3, axis=2)
         mixed = np.where(numbers[..., np.newaxis] > 0, 0.45 * grey + 0.55 * table[numbers], grey)
         yield mixed.astype(np.uint8)
 
