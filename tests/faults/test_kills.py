@@ -15,6 +15,7 @@ import pytest
 from command import Volseg
 from injected import Together, WhileReading, WhileWriting
 from phantom import load_script
+from report_batch import read_payload
 
 from pipeline.batch import local_executor, run_batch
 from pipeline.inference import Model
@@ -89,6 +90,27 @@ def test_a_killed_run_is_finished_by_the_next(
     status, text = volseg(*common, "--jobs", jobs)
     assert status == 0, text
     check_whole(folder / "out", expected)
+
+
+def test_a_report_of_a_killed_run(volseg: Volseg, common: list[Any], folder: Path) -> None:
+    """It shows what is there and says that it is not all; after the next run it is complete."""
+    out = folder / "out"
+    running = volseg.start(*common, "--jobs", 2, fault=WhileReading((), "sleep", 0.5))
+    running.wait_for(partial(are_done, out, 2))
+    running.kill()
+    status, text = volseg("report", out)
+    assert status == 0, text
+    assert "a run is under way in the folder, or was killed" in text
+    batch = read_payload(out / "report" / "data" / "batch.js")
+    assert not batch["complete"]
+    assert 1 <= len(batch["cases"]) < len(NAMES)
+    assert all(case["mosaic"] or case["picture_problem"] for case in batch["cases"])
+    status, text = volseg(*common, "--report")
+    assert status == 0, text
+    assert "was killed" not in text
+    batch = read_payload(out / "report" / "data" / "batch.js")
+    assert batch["complete"]
+    assert [case["case"] for case in batch["cases"]] == list(NAMES)
 
 
 def test_a_case_that_kills_its_worker_is_given_up(
