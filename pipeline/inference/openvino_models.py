@@ -558,19 +558,25 @@ def weights_hash(network: nn.Module, spec: Spec) -> str:
 def cache_folder() -> Path:
     """Return where converted networks are kept.
 
-    It is $VOLSEG_CACHE where that is set, else `volseg` in the user's cache folder.
+    It is $VOLSEG_CACHE where that is set, else `volseg` in the user's cache folder. A user without
+    a home folder has none: the path returned is one that cannot be made.
     """
     if os.environ.get(CACHE_VARIABLE):
         return Path(os.environ[CACHE_VARIABLE])
+    try:
+        return _user_caches() / "volseg"
+    except RuntimeError:  # Path.home: no HOME, and no table of users lists the user
+        return Path(os.devnull) / "volseg"
+
+
+def _user_caches() -> Path:
     if os.environ.get("XDG_CACHE_HOME"):
-        caches = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        caches = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        caches = Path(os.environ.get("LOCALAPPDATA", Path.home()))
-    else:
-        caches = Path.home() / ".cache"
-    return caches / "volseg"
+        return Path(os.environ["XDG_CACHE_HOME"])
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home()))
+    return Path.home() / ".cache"
 
 
 def _cache_key(network: nn.Module, spec: Spec, precision: str) -> str:

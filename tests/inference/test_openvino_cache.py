@@ -265,3 +265,17 @@ def test_a_freed_model_makes_forks_unsafe() -> None:
     """OpenVINO would reuse its threads, which a forked process does not have."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     subprocess.run([sys.executable, "-c", RELEASED], env=environment, check=True)
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container under a number that no table of users lists; nothing is written."""
+
+    def without_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", without_home)
+    network, spec = made()
+    with pytest.warns(UserWarning, match=r"no cache there .*: the network is converted each time"):
+        assert cached_model(network, spec, "float32").agreement is not None
