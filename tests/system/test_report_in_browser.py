@@ -158,6 +158,22 @@ def test_text_of_a_batch_stays_text(page: Any, out: Path) -> None:
     assert page.run("document.querySelectorAll('img[src=x]').length") == 0
 
 
+def test_the_focus_stays_at_the_button(page: Any, out: Path) -> None:
+    """By the keyboard: a heading sorts twice, a case is marked and unmarked, cases are stepped."""
+    open_report(page, out)
+    focused = "[document.activeElement.tagName, document.activeElement.name]"
+    for selector in (".head [data-key=status] button", ".marking .fail", "[name='Next case']"):
+        page.run(f'document.querySelector("{selector}").focus()')
+        before = page.run(focused)
+        page.press("Home")
+        for _ in range(2):
+            page.run("document.activeElement.click()")
+            assert page.run(focused) == before
+    assert page.run("document.querySelector('.head [data-key=status]').ariaSort") == "descending"
+    page.run("document.activeElement.click()")  # at the last case the button is disabled
+    assert page.run("document.activeElement.id") == "grid"
+
+
 def test_marks_are_kept_and_exported(page: Any, out: Path, downloads: Path) -> None:
     """By key and mouse; after a reload they are there."""
     open_report(page, out)

@@ -192,13 +192,27 @@ function millilitres(mm3) {
   return value.toFixed(value >= 100 ? 0 : value >= 10 ? 1 : 2);
 }
 
+// Draws a part of the page again, and gives the focus to the button that takes the place of the one
+// that had it
+function redraw(part, draw) {
+  const had = part.contains(document.activeElement) ? document.activeElement.name : "";
+  draw();
+  if (!had) return;
+  const button = part.querySelector(`button[name="${had}"]:enabled`);
+  (button || byId("grid")).focus();
+}
+
 function drawHead() {
+  redraw(byId("head"), replaceHead);
+}
+
+function replaceHead() {
   byId("head").replaceChildren(...state.columns.map((column) => {
     const sorted = state.sort.key === column.key;
     const cell = element("div", { className: `cell ${column.kind || ""}`, role: "columnheader", title: column.name });
     cell.setAttribute("aria-sort", sorted ? (state.sort.down ? "descending" : "ascending") : "none");
     const arrow = sorted ? (state.sort.down ? " ↓" : " ↑") : "";
-    cell.append(element("button", { type: "button", onclick: () => sortBy(column) },
+    cell.append(element("button", { type: "button", name: column.key, onclick: () => sortBy(column) },
       element("span", { className: "start" }, column.name), element("span", { className: "end" }, arrow)));
     cell.dataset.key = column.key;
     return cell;
@@ -338,6 +352,10 @@ function drawCounts() {
 // ---- one case ----------------------------------------------------------------------------------
 
 function showDetail() {
+  redraw(byId("detail"), replaceDetail);
+}
+
+function replaceDetail() {
   closeViewer();
   const row = current();
   const detail = byId("detail");
@@ -371,7 +389,7 @@ function titleOf(row) {
 
 function markingOf(row) {
   const button = (value, key, name) => element("button", {
-    type: "button", className: value, "aria-pressed": String(row.mark === value), onclick: () => mark(value, false),
+    type: "button", name: value, className: value, "aria-pressed": String(row.mark === value), onclick: () => mark(value, false),
   }, `${name} `, element("kbd", {}, key));
   const note = element("textarea", { id: "note", placeholder: "Note (n)", value: row.note, "aria-label": "Note" });
   note.oninput = () => {
@@ -380,7 +398,7 @@ function markingOf(row) {
     drawRows();
   };
   const step = (by, name, key) => element("button", {
-    type: "button", onclick: () => select(state.at + by),
+    type: "button", name, onclick: () => select(state.at + by),
     disabled: state.at + by < 0 || state.at + by >= state.shown.length, "aria-label": name,
   }, key);
   return element("div", { className: "marking" }, step(-1, "Previous case", "‹"), step(1, "Next case", "›"),
