@@ -11,9 +11,22 @@ import numpy as np
 import pytest
 from bids_trees import IMAGES, make_dataset, validator_issues
 from click.testing import CliRunner, Result
+from PIL import Image as Picture
+from report_batch import read_payload
 
 from pipeline.cli.app import main
 
+# wider than the volumes of healthy adults of 18 to 95 years are
+ADULTS_ML = {
+    "intracranial": (950, 2100),
+    "brain": (700, 1700),
+    "ventricles": (3, 200),
+    "left_hippocampus": (1.7, 6),
+    "right_hippocampus": (1.7, 6),
+    "left_thalamus": (3.5, 11),
+    "right_thalamus": (3.5, 11),
+    "brain_stem": (11, 34),
+}
 POST = "sub-01/ses-post/anat/sub-01_ses-post_acq-fast_rec-norm"
 
 
@@ -216,10 +229,11 @@ def test_a_wrong_command_is_status_2(
 
 @pytest.mark.stress
 def test_a_real_dataset_is_segmented_and_valid(data: Path, tmp_path: Path) -> None:
-    """24 heads of OpenNeuro by the shipped model: no issue; volumes plausible or flagged."""
+    """24 heads of OpenNeuro by the shipped model: no issue, plausible volumes or a flag, a page."""
     out, dataset = tmp_path / "out", data / "bids_t1w"
-    done = run("bids", dataset, out, "participant")
+    done = run("bids", dataset, out, "participant", "--report")
     assert done.exit_code == 0, done.output
+    assert len(label_maps(out)) == 24
     assert run("bids", dataset, out, "group").exit_code == 0
     assert validator_issues(out) == []
     with open(out / "group_volumes.tsv", newline="") as file:
@@ -227,5 +241,17 @@ def test_a_real_dataset_is_segmented_and_valid(data: Path, tmp_path: Path) -> No
     assert len(rows) == 24
     for row in rows:
         assert 18 <= float(row["age"]) <= 95
-        plausible = 950e3 <= float(row["intracranial"]) <= 2100e3
+        plausible = all(
+            low <= float(row[name]) / 1000 <= high for name, (low, high) in ADULTS_ML.items()
+        )
         assert plausible or row["warnings"] != "n/a"
+    cases = read_payload(out / "report" / "data" / "batch.js")["cases"]
+    assert len(cases) == 24
+    for case in cases:
+        assert case["picture_problem"] == ""
+        assert bool(case["volume"]) == case["flagged"]
+        for ending in ("", "_outlines"):
+            with Picture.open(
+                out / "report" / "mosaics" / f"{case['mosaic']}{ending}.webp"
+            ) as drawn:
+                assert min(drawn.size) > 500
