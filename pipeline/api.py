@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from pipeline.batch import predict_many
-from pipeline.bundle import open_bundle, open_for_cases
+from pipeline.bundle import open_for_cases
 from pipeline.defaults import DEFAULT_BUNDLE
 from pipeline.errors import PipelineError
 from pipeline.evaluation import TOLERANCE_MM, Evaluation
 from pipeline.evaluation import evaluate as evaluate_cases
-from pipeline.inference import CaseModel, Model, Prediction
+from pipeline.inference import CaseModel, Prediction
 from pipeline.io import as_nibabel, as_sitk, caret_xml, fold_cases
 from pipeline.io import label_table as label_colors
 from pipeline.training import train
@@ -192,7 +193,7 @@ def _segmentation(prediction: Prediction, image: Any, label_xml: bytes) -> Segme
 
 
 def evaluate(
-    bundle: PathOrStr | Model,
+    bundle: PathOrStr | CaseModel,
     dataset: PathOrStr | Sequence[PathOrStr],
     output_dir: PathOrStr,
     *,
@@ -220,6 +221,6 @@ def evaluate(
         PipelineError: the bundle, the dataset or the fold cannot be used, or the folder holds
             results of another model.
     """
-    model = bundle if isinstance(bundle, Model) else open_bundle(bundle)
+    model = open_for_cases(bundle) if isinstance(bundle, str | PathLike) else bundle
     cases = fold_cases(dataset, splits, fold, "val")
     return evaluate_cases(model, cases, output_dir, tolerance_mm=tolerance_mm, overwrite=overwrite)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     device_option,
     json_option,
     precision_option,
+    set_option,
     trust_option,
     usage_errors,
 )
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 )
 @device_option()
 @precision_option()
+@set_option()
 @trust_option()
 @click.option("--overwrite", is_flag=True, help="Segment cases again that are already segmented.")
 @json_option("Print the summary as JSON on stdout.")
@@ -71,6 +73,7 @@ def evaluate(
     tolerance: float,
     device: str,
     precision: str,
+    overrides: dict[str, Any],
     trust: bool,
     overwrite: bool,
     as_json: bool,
@@ -87,11 +90,13 @@ def evaluate(
     """
     with usage_errors():
         with importing():
-            from pipeline.bundle import open_bundle
+            from pipeline.bundle import open_for_cases
             from pipeline.evaluation import evaluate
             from pipeline.io import fold_cases
 
-        model = open_bundle(bundle, device=device, precision=precision, trust=trust)
+        model = open_for_cases(
+            bundle, device=device, precision=precision, trust=trust, overrides=overrides
+        )
         cases = fold_cases(dataset, splits, fold, "val")
         with progress_bar("segmenting", len(cases)) as advance:
             evaluation = evaluate(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.batch import Progress, output_path, segment_cases
-from pipeline.config import Spec
 from pipeline.errors import PipelineError
 from pipeline.evaluation.figures import draw_dice
 from pipeline.evaluation.metrics import TOLERANCE_MM
@@ -21,8 +21,8 @@ from pipeline.evaluation.scores import (
     worst_cases,
     write_scores,
 )
-from pipeline.inference import Model
-from pipeline.io import read, read_channels, write_csv, write_json
+from pipeline.inference import CaseModel, Model
+from pipeline.io import read, read_channels, read_label_map, write_csv, write_json
 from pipeline.types import Case, PathOrStr
 
 WORST_CASES = 3  # cases in worst.png: what goes wrong most, on one page
@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Model,
+    model: CaseModel,
     cases: Sequence[Case],
     output_dir: PathOrStr,
     *,
@@ -91,12 +91,12 @@ def evaluate(
     )
     if evaluation.scores:
         draw_dice(evaluation.scores, output / "dice.png", title=Path(model.root).resolve().name)
-        _draw_worst(cases, evaluation, output, model.spec)
+        _draw_worst(cases, evaluation, output, model)
     return evaluation
 
 
 def segment_and_score(
-    model: Model,
+    model: CaseModel,
     cases: Sequence[Case],
     output_dir: PathOrStr,
     *,
@@ -122,6 +122,7 @@ def segment_and_score(
     output = Path(output_dir)
     results = segment_cases(model, cases, output, overwrite=overwrite, progress=progress)
     failed = {row.case: row.error for row in results if row.is_failure}
+    structures, ignore_label = _structures(model, cases), _ignore_label(model)
     scores: list[ScoreRow] = []
     for case in cases:
         name = case["case"]
@@ -131,8 +132,8 @@ def segment_and_score(
             scores += score_case(
                 case,
                 prediction,
-                model.spec.values_of,
-                ignore_label=model.spec.ignore_label,
+                structures,
+                ignore_label=ignore_label,
                 tolerance_mm=tolerance_mm,
             )
         except PipelineError as error:
@@ -145,7 +146,34 @@ def segment_and_score(
     )
 
 
-def _draw_worst(cases: Sequence[Case], evaluation: Evaluation, output: Path, spec: Spec) -> None:
+def _structures(model: CaseModel, cases: Sequence[Case]) -> Mapping[str, int | Sequence[int]]:
+    """Return the name of each structure that is scored, and its values in label maps.
+
+    A bundle in MONAI's form may not say which values its labels have: those of the references are
+    scored then.
+    """
+    if isinstance(model, Model):
+        return model.spec.values_of
+    named = {name: value for name, value in model.labels.items() if value}
+    return named or {f"label {value}": value for value in _reference_values(cases)}
+
+
+def _reference_values(cases: Sequence[Case]) -> list[int]:
+    """Return the values in the reference label maps, as far as these can be read."""
+    values: set[int] = set()
+    for case in cases:
+        with suppress(PipelineError):  # it is reported where it is scored
+            values.update(read_label_map(case["label"]).voxels)
+    return sorted(values - {0})
+
+
+def _ignore_label(model: CaseModel) -> int | None:
+    return model.spec.ignore_label if isinstance(model, Model) else None
+
+
+def _draw_worst(
+    cases: Sequence[Case], evaluation: Evaluation, output: Path, model: CaseModel
+) -> None:
     """Write worst.png with the segmented cases of lowest Dice; write nothing if none is scored."""
     segmented = {case["case"]: case for case in cases if case["case"] not in evaluation.failed}
     rows = [row for row in evaluation.scores if row.case in segmented]
@@ -156,10 +184,15 @@ def _draw_worst(cases: Sequence[Case], evaluation: Evaluation, output: Path, spe
         drawn.append(
             ComparedCase(
                 title=f"{name}, mean Dice {dice_of_case[name]:.3f}",
-                image=read_channels(case["image"], len(spec.channels))[0],
+                image=read_channels(case["image"], len(model.channels))[0],
                 prediction=read(output_path(output, name)),
                 reference=read(case["label"]),
             )
         )
     if drawn:
-        draw_worst_cases(drawn, spec.labels, output / "worst.png", ignore_label=spec.ignore_label)
+        labels = model.labels
+        if len(labels) < 2:
+            values = _reference_values([segmented[name] for name in worst_cases(rows, WORST_CASES)])
+            labels = {"background": 0, **{f"label {value}": value for value in values}}
+        picture = output / "worst.png"
+        draw_worst_cases(drawn, labels, picture, ignore_label=_ignore_label(model))

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from zoo_forms import zoo_bundle, zoo_images
+from zoo_forms import by_monai, zoo_bundle, zoo_images
 
 import pipeline
 from pipeline.batch.runner import local_executor, pool_executor, run_batch
@@ -183,3 +183,91 @@ def test_a_killed_worker_leaves_no_images(tmp_path: Path) -> None:
     run_batch(model, cases, tmp_path / "out", pool_executor(jobs=2, threads=1))
     assert statuses(tmp_path / "out") == {"m": "quarantined"}
     assert not list((tmp_path / "out" / ".volseg" / "staging").iterdir())
+
+
+def same_labels(folder: Path, one: str, other: str) -> None:
+    """Check that two output folders hold the same, the failure of the broken file included."""
+    for name in (one, other):
+        assert statuses(folder / name) == {"a": "done", "b": "failed", "c": "done"}
+    for case in "ac":
+        found, expected = (
+            np.asarray(nib.load(folder / name / f"{case}_seg.nii.gz").dataobj)
+            for name in (one, other)
+        )
+        np.testing.assert_array_equal(found, expected)
+
+
+def options(folder: Path, out: str) -> list[str]:
+    """The options of a command that segments the cases in one process."""
+    command = ["segment", str(folder / "in"), "-b", str(folder / "bundle"), "--trust"]
+    return [*command, "-o", str(folder / out), "--jobs", "1"]
+
+
+@pytest.mark.slow
+def test_shards_leave_what_one_run_leaves(folder: Path) -> None:
+    runner = CliRunner()
+    runner.invoke(main, options(folder, "out"))
+    for shard in ("1/2", "2/2"):
+        runner.invoke(main, [*options(folder, "shards"), "--shard", shard])
+    same_labels(folder, "shards", "out")
+
+
+@pytest.mark.stress
+def test_dask_leaves_what_one_run_leaves(folder: Path) -> None:
+    pytest.importorskip("distributed")
+    runner = CliRunner()
+    runner.invoke(main, options(folder, "out"))
+    result = runner.invoke(main, [*options(folder, "dask"), "--dask", "local"])
+    assert result.exit_code == 1, result.stderr
+    same_labels(folder, "dask", "out")
+
+
+def labelled(root: Path, form: str) -> tuple[list[str], Path]:
+    """Write two cases whose references are what MONAI's own run gives, the second all background.
+
+    Returns:
+        The arguments of `evaluate` that name the dataset, and its table.
+    """
+    rows = ["case,image,label"]
+    [file] = zoo_images(root / "in", form)
+    item = {"image": file}
+    labels = by_monai(root / "bundle", item, root / "monai").astype(np.uint8)
+    for number, reference in enumerate((labels, np.zeros_like(labels))):
+        path = root / f"label_{number}.nii.gz"
+        nib.save(nib.Nifti1Image(reference, nib.load(file).affine), path)
+        rows.append(f"case_{number},{file},{path}")
+    table = root / "cases.csv"
+    table.write_text("\n".join(rows) + "\n")
+    return ["--trust", "-o", str(root / "out")], table
+
+
+def test_evaluate_by_the_command(tmp_path: Path) -> None:
+    """Against MONAI's own label map, and against one of background only."""
+    root = zoo_bundle(tmp_path / "bundle", "json")
+    options, table = labelled(tmp_path, "json")
+    command = ["evaluate", str(root), str(table), *options]
+    refused = CliRunner().invoke(main, [part for part in command if part != "--trust"])
+    assert refused.exit_code == 2
+    assert "--trust" in refused.stderr
+    result = CliRunner().invoke(main, [*command, "--set", "inferer#overlap=0.5"])
+    assert result.exit_code == 0, result.stderr
+    rows = {(row["case"], row["label"]): row for row in read_csv(tmp_path / "out" / "scores.csv")}
+    assert set(rows) == {(f"case_{n}", name) for n in (0, 1) for name in ("near", "far")}
+    for name in ("near", "far"):
+        assert float(rows["case_0", name]["dice"]) > 0.999
+        assert float(rows["case_1", name]["dice"]) == 0
+    assert (tmp_path / "out" / "worst.png").is_file()
+    result = CliRunner().invoke(main, [*command, "--set", "inferer#overlap=0.25"])
+    assert result.exit_code == 2
+    assert "overrides" in result.stderr
+
+
+def test_evaluate_values_without_names(tmp_path: Path) -> None:
+    """The metadata name overlapping outputs, which the bundle paints with values of its own."""
+    root = zoo_bundle(tmp_path / "bundle", "sigmoid")
+    _, table = labelled(tmp_path, "sigmoid")
+    model = pipeline.load(root, device="cpu", trust=True, runtime="stock")
+    found = pipeline.evaluate(model, table, tmp_path / "out")
+    assert {row.label for row in found.scores} == {"label 1", "label 4"}
+    assert all(row.score.dice == 1 for row in found.scores if row.case == "case_0")
+    assert (tmp_path / "out" / "worst.png").is_file()
