@@ -50,12 +50,19 @@ def write_csv(
     write_atomically(path, text.getvalue().encode(errors="backslashreplace"), staging=staging)
 
 
-def read_csv(path: Path, *, delimiter: str = ",") -> list[dict[str, str]]:
-    """Return the rows of a CSV file, column → text; an empty list if the file does not exist."""
+def read_csv(path: Path, *, delimiter: str = ",", quotes: bool = True) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, column → text; an empty list if the file does not exist.
+
+    Args:
+        path: of the file; spreadsheets may have put a byte order mark at its beginning.
+        delimiter: between cells.
+        quotes: whether a cell in double quotes may hold delimiters; without, quotes are text.
+    """
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter=delimiter))
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        return list(csv.DictReader(file, delimiter=delimiter, quoting=quoting))
 
 
 def read_json(path: Path) -> Any:

@@ -264,6 +264,19 @@ def test_other_files_are_no_marks(text: str | bytes, message: str, tmp_path: Pat
         read_marks(path)
 
 
+def test_quotes_in_notes_are_text(tmp_path: Path) -> None:
+    """Those of the page have no quoting: an open quote must not swallow the lines after it."""
+    path = tmp_path / "marks.tsv"
+    text = 'case\tmark\tnote\r\na\tfail\t"open, schräg\r\nb\tpass\ta "hole"\r\nc\r\n'
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    marks = {case: (row["mark"], row["note"]) for case, row in read_marks(path).items()}
+    assert marks == {
+        "a": ("fail", '"open, schräg'),
+        "b": ("pass", 'a "hole"'),
+        "c": ("", ""),
+    }
+
+
 def test_outliers_are_marked_and_flagged(tmp_path: Path) -> None:
     usual = [record_of(f"c{n}", volumes_mm3={"front": 4000.0 + 40 * n}) for n in range(12)]
     out = store(tmp_path / "out", *usual, record_of("small", volumes_mm3={"front": 400.0}))
