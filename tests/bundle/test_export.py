@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from monai.bundle import onnx_export
 
 from pipeline.api import segment
 from pipeline.bundle.export import ExportReport, Format, export_bundle
 from pipeline.bundle.opening import open_bundle
 from pipeline.config.paths import BundlePaths
 from pipeline.errors import ConfigError
+from pipeline.inference.openvino_models import OpenVinoNetwork, openvino_core
 from pipeline.inference.runtime import Runtime
 
 pytest.importorskip("openvino")
@@ -47,6 +49,30 @@ def test_exports_agree_with_torch(bundle: Path, to: Format, volume_file: Path) -
     if to == "openvino":
         assert report["sha256"].keys() == {"model.xml", "model.bin"}
     assert json.loads(path.with_suffix(".json").read_text()) == report
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("onnxscript") is None, reason="onnxscript is not installed")
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.parametrize("use_trace", [False, True])
+def test_monais_own_export_to_onnx(bundle: Path, use_trace: bool, tmp_path: Path) -> None:
+    """`python -m monai.bundle onnx_export` writes a file that gives torch's logits."""
+    model = open_bundle(bundle, device="cpu", runtime="torch")
+    window = torch.randn(1, len(model.spec.channels), *model.spec.roi_size)
+    onnx_export(
+        "network_def",
+        filepath=str(tmp_path / "model.onnx"),
+        ckpt_file=str(bundle / "models" / "model.pt"),
+        meta_file=str(bundle / "configs" / "metadata.json"),
+        config_file=str(bundle / "configs" / "inference.yaml"),
+        bundle_root=str(bundle),
+        input_shape=list(window.shape),
+        use_trace=use_trace,
+    )
+    exported = OpenVinoNetwork(openvino_core().read_model(tmp_path / "model.onnx"), "float32")
+    with torch.no_grad():
+        expected = model.network(window)
+    torch.testing.assert_close(exported(window), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_volumes_noise_is_compared(bundle: Path) -> None:
