@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -25,6 +26,7 @@ from pipeline.inference import (
     OpenVinoNetwork,
     RuntimeAgreement,
     compare_runtimes,
+    compute_apart,
     convert_to_openvino,
     import_openvino,
     model_hashes,
@@ -97,6 +99,7 @@ def export_bundle(
 
     Raises:
         ConfigError: a package that the format needs is not installed, or int8 without volumes.
+        OpenVinoError: OpenVINO, with which the file is compared, crashes or refuses the network.
     """
     paths = BundlePaths(find_bundle(bundle))
     spec = load_spec(paths.spec)
@@ -201,7 +204,7 @@ def _write_openvino(network: nn.Module, spec: Spec, path: Path) -> NetworkFuncti
     ov = import_openvino()
     # float16 weights would change the logits, and the disk space is not worth that
     ov.save_model(convert_to_openvino(network, spec), path, compress_to_fp16=False)
-    return _read_by_openvino(path)
+    return _read_by_openvino(path, spec)
 
 
 def _write_int8(
@@ -229,7 +232,7 @@ def _write_int8(
         preset=nncf.QuantizationPreset.MIXED,
     )
     ov.save_model(quantised, path, compress_to_fp16=False)
-    return _read_by_openvino(path)
+    return _read_by_openvino(path, spec)
 
 
 def _write_onnx(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
@@ -246,7 +249,7 @@ def _write_onnx(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
             output_names=["pred"],
             external_data=False,
         )
-    return _read_by_openvino(path)
+    return _read_by_openvino(path, spec)
 
 
 def _write_torchscript(network: nn.Module, spec: Spec, path: Path) -> NetworkFunction:
@@ -279,9 +282,16 @@ def _add_configurations(paths: BundlePaths) -> None:
         )
 
 
-def _read_by_openvino(path: Path) -> NetworkFunction:
-    """Return the network in a file, .xml or .onnx, as OpenVINO runs it in float32."""
-    return OpenVinoNetwork(openvino_core().read_model(path), "float32")
+def _read_by_openvino(path: Path, spec: Spec) -> NetworkFunction:
+    """Return the network in a file, .xml or .onnx, as OpenVINO runs it in float32.
+
+    Raises:
+        OpenVinoError: OpenVINO crashes, or refuses the network.
+    """
+    model = openvino_core().read_model(path)
+    with TemporaryDirectory(prefix="volseg-") as folder:
+        compute_apart(model, noise_window(spec), "float32", Path(folder))
+    return OpenVinoNetwork(model, "float32")
 
 
 def _require(package: str) -> None:

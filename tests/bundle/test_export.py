@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,8 @@ from pipeline.api import segment
 from pipeline.bundle.export import ExportReport, Format, export_bundle
 from pipeline.bundle.opening import open_bundle
 from pipeline.config.paths import BundlePaths
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, OpenVinoError
+from pipeline.inference import openvino_trial
 from pipeline.inference.openvino_models import OpenVinoNetwork, openvino_core
 from pipeline.inference.runtime import Runtime
 
@@ -73,6 +75,17 @@ def test_monais_own_export_to_onnx(bundle: Path, use_trace: bool, tmp_path: Path
     with torch.no_grad():
         expected = model.network(window)
     torch.testing.assert_close(exported(window), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
+def test_a_crash_of_openvino_is_an_error(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash = tmp_path / "crash.py"
+    crash.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(openvino_trial, "CHILD", crash)
+    with pytest.raises(OpenVinoError, match="crashed .*SIGSEGV"):
+        export_bundle(bundle, "openvino")
 
 
 def test_without_volumes_noise_is_compared(bundle: Path) -> None:
