@@ -84,7 +84,7 @@ def test_a_crash_of_openvino_is_an_error(
     crash = tmp_path / "crash.py"
     crash.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(openvino_trial, "CHILD", crash)
-    with pytest.raises(OpenVinoError, match="crashed .*SIGSEGV"):
+    with pytest.raises(OpenVinoError, match=r"crashed .*SIGSEGV"):
         export_bundle(bundle, "openvino")
 
 
