@@ -61,8 +61,9 @@ def read_csv(path: Path, *, delimiter: str = ",", quotes: bool = True) -> list[d
     if not path.is_file():
         return []
     with open(path, newline="", encoding="utf-8-sig") as file:
-        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-        return list(csv.DictReader(file, delimiter=delimiter, quoting=quoting))
+        if quotes:
+            return list(csv.DictReader(file, delimiter=delimiter))
+        return list(csv.DictReader(file, delimiter=delimiter, quoting=csv.QUOTE_NONE))
 
 
 def read_json(path: Path) -> Any:

@@ -122,7 +122,8 @@ def test_the_table_sorts_and_filters(page: Any, out: Path) -> None:
 def test_series_that_were_left_out(page: Any, out: Path) -> None:
     """They are counted, chosen and shown with their reason; the ends of long names are visible."""
     uids = [f"1.2.826.0.1.3680043.8.498.{'7' * 30}{number}" for number in range(2)]
-    reason, nothing = "slices of 3 orientations", {"volumes_mm3": {}, "inputs": ()}
+    reason = "slices of 3 orientations"
+    nothing: dict[str, Any] = {"volumes_mm3": {}, "inputs": ()}
     store(out, *(record_of(uid, status="left out", error=reason, **nothing) for uid in uids))
     store(out, record_of("e", status="quarantined", error="the process died", **nothing))
     open_report(page, out)

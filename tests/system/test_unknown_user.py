@@ -67,7 +67,7 @@ def test_segment_and_report(variables: dict[str, str], place: Path, tiny_bundle_
     out = place / "work" / "out"
     bundle = shutil.copytree(tiny_bundle_3d, place / "data" / "bundle")
     scan = save(place / "data" / "scan.nii.gz")
-    words = ["segment", scan, "-o", out, "-b", bundle, "--device", "cpu", "--report"]
+    words = ("segment", scan, "-o", out, "-b", bundle, "--device", "cpu", "--report")
     said = run_as_user(place, variables, *words, "--runtime", "openvino")
     assert "no cache there" in said
     assert (out / "scan_seg.nii.gz").stat().st_uid == int(USER)
