@@ -1,4 +1,4 @@
-"""Copy a trained network into a bundle as the second network of its cascade.
+"""Write a trained network into a bundle, in int8, as the second network of its cascade.
 
     python scripts/join_cascade.py BUNDLE TRAINED_BUNDLE
 
@@ -12,8 +12,7 @@ import sys
 import click
 
 from pipeline.config import BundlePaths, Spec, load_spec
-from pipeline.io import write_atomically
-from pipeline.networks import read_state
+from pipeline.networks import read_state, save_state
 
 
 @click.command(help=__doc__)
@@ -28,10 +27,9 @@ def main(bundle: str, trained: str) -> None:
     differing = _differences(wanted, found)
     if differing:
         sys.exit(f"{source.spec}: differs from the cascade of {whole.spec} in {differing}")
-    read_state(source.weights)  # refuses what is no file of weights
-    content = source.weights.read_bytes()
-    write_atomically(whole.cascade_weights, content)
-    click.echo(f"{whole.cascade_weights}: {len(content) / 2**20:.1f} MB")
+    save_state(read_state(source.weights), whole.cascade_weights, int8=True)
+    size = whole.cascade_weights.stat().st_size
+    click.echo(f"{whole.cascade_weights}: {size / 2**20:.1f} MB")
 
 
 def _differences(wanted: Spec, found: Spec) -> str:

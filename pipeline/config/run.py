@@ -94,10 +94,25 @@ class Synthesis:
         neck: largest distance by which such an image lies lower, mm.
         elastic: largest standard deviation of the elastic displacement, mm.
         elastic_every: distance between control points of the displacement, mm.
+        fine_elastic, fine_elastic_every: the same for a second displacement, with closer control
+            points, which changes the shapes of small structures; 0 for none.
+        magnifications: number of random points whose surroundings are magnified or shrunk, such as
+            the ventricles of an old brain.
+        magnification: largest strength of that, below 1: 0.5 doubles lengths at the point.
+        magnified_mm: smallest and largest reach of a magnification, the standard deviation of a
+            Gaussian, mm.
+        magnified_within: largest distance along each axis from the centre of the structures to
+            such a point, mm.
         t1_chance: probability of the contrast of T1-weighted images.
         sequence_chance: probability of the contrast of another sequence: tissue intensities that
             are a random function of those in T1. With the remaining probability each tissue has a
             random intensity.
+        lesions: value of a tissue in the label maps → value of its lesions, a row of the table that
+            belongs to the same structure, such as {2: 25, 41: 57} for white matter.
+        lesion_chance: probability that lesions are drawn into these tissues.
+        lesion_share: largest fraction of such a tissue that becomes a lesion.
+        lesion_mm: smallest and largest distance between control points of the random field whose
+            highest values are lesions, mm.
         texture: smallest factor on the standard deviation within a tissue; the largest is 1.
         resolution_chance: probability of a coarser resolution.
         resolution_mm: smallest and largest voxel size of that resolution, mm; each axis has its
@@ -125,8 +140,18 @@ class Synthesis:
     neck: float = 100.0
     elastic: float = 4.0
     elastic_every: float = 40.0
+    fine_elastic: float = 0.0
+    fine_elastic_every: float = 12.0
+    magnifications: int = 0
+    magnification: float = 0.4
+    magnified_mm: tuple[float, float] = (10.0, 30.0)
+    magnified_within: float = 40.0
     t1_chance: float = 0.6
     sequence_chance: float = 0.2
+    lesions: dict[int, int] = field(default_factory=dict)
+    lesion_chance: float = 0.3
+    lesion_share: float = 0.1
+    lesion_mm: tuple[float, float] = (6.0, 20.0)
     texture: float = 0.3
     resolution_chance: float = 0.3
     resolution_mm: tuple[float, float] = (1.0, 4.0)
@@ -142,15 +167,21 @@ class Synthesis:
     outer_fluid: tuple[int, ...] = (24,)
 
     def __post_init__(self) -> None:
-        for name in (*_chances(self), "texture", "cut"):
+        for name in (*_chances(self), "texture", "cut", "lesion_share"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"run.synthesis.{name}", "0 to 1", value)
         total = self.t1_chance + self.sequence_chance
         require(total <= 1, "run.synthesis", "t1_chance + sequence_chance ≤ 1", f"{total:g}")
-        for name in ("elastic_every", "bias_every"):
+        for name in ("elastic_every", "fine_elastic_every", "bias_every"):
             value = getattr(self, name)
             require(value > 0, f"run.synthesis.{name}", "mm above 0", value)
-        for name in ("resolution_mm", "slices_mm"):
+        require(
+            0 <= self.magnification < 1,
+            "run.synthesis.magnification",
+            "0 to below 1",
+            self.magnification,
+        )
+        for name in ("resolution_mm", "slices_mm", "magnified_mm", "lesion_mm"):
             low, high = getattr(self, name)
             require(
                 0 < low <= high, f"run.synthesis.{name}", "0 < low ≤ high, mm", f"{low}, {high}"

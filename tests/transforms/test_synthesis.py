@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.networks.layers import gaussian_1d
 from phantom import parse_spec, save
 from scipy import ndimage, special
 
@@ -19,8 +20,10 @@ from pipeline.config.run import Synthesis
 from pipeline.errors import ConfigError, VolumeError
 from pipeline.transforms.synthesis import (
     FWHM,
+    KERNEL_REACH,
     T1_KNOTS,
     RandSynthesized,
+    discrete_gaussian,
     gaussian_smooth,
     synthesis_transform,
 )
@@ -410,3 +413,95 @@ def test_maps_and_specs_that_do_not_fit_are_refused(table: Path, tmp_path: Path)
     ):
         with pytest.raises(ConfigError, match=r"run\.synthesis"):
             options(table, **wrong)
+
+
+def test_a_magnification_moves_positions_away_from_a_point_one_to_one(table: Path) -> None:
+    """Distances from the point are scaled by one factor each, which stays above 0."""
+    drawn = RandSynthesized(
+        read_tissue_table(table, LABELS),
+        ROI,
+        SPACING,
+        options(table, magnification=0.9, magnified_mm=[6.0, 9.0], magnified_within=5.0),
+    )
+    centre, spacing = np.array([20.0, 18.0, 12.0]), np.array([1.0, 0.8, 1.3])
+    axes = [torch.arange(n, dtype=torch.float32) for n in (41, 37, 25)]
+    for seed in range(6):
+        drawn.set_random_state(seed)
+        before = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        after = before.clone()
+        drawn._magnify(after, centre, spacing)
+        moved = (after - before).numpy()
+        assert 0.1 < np.abs(moved).max() < 10
+        for axis in range(3):  # no two voxels of a row change places
+            assert np.diff(after[axis].numpy(), axis=axis).min() > 0
+        random = np.random.RandomState(seed)
+        point = centre + random.uniform(-1, 1, 3) * 5 / spacing
+        reach, strength = random.uniform(6, 9), random.uniform(-1, 1) * 0.9
+        offset = before.numpy() - point.reshape(3, 1, 1, 1)
+        distance = np.linalg.norm(offset * spacing.reshape(3, 1, 1, 1), axis=0)
+        np.testing.assert_allclose(
+            moved, -strength * np.exp(-((distance / reach) ** 2) / 2) * offset, atol=1e-4
+        )
+
+
+def test_magnified_structures_have_other_volumes(map_file: Path, table: Path) -> None:
+    """They become larger and smaller, and left stays left."""
+    magnified = options(
+        table, magnifications=2, magnification=0.5, magnified_mm=[4.0, 8.0], magnified_within=8.0
+    )
+    still = draw(map_file, options(table))[1]
+    drawn = [draw(map_file, magnified, seed)[1] for seed in range(8)]
+    ratios = [float((channels > 0).sum() / (still > 0).sum()) for channels in drawn]
+    assert min(ratios) < 0.97
+    assert max(ratios) > 1.03
+    assert all(left < right for left, right in map(sides, drawn))
+
+
+def test_a_fine_displacement_changes_borders_and_hardly_moves_centres(
+    map_file: Path, table: Path
+) -> None:
+    still, moved = (
+        draw(map_file, options(table, fine_elastic=sigma, fine_elastic_every=6.0), 2)[1]
+        for sigma in (0.0, 3.0)
+    )
+    assert 0.005 < (still != moved).mean() < 0.2
+    np.testing.assert_allclose(sides(still), sides(moved), atol=1.0)
+
+
+def test_lesions_lie_in_their_tissue_and_change_no_label(map_file: Path, table: Path) -> None:
+    """At most the given share of it becomes a lesion, of its own intensity."""
+    fine: dict[str, Any] = {"spacing": [1.0, 1.0, 1.0], "roi_size": [32, 40, 28]}
+    lesions: dict[str, Any] = {"lesions": {2: 25, 41: 57}, "lesion_mm": [4.0, 6.0]}
+    shares = []
+    for seed in range(6):
+        image, channels = draw(
+            map_file,
+            options(table, texture=1.0, lesion_chance=1.0, lesion_share=0.5, **lesions),
+            seed,
+            **fine,
+        )
+        never = draw(
+            map_file, options(table, texture=1.0, lesion_chance=0.0, **lesions), seed, **fine
+        )
+        np.testing.assert_array_equal(channels, never[1])
+        inner = ndimage.binary_erosion((channels == 1) | (channels == 2), iterations=2)
+        healthy = np.median(never[0][inner])
+        before, after = (
+            float((np.abs(each[inner] - healthy) > 0.4).mean()) for each in (never[0], image)
+        )
+        shares.append(after - before)
+    assert 0.2 < max(shares) < 0.5
+    assert -0.02 < min(shares) < 0.1
+
+
+def test_lesions_need_rows_of_the_table(table: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lesions.*got 99"):
+        synthesis_transform(spec(), options(table, lesions={2: 99}))
+
+
+def test_the_discrete_gaussian_is_that_of_monai() -> None:
+    for sigma in (0.1, 0.374, 0.376, 0.9, 2.3, 4.99):
+        theirs = gaussian_1d(
+            torch.tensor(sigma), truncated=KERNEL_REACH, approx="scalespace", normalize=True
+        )
+        np.testing.assert_allclose(discrete_gaussian(sigma), theirs.numpy(), atol=1e-6)
