@@ -20,7 +20,7 @@ Modules:
     memory_plan, process_memory, device, forking   the machine at hand
 """
 
-from pipeline.inference.aggregator import ScoreBlock, window_grid
+from pipeline.inference.aggregator import ScoreBlock, buffer_bytes, window_grid
 from pipeline.inference.bundle_inferer import bundle_inferer
 from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
@@ -42,6 +42,7 @@ from pipeline.inference.openvino_models import (
     cache_folder,
     compare_runtimes,
     compute_apart,
+    convert_by_tracing,
     convert_to_openvino,
     forks_can_compile,
     import_openvino,
@@ -100,12 +101,14 @@ __all__ = [
     "ScoreBlock",
     "Term",
     "WindowInferer",
+    "buffer_bytes",
     "build_inferer",
     "bundle_inferer",
     "cache_folder",
     "clean_components",
     "compare_runtimes",
     "compute_apart",
+    "convert_by_tracing",
     "convert_to_openvino",
     "estimate_memory",
     "evaluate_prepared",

@@ -32,13 +32,17 @@ volume along the inner axes and one buffer along the outer axes.
 
 In groups of any size chosen by `group_windows`, each voxel sums the same windows in the same
 order: the result does not depend on the memory at hand, to the last bit.
+
+MONAI shifts the last window back into the volume, where it may overlap the one before it almost
+entirely. Such a pair is always in one group: a buffer a few voxels longer takes far less memory
+than sums of almost a whole window that two groups share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from math import ceil, prod
 from typing import Literal
 
@@ -89,20 +93,30 @@ class WindowGrid:
         roi_size: size of a window in voxels.
         starts: per axis, first voxel of each window, ascending. There is a window at each
             combination of them.
-        group_size: number of windows in a group along each axis.
+        paired: per axis, whether the last two windows count as one where groups are formed.
+        group_size: number of windows in a group along each axis, a pair being one.
         order: axes in loop order, outermost first.
     """
 
     shape: tuple[int, ...]
     roi_size: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
+    paired: tuple[bool, ...]
     group_size: tuple[int, ...]
     order: tuple[int, ...]
 
+    def members(self, axis: int) -> list[list[tuple[int, ...]]]:
+        """Return the members of each group along one axis: first voxels of a window or a pair."""
+        starts, size = self.starts[axis], self.group_size[axis]
+        single = starts[:-2] if self.paired[axis] else starts
+        members = [(start,) for start in single]
+        if self.paired[axis]:
+            members.append(starts[-2:])
+        return [members[i : i + size] for i in range(0, len(members), size)]
+
     def groups(self, axis: int) -> list[tuple[int, ...]]:
         """Return, for each group along one axis, the first voxels of its windows."""
-        starts, size = self.starts[axis], self.group_size[axis]
-        return [starts[i : i + size] for i in range(0, len(starts), size)]
+        return [tuple(chain.from_iterable(members)) for members in self.members(axis)]
 
     def held_voxels(self) -> int:
         """Return the largest number of voxels whose sums are held at a time.
@@ -112,7 +126,7 @@ class WindowGrid:
         buffer = [_largest_buffer_length(self, axis) for axis in range(len(self.shape))]
         held = prod(buffer)
         for axis in self.order:
-            if self.group_size[axis] < len(self.starts[axis]):
+            if len(self.groups(axis)) > 1:
                 held += prod(_shared_shape(self, axis))
         return held
 
@@ -146,10 +160,11 @@ def window_grid(
             steps, with the last window shifted back into the volume. Both need the same number of
             windows.
     """
-    starts = []
+    starts, paired = [], []
     for size, roi in zip(shape, roi_size, strict=True):
         step = max(1, int(roi * (1 - overlap)))
         count = ceil((size - roi) / step) + 1
+        paired.append(placement == "monai" and (size - roi) % step > 0)
         if placement == "even":
             starts.append(tuple(round(i * (size - roi) / max(1, count - 1)) for i in range(count)))
         else:
@@ -160,7 +175,11 @@ def window_grid(
         shape=tuple(shape),
         roi_size=tuple(roi_size),
         starts=tuple(starts),
-        group_size=tuple(len(along_axis) for along_axis in starts),
+        paired=tuple(paired),
+        group_size=tuple(
+            len(along_axis) - is_paired
+            for along_axis, is_paired in zip(starts, paired, strict=True)
+        ),
         order=tuple(order),
     )
 
@@ -177,7 +196,9 @@ def group_windows(grid: WindowGrid, channels: int, limit: float) -> WindowGrid:
         channels: number of channels of the network's output.
         limit: largest size of all sums together, bytes.
     """
-    group_size = [len(starts) for starts in grid.starts]
+    group_size = [
+        len(starts) - paired for starts, paired in zip(grid.starts, grid.paired, strict=True)
+    ]
     for axis in grid.order:
         while True:
             grouped = replace(grid, group_size=tuple(group_size))
@@ -206,6 +227,7 @@ def aggregate(
     channels: int,
     *,
     batch: int = 1,
+    channels_last: bool = False,
 ) -> Iterator[ScoreBlock]:
     """Yield the scores of a volume as blocks, one per group of windows.
 
@@ -219,6 +241,8 @@ def aggregate(
         weights: (*roi_size) weight of each voxel of a window. The sums are on its device.
         channels: C, number of channels of the scores.
         batch: largest number of windows per call of `score_windows`.
+        channels_last: whether the channels of a voxel lie next to each other in the memory of the
+            scores, and are to lie so in that of the blocks: adding then takes a third of the time.
 
     Raises:
         VolumeError: the network gave scores that are NaN or infinite.
@@ -226,7 +250,8 @@ def aggregate(
     shared: dict[int, torch.Tensor] = {}
     for group in _groups(grid):
         buffer_size = [s.stop - s.start for s in group.box]
-        sums = weights.new_zeros((channels + 1, *buffer_size))  # last channel: sums of the weights
+        # last channel: sums of the weights
+        sums = _zeros(weights, channels + 1, buffer_size, channels_last=channels_last)
         _restore_shared_sums(grid, group, shared, sums)
         for starts in _batches(grid, group, batch):
             _add_windows(sums, score_windows(starts), starts, weights, group.box)
@@ -235,6 +260,15 @@ def aggregate(
         del sums  # or they would still be held while the next buffer is filled
         yield block
         del block  # likewise
+
+
+def _zeros(
+    like: torch.Tensor, channels: int, size: Sequence[int], *, channels_last: bool
+) -> torch.Tensor:
+    """Return zeros (channels, *size)."""
+    if channels_last:
+        return like.new_zeros((*size, channels)).movedim(-1, 0)
+    return like.new_zeros((channels, *size))
 
 
 def _groups(grid: WindowGrid) -> Iterator[_Group]:
@@ -253,11 +287,13 @@ def _groups(grid: WindowGrid) -> Iterator[_Group]:
 
 def _batches(grid: WindowGrid, group: _Group, size: int) -> Iterator[list[tuple[int, ...]]]:
     """Yield the first voxels of a group's windows, in the grid's order, up to `size` at a time."""
-    members = [grid.groups(axis)[group.index[axis]] for axis in grid.order]
+    members = [grid.members(axis)[group.index[axis]] for axis in grid.order]
     position_in_order = [grid.order.index(axis) for axis in range(len(grid.order))]
     starts: list[tuple[int, ...]] = []
-    for in_order in product(*members):
-        starts.append(tuple(in_order[i] for i in position_in_order))
+    # all windows of a pair before the next member, as where the groups are smaller
+    for cell in product(*members):
+        for in_order in product(*cell):
+            starts.append(tuple(in_order[i] for i in position_in_order))
     for first in range(0, len(starts), size):
         yield starts[first : first + size]
 
@@ -325,7 +361,8 @@ def _keep_shared_sums(
         first = group.finished_stop[axis] - HALO - group.box[axis].start
         length = sums.shape[axis + 1] - first
         if axis not in shared:
-            shared[axis] = sums.new_zeros((len(sums), *_shared_shape(grid, axis)))
+            shape, last = _shared_shape(grid, axis), sums.stride(0) == 1
+            shared[axis] = _zeros(sums, len(sums), shape, channels_last=last)
         kept = shared[axis][_box_in_shared_sums(grid, axis, group.box)]
         kept.narrow(axis + 1, 0, length).copy_(sums.narrow(axis + 1, first, length))
 

@@ -321,10 +321,19 @@ class WindowInferer(Inferer):
         self, started: _WindowPass, buffer_bytes: float | None
     ) -> Iterator[ScoreBlock]:
         """Yield the blocks of the region, moved to their place in the whole image."""
-        channels = len(_single_output(started.scores.first))
+        first = _single_output(started.scores.first)
+        channels, channels_last = len(first), first.stride(0) == 1
+        del first  # or it would be held until the last block
         grid = self.windows(started.size, channels, buffer_bytes)
         weights = importance_map(self.window, self.mode).to(started.device)
-        found = aggregate(grid, started.scores, weights, channels, batch=self.sw_batch_size)
+        found = aggregate(
+            grid,
+            started.scores,
+            weights,
+            channels,
+            batch=self.sw_batch_size,
+            channels_last=channels_last,
+        )
         for block in found:
             start = tuple(s.start + i for s, i in zip(started.region, block.start, strict=True))
             # along a padded axis there is only one window, so that each block has all the padding

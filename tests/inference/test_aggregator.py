@@ -13,6 +13,7 @@ from pipeline.errors import VolumeError
 from pipeline.inference.aggregator import (
     FLOAT32_BYTES,
     HALO,
+    Placement,
     WindowGrid,
     aggregate,
     buffer_bytes,
@@ -48,11 +49,14 @@ def together(windows: WindowGrid) -> torch.Tensor:
     return whole
 
 
+@pytest.mark.parametrize("placement", ["even", "monai"])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.8])
 @pytest.mark.parametrize("size", SIZES)
-def test_groups_of_any_size_give_the_same_bits(size: tuple[int, ...], overlap: float) -> None:
+def test_groups_of_any_size_give_the_same_bits(
+    size: tuple[int, ...], overlap: float, placement: Placement
+) -> None:
     """Scores do not depend on how much is held at a time, and every voxel gets one."""
-    windows = window_grid(size, ROI, overlap)
+    windows = window_grid(size, ROI, overlap, placement)
     expected = together(windows)
     assert not expected.isnan().any()
     plans = {group_windows(windows, 3, limit).group_size for limit in (0, 3e4, 6e4, 1e5, 2e5)}
@@ -69,10 +73,13 @@ def test_groups_of_any_shape_give_the_same_values(group_size: tuple[int, int, in
     )
 
 
+@pytest.mark.parametrize("placement", ["even", "monai"])
 @pytest.mark.parametrize("size", SIZES)
-def test_blocks_repeat_one_voxel_of_their_neighbours(size: tuple[int, ...]) -> None:
+def test_blocks_repeat_one_voxel_of_their_neighbours(
+    size: tuple[int, ...], placement: Placement
+) -> None:
     """Linear interpolation finds both neighbours of each position in one block."""
-    windows = replace(window_grid(size, ROI, 0.5), group_size=(1, 1, 1))
+    windows = replace(window_grid(size, ROI, 0.5, placement), group_size=(1, 1, 1))
     found = [(b.start, b.scores.shape[1:]) for b in aggregate(windows, scores, torch.ones(ROI), 3)]
     for axis, n in enumerate(size):
         ends = sorted({(start[axis], start[axis] + shape[axis]) for start, shape in found})
@@ -116,6 +123,35 @@ def test_a_limit_is_kept_where_it_can_be() -> None:
             <= whole / part
         )
     assert group_windows(windows, 9, 1).group_size == (1, 1, 1)
+
+
+def test_channels_may_lie_next_to_each_other() -> None:
+    """The bits of the blocks are the same, and their memory is in that order."""
+    windows = replace(window_grid((20, 16, 23), ROI, 0.5), group_size=(1, 2, 3))
+
+    def ordered(starts: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+        return [one.movedim(0, -1).contiguous().movedim(-1, 0) for one in scores(starts)]
+
+    weights = torch.linspace(0.5, 2, prod(ROI)).reshape(ROI)
+    usual = aggregate(windows, scores, weights, 3)
+    found = aggregate(windows, ordered, weights, 3, channels_last=True)
+    for one, other in zip(usual, found, strict=True):
+        assert one.start == other.start
+        assert torch.equal(one.scores, other.scores)
+        assert other.scores.stride(0) == 1
+
+
+def test_a_last_window_that_is_shifted_back_shares_little() -> None:
+    """It starts 8 voxels after the one before, and is summed in one buffer with it."""
+    windows = window_grid((320, 320, 256), (96, 96, 96), 0.25, "monai")
+    assert windows.starts[0] == (0, 72, 144, 216, 224)
+    single = group_windows(windows, 105, 1)
+    assert single.groups(0) == [(0,), (72,), (144,), (216, 224)]
+    assert single.groups(2) == [(0,), (72,), (144, 160)]
+    shared = 25 * 320 * 256 + 105 * 25 * 256 + 105 * 105 * 25
+    assert single.held_voxels() <= 105 * 105 * 113 + shared
+    even = group_windows(window_grid((320, 320, 256), (96, 96, 96), 0.25), 105, 1)
+    assert even.groups(0) == [(start,) for start in even.starts[0]]
 
 
 def test_skipped_windows_are_background() -> None:

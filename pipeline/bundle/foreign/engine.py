@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from pipeline.types import Array, LabelMap
 PRED, KEPT = "pred", "volseg_probabilities"
 BYTE = 255
 STOCK, AUTO = "stock", "auto"
+LABEL_COPIES = 2  # of the label map, in float32, as MONAI's transforms have it
+FLOAT32_BYTES = 4
 STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
 
 
@@ -346,11 +349,18 @@ class ForeignEngine:
             network = self._own[1] if self._replacement is None else self._replacement.network
             network(window)
 
-    def held_outputs(self, channels: int, grid_voxels: int, file_voxels: int) -> int:
-        """Return how many numbers of the network's output are held at a time, about."""
+    def output_bytes(self, channels: int, shape: Sequence[int], file_voxels: int) -> int:
+        """Return the size of what is held of the network's output at a time, bytes, about.
+
+        Args:
+            channels: of the network's output.
+            shape: of the case on the network's grid, voxels.
+            file_voxels: of the case's first file.
+        """
         if self._replacement is not None and self._replacement.streams:
-            return self._replacement.held(channels, grid_voxels) + 2 * file_voxels
-        return STOCK_COPIES * channels * grid_voxels + channels * file_voxels
+            labels = LABEL_COPIES * FLOAT32_BYTES * file_voxels
+            return self._replacement.held_bytes(channels, shape) + labels
+        return FLOAT32_BYTES * channels * (STOCK_COPIES * prod(shape) + file_voxels)
 
     def window_count(self, shape: Sequence[int]) -> int:
         """Return how many windows cover a volume of a size on the network's grid."""

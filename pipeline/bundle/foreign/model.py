@@ -54,7 +54,7 @@ from pipeline.types import ImageSource, PathOrStr
 NIFTI = (".nii", ".nii.gz")
 FLOAT32_BYTES = 4
 # arrays of the size of the input that reading, transforms and the label map take, float32
-INPUT_COPIES, STOCK_LOGIT_COPIES = 6, 3
+INPUT_COPIES = 6
 ITEM, GRIDS, WARNINGS, FOLDER = "item", "grids", "warnings", "folder"
 
 
@@ -305,11 +305,11 @@ class ForeignBundle:
         """
         engine = self.engine()
         file_voxels = sum(prod(header.shape) for header in headers)
-        grid_voxels = prod(self._grid_shape(headers[0]))
+        shape = self._grid_shape(headers[0])
         channels = max(self.facts.out_channels, 1)
-        inputs = INPUT_COPIES * file_voxels + 2 * grid_voxels * len(headers)
-        outputs = engine.held_outputs(channels, grid_voxels, prod(headers[0].shape))
-        return int(base + FLOAT32_BYTES * (inputs + outputs))
+        inputs = INPUT_COPIES * file_voxels + 2 * prod(shape) * len(headers)
+        outputs = engine.output_bytes(channels, shape, prod(headers[0].shape))
+        return int(base + FLOAT32_BYTES * inputs + outputs)
 
     def window_count(self, header: Header) -> int:
         """Return how many windows cover a volume."""

@@ -33,7 +33,9 @@ from pipeline.inference import (
     OpenVinoNetwork,
     ScoreBlock,
     WindowInferer,
+    buffer_bytes,
     compute_apart,
+    convert_by_tracing,
     import_openvino,
     labels_of_blocks,
 )
@@ -51,6 +53,8 @@ CROPS = ("CropForeground", "SpatialCrop", "CenterSpatialCrop", "RandSpatialCrop"
 EDGE = 1e-3  # voxels
 # of the windows' sums that are held at a time: with 100 classes, more is a gigabyte each
 BUFFER_BYTES = 2**28
+FLOAT32_BYTES = 4
+WINDOW_COPIES = 1  # of a window's logits, besides the sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +94,25 @@ class Replacement:
         """What is replaced, in words."""
         return WORDS[self.form]
 
-    def held(self, channels: int, grid_voxels: int) -> int:
-        """Return how many numbers the sums of windows hold at a time, at most about."""
-        return min(channels * grid_voxels, BUFFER_BYTES // 4 + channels * prod(self.roi_size)) + (
-            4 * channels * prod(self.roi_size)
+    def held_bytes(self, channels: int, shape: Sequence[int]) -> int:
+        """Return the largest size of the logits that are held at a time, bytes.
+
+        Args:
+            channels: of the network's output.
+            shape: of the image on the network's grid, voxels.
+        """
+        windows = self.windows().windows(shape, channels, BUFFER_BYTES)
+        window = FLOAT32_BYTES * channels * prod(self.roi_size)
+        return buffer_bytes(windows, channels) + WINDOW_COPIES * window
+
+    def windows(self) -> WindowInferer:
+        """Return volseg's inferer with the settings of the bundle's own."""
+        return WindowInferer(
+            self.roi_size,
+            float(self.own.overlap),
+            placement="monai",
+            mode=str(self.own.mode),
+            padding_mode=str(self.own.padding_mode),
         )
 
     def with_runtime(
@@ -224,14 +243,22 @@ class ConvertedOnce(nn.Module):
             if self.trial is not None:
                 compute_apart(model, window, "float32", self.trial)
             self._converted = OpenVinoNetwork(model, "float32")
-        return self._converted(window)
+        return self._converted(window).movedim(-1, 1)
 
     def _convert(self, channels: int) -> Any:
+        """Return a model with the output (B, *roi_size, classes).
+
+        OpenVINO computes in this order, and would hold a second copy in the order of torch.
+        """
+        openvino = import_openvino()
+        from openvino.preprocess import PrePostProcessor
+
         noise = torch.randn(1, channels, *self.roi_size, generator=torch.manual_seed(0))
-        with torch.no_grad():
-            return import_openvino().convert_model(
-                self.network.eval(), example_input=noise, input=[-1, channels, *self.roi_size]
-            )
+        model = convert_by_tracing(self.network, noise, [-1, channels, *self.roi_size])
+        ordered = PrePostProcessor(model)
+        ordered.output(0).model().set_layout(openvino.Layout("NCDHW"))
+        ordered.output(0).tensor().set_layout(openvino.Layout("NDHWC"))
+        return ordered.build()
 
 
 class BlockInferer(Inferer):
@@ -259,14 +286,7 @@ class BlockInferer(Inferer):
         self, inputs: torch.Tensor, network: NetworkFunction, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """Return what the replacement's form says, for a batch of one image (1, C, X, Y, Z)."""
-        own = self.replacement.own
-        windows = WindowInferer(
-            self.replacement.roi_size,
-            float(own.overlap),
-            placement="monai",
-            mode=str(own.mode),
-            padding_mode=str(own.padding_mode),
-        )
+        windows = self.replacement.windows()
         if self.replacement.form == "logits":
             whole: torch.Tensor = windows(inputs, self.replacement.network)
             return whole
