@@ -73,7 +73,12 @@ from pipeline.inference.predictor import (
     prepare,
     streaming_iteration,
 )
-from pipeline.inference.process_memory import peak_bytes, reset_peak, resident_bytes
+from pipeline.inference.process_memory import (
+    peak_bytes,
+    release_freed_memory,
+    reset_peak,
+    resident_bytes,
+)
 from pipeline.inference.quality_features import QualityFeatures, stored_features
 from pipeline.inference.runtime import Runtime, RuntimeDescription
 from pipeline.inference.sliding_window import WindowInferer, build_inferer
@@ -134,6 +139,7 @@ __all__ = [
     "processor_name",
     "read_quality",
     "ready_bytes",
+    "release_freed_memory",
     "reset_peak",
     "resident_bytes",
     "residual_spread",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from phantom import save
 from zoo_forms import by_monai, invert, metadata, transform, write_bundle, zoo_bundle, zoo_config
 from zoo_forms import zoo_images as images
 
@@ -22,6 +24,7 @@ from pipeline.bundle.overrides import apply_overrides
 from pipeline.errors import ConfigError, PipelineError, VolumeError
 from pipeline.inference import Prediction, openvino_trial
 from pipeline.inference.openvino_models import CACHE_VARIABLE
+from pipeline.io import Header
 
 FORMS = (
     "json",
@@ -258,6 +261,53 @@ def test_inputs_are_checked(tmp_path: Path) -> None:
             model.predict_case(given)
     in_memory = nib.Nifti1Image(np.asarray(image.dataobj), image.affine)
     assert np.array_equal(model.predict_case(in_memory).labels, model.predict_case(file).labels)
+
+
+def many_classes(root: Path, side: int) -> Path:
+    """A bundle with as many classes as a whole body has, and windows of a side, voxels."""
+    config = zoo_config(labels=105)
+    config["inferer"] |= {"roi_size": [side] * 3, "overlap": 0.25, "mode": "gaussian"}
+    names = {str(number): "background" if not number else f"s{number}" for number in range(105)}
+    return write_bundle(root, config, metadata({"0": "image"}, names, 105))
+
+
+def test_estimate_of_memory_for_many_classes(tmp_path: Path) -> None:
+    """Of 320 x 320 x 256 voxels, the sums of windows are the largest part; stock holds all."""
+    root = many_classes(tmp_path / "b", 96)
+    headers = [Header(shape=(320, 320, 256), affine=np.diag([1.5, 1.5, 2.0, 1]), bytes_per_voxel=2)]
+    streamed, stock = opened(root, runtime="torch"), opened(root, runtime="stock")
+    streamed.engine().follow("torch")
+    sums = 4 * 106 * (105 * 105 * 113 + 25 * 320 * 256 + 105 * 25 * 256 + 105 * 105 * 25)
+    assert sums < streamed.peak_bytes(headers, 0) < 1.7 * sums
+    assert stock.peak_bytes(headers, 0) > 4 * 105 * 320 * 320 * 256
+
+
+@pytest.mark.stress
+def test_the_estimate_of_memory_is_kept(tmp_path: Path) -> None:
+    """A case takes no more than estimated, and no less than three fifths of it."""
+    root = many_classes(tmp_path / "b", 64)
+    noise = np.random.default_rng(0).normal(size=(21, 20, 16)).astype(np.float32)
+    array = noise.repeat(8, 0).repeat(8, 1).repeat(8, 2)
+    path = str(save(tmp_path / "in.nii.gz", nib.Nifti1Image(array, np.diag([1.5, 1.5, 2.0, 1]))))
+    command = [sys.executable, "-c", MEASURE, str(root), path]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    estimate, peak, base = map(int, found.stdout.split()[-3:])
+    assert 0.6 * (estimate - base) < peak - base < estimate - base
+
+
+MEASURE = """
+import sys
+from pipeline.bundle import open_for_cases
+from pipeline.inference import peak_bytes, reset_peak, resident_bytes
+from pipeline.io import read_header
+model = open_for_cases(sys.argv[1], device="cpu", trust=True, runtime="openvino")
+model.engine().follow("openvino")
+base = model.ready_bytes()
+estimate = model.peak_bytes([read_header(sys.argv[2])], base)
+reset_peak()
+model.predict(model.prepare(sys.argv[2]))
+print(estimate, peak_bytes(), base)
+"""
 
 
 def test_a_part_of_the_network_in_float64_stays_stock(tmp_path: Path) -> None:

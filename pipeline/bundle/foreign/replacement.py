@@ -54,7 +54,8 @@ EDGE = 1e-3  # voxels
 # of the windows' sums that are held at a time: with 100 classes, more is a gigabyte each
 BUFFER_BYTES = 2**28
 FLOAT32_BYTES = 4
-WINDOW_COPIES = 1  # of a window's logits, besides the sums
+# of a window's logits, besides the sums: the output, and OpenVINO's own while it computes
+WINDOW_COPIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
