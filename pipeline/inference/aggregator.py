@@ -109,7 +109,7 @@ class WindowGrid:
         """Return the members of each group along one axis: first voxels of a window or a pair."""
         starts, size = self.starts[axis], self.group_size[axis]
         single = starts[:-2] if self.paired[axis] else starts
-        members = [(start,) for start in single]
+        members: list[tuple[int, ...]] = [(start,) for start in single]
         if self.paired[axis]:
             members.append(starts[-2:])
         return [members[i : i + size] for i in range(0, len(members), size)]
