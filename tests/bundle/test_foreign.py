@@ -280,6 +280,8 @@ def test_estimate_of_memory_for_many_classes(tmp_path: Path) -> None:
     sums = 4 * 106 * (105 * 105 * 113 + 25 * 320 * 256 + 105 * 25 * 256 + 105 * 105 * 25)
     assert sums < streamed.peak_bytes(headers, 0) < 1.7 * sums
     assert stock.peak_bytes(headers, 0) > 4 * 105 * 320 * 320 * 256
+    # the part of a case by which the runtime is decided: two windows along each axis
+    assert 2 * 96 * 1.1 < streamed.engine()._trial_mm() < 2 * 96 * 1.2
 
 
 @pytest.mark.stress

@@ -42,6 +42,7 @@ PRED, KEPT = "pred", "volseg_probabilities"
 BYTE = 255
 STOCK, AUTO = "stock", "auto"
 FLOAT32_BYTES = 4
+TRIAL_BYTES = 2**31  # of logits that the bundle's own inferer may hold while the runtime is decided
 STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
 
 
@@ -217,9 +218,15 @@ class ForeignEngine:
         return checked_labels(pred, [grid], self.facts.labels, self.facts.names).labels
 
     def _trial_mm(self) -> float:
-        """Return how long a part is that holds a few windows along each axis, mm."""
+        """Return how long a part is that holds overlapping windows along each axis, mm.
+
+        It is 1.5 windows long; less where the bundle's own inferer would hold too many logits.
+        """
         spacing = [mm for mm in self.spacing or () if mm > 0]
-        return self._planned.longest_side * 1.5 * max(spacing, default=1.0)
+        copies = FLOAT32_BYTES * (STOCK_COPIES + 1) * max(self.facts.out_channels, 1)
+        side = self._planned.longest_side
+        voxels = min(1.5 * side, max(1.125 * side, (TRIAL_BYTES / copies) ** (1 / 3)))
+        return voxels * max(spacing, default=1.0)
 
     def _settle(self, runtime: str, replacement: Replacement | None, reason: str) -> None:
         device = self.settings.device
