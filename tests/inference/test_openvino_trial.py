@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from pipeline.inference.openvino_models import (
     compile_hints,
     noise_window,
 )
+from pipeline.inference.runtime import Runtime
 from pipeline.networks import build_network
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -218,3 +220,33 @@ def test_signals_have_names() -> None:
     if os.name == "posix":
         assert names == ["SIGABRT", "signal 250"]
     assert openvino_trial._signal_name(1) is None
+
+
+@pytest.mark.slow
+def test_a_residual_encoder_runs_whatever_openvino_does(cache: Path) -> None:
+    """Version 2026.4.1 crashes on this one where the processor has AMX."""
+    spec = parse_spec(
+        roi_size=[40, 56, 40],
+        network={
+            "architecture": "residual_encoder_unet",
+            "features": [8, 16, 32, 64],
+            "strides": [[2, 2, 2]] * 3,
+            "kernels": [[3, 3, 3]] * 4,
+            "encoder_blocks": [1, 2, 2, 2],
+            "decoder_convolutions": [1, 1, 1],
+            "norm": "instance",
+            "activation": "leakyrelu",
+            "conv_bias": True,
+        },
+    )
+    torch.manual_seed(0)
+    net = build_network(spec).eval()
+    window = torch.randn(1, 1, *spec.roi_size)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # that torch runs
+        ours = Runtime(net, spec)
+        torch.testing.assert_close(ours(window), net(window), rtol=1e-3, atol=1e-3)
+    [entry] = cache.iterdir()
+    assert ours.description is not None
+    problem = json.loads((entry / "report.json").read_text()).get("problem", "")
+    assert (ours.description.runtime == "torch") == ("crashed" in problem)

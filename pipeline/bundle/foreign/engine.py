@@ -225,7 +225,7 @@ class ForeignEngine:
         spacing = [mm for mm in self.spacing or () if mm > 0]
         copies = FLOAT32_BYTES * (STOCK_COPIES + 1) * max(self.facts.out_channels, 1)
         side = self._planned.longest_side
-        voxels = min(1.5 * side, max(1.125 * side, (TRIAL_BYTES / copies) ** (1 / 3)))
+        voxels: float = min(1.5 * side, max(1.125 * side, (TRIAL_BYTES / copies) ** (1 / 3)))
         return voxels * max(spacing, default=1.0)
 
     def _settle(self, runtime: str, replacement: Replacement | None, reason: str) -> None:
