@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from zoo_forms import by_monai, invert, metadata, transform, write_bundle, zoo_b
 from zoo_forms import zoo_images as images
 
 from pipeline.bundle import bundle_info, open_for_cases, parse_overrides
+from pipeline.bundle.foreign.imports import BundleImports
 from pipeline.bundle.foreign.model import ForeignBundle
 from pipeline.bundle.overrides import apply_overrides
 from pipeline.errors import ConfigError, PipelineError, VolumeError
@@ -135,6 +137,32 @@ def test_two_bundles_have_their_own_scripts(tmp_path: Path) -> None:
     labels = [model.predict_case(files[0]).labels for model in (first, second, first)]
     assert np.array_equal(labels[0], labels[2])
     assert not np.array_equal(labels[0], labels[1])
+
+
+def test_other_threads_may_import_meanwhile(tmp_path: Path) -> None:
+    """As the one does that reads the next case."""
+    (tmp_path / "own.py").write_text("")
+    imports, done = BundleImports(tmp_path), threading.Event()
+
+    def keep_importing() -> None:
+        names = [f"volseg_test_{number}" for number in range(200)]
+        while not done.is_set():
+            sys.modules.update(dict.fromkeys(names, sys))
+            for name in names:
+                del sys.modules[name]
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=keep_importing)
+    thread.start()
+    try:
+        sys.setswitchinterval(1e-5)
+        for _ in range(100):
+            with imports.active():
+                pass
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        thread.join()
 
 
 def test_labels_are_inverted_by_the_nearest_voxel(tmp_path: Path) -> None:

@@ -47,5 +47,6 @@ class BundleImports:
         for path in self.folder.iterdir():
             if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py"))):
                 own.add(path.stem)
-        names = [name for name in sys.modules if name.split(".")[0] in own]
+        # a list, because the thread that reads the next case may import something meanwhile
+        names = [name for name in list(sys.modules) if name.split(".")[0] in own]
         return {name: sys.modules.pop(name) for name in names}
