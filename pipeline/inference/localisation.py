@@ -3,8 +3,8 @@
 A head is larger than its brain. If one window can contain the whole brain, that window alone is
 enough, instead of windows over the whole head. The search segments one window near the top of the
 head, moves it towards structures that its faces cut, and repeats. Along an axis where the
-structures are longer than a window, the result is as long as they are, so that several windows are
-needed.
+structures are longer than a window, the result is as long as the foreground, so that several
+windows are needed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from pipeline.types import Box
 # largest number of windows that the search segments. More would take as long as windows over the
 # whole foreground, which are used if the search fails
 MAX_SEARCH_WINDOWS = 4
-# voxels; a face of a window cuts a structure if the structure comes closer to it than this. At the
-# face itself a network is least certain
-CUT_MARGIN = 2
+# voxels; a face of a window cuts a structure if the structure comes closer to it than this
+CUT_MARGIN = 1
 # voxels; when a window is moved towards a structure at one face, structures stay at least this far
 # from the opposite face
-KEPT_MARGIN = 6
+KEPT_MARGIN = 5
+# voxels; a window that contains all structures is moved to their centre only if that is farther:
+# its scores are computed already
+MAX_OFF_CENTRE = 4
 # fraction of a cell (`foreground.CELL`) that must be structures, so that single voxels do not count
 STRUCTURE_FRACTION = 0.5
 # the first window begins 1/16 of its height below the top of the head, because scalp and skull are
@@ -64,10 +66,11 @@ def localise(
 ) -> Box:
     """Return a box that contains all structures; windows outside it are not needed.
 
-    Along an axis where the structures fit into a window, the box is as long as a window and centred
-    on them; along other axes it is as long as they are, with a margin. If the first window has no
-    structure, or if the search does not find all of them with `MAX_SEARCH_WINDOWS` windows, the box
-    is that of the whole foreground.
+    Along an axis where the structures fit into a window, the box is as long as a window and about
+    centred on them; along other axes it is as long as the foreground. A window of the search that
+    is such a box is returned itself, so that it need not be computed again. If the first window has
+    no structure, or if the search does not find all of them with `MAX_SEARCH_WINDOWS` windows, the
+    box is that of the whole foreground.
 
     Args:
         image: (C, *spatial) image.
@@ -79,6 +82,7 @@ def localise(
             (classes, *box), with the background as first class.
     """
     window = _first_window(image, foreground, roi_size, top, level)
+    is_long = [False] * len(roi_size)  # axes along which the structures are longer than a window
     for _ in range(MAX_SEARCH_WINDOWS):
         scores = score_box(window)
         is_structure = (scores[1:].amax(dim=0) > scores[0]).float()[None]
@@ -87,12 +91,21 @@ def localise(
         found = foreground_box(is_structure, STRUCTURE_FRACTION, [1] * len(roi_size))
         axes = list(zip(found, window, foreground, strict=True))
         cuts = [_cut_faces(*axis) for axis in axes]
-        if not any(first or last for first, last in cuts):
-            region = []
-            for axis, size in zip(axes, roi_size, strict=True):
-                region.append(_centre_on_structures(*axis, size))
-            return tuple(region)
-        window = tuple(_move_to_cut(*axis, *cut) for axis, cut in zip(axes, cuts, strict=True))
+        is_long = [known or all(cut) for known, cut in zip(is_long, cuts, strict=True)]
+        if all(known or not any(cut) for known, cut in zip(is_long, cuts, strict=True)):
+            if any(is_long):  # a part of the structures has not been seen, and may be wider
+                is_long = [
+                    known or not _has_room(*axis) for known, axis in zip(is_long, axes, strict=True)
+                ]
+            region = tuple(
+                axis[2] if known else _centre_on_structures(*axis, size)
+                for known, axis, size in zip(is_long, axes, roi_size, strict=True)
+            )
+            return window if _is_near(window, region) else region
+        window = tuple(
+            axis[1] if known else _move_to_cut(*axis, *cut)
+            for known, axis, cut in zip(is_long, axes, cuts, strict=True)
+        )
     return foreground
 
 
@@ -153,11 +166,8 @@ def _move_to_cut(
 ) -> slice:
     """Return a window, along one axis, moved towards the structures that one of its faces cuts.
 
-    The structures that are in the window stay in it. If both faces cut structures, the whole
-    foreground along this axis is returned.
+    The structures that are in the window stay in it.
     """
-    if first_cut and last_cut:
-        return foreground
     size, shift = window.stop - window.start, 0
     if first_cut:
         shift = -max(CUT_MARGIN, size - found.stop - KEPT_MARGIN)
@@ -166,9 +176,28 @@ def _move_to_cut(
     return _centred_slice(window.start + size / 2 + shift, size, foreground)
 
 
+def _has_room(found: slice, window: slice, foreground: slice) -> bool:
+    """Return whether structures stay `KEPT_MARGIN` from both faces; see `_cut_faces`.
+
+    A face at the end of the foreground has room.
+    """
+    size = window.stop - window.start
+    first: bool = found.start >= KEPT_MARGIN or window.start <= foreground.start
+    last: bool = size - found.stop >= KEPT_MARGIN or window.stop >= foreground.stop
+    return first and last
+
+
+def _is_near(window: Box, region: Box) -> bool:
+    """Return whether a window is as large as a region, and not far from it."""
+    return all(
+        w.stop - w.start == r.stop - r.start and abs(w.start - r.start) <= MAX_OFF_CENTRE
+        for w, r in zip(window, region, strict=True)
+    )
+
+
 def _centre_on_structures(found: slice, window: slice, foreground: slice, size: int) -> slice:
     """Return a slice centred on the structures: as long as a window, longer if they do not fit."""
     length = found.stop - found.start
-    if length > size - CUT_MARGIN:
-        size = length + 2 * CUT_MARGIN
+    if length > size - 2 * CUT_MARGIN:
+        size = length + 4 * CUT_MARGIN  # at a face a network is least certain
     return _centred_slice(window.start + (found.start + found.stop) / 2, size, foreground)

@@ -280,17 +280,19 @@ class WindowInferer(Inferer):
         shape = tuple(plain.shape[1:])
         threshold = self.foreground_threshold
         level = None if threshold is None else foreground_level(plain, threshold)
-        region = self._region(plain, level, self._complete(network), image.device)
+        search = _LastWindow(network)
+        region = self._region(plain, level, self._complete(search), image.device)
         padded, margins = pad_to_window(crop_box(plain, region), self.window, self.padding_mode)
         scores = WindowScores(
             padded,
-            self._complete(average_mirrored(network, self.mirroring, agreement)),
+            self._complete(average_mirrored(search, self.mirroring, agreement)),
             self.window,
             slice_dim=self.slice_dim,
             batch=self.sw_batch_size,
             device=image.device,
             cells=None if level is None else foreground_cells(padded, level),
         )
+        search.forget()  # its first window has been computed
         return _WindowPass(
             scores=scores,
             size=tuple(padded.shape[1:]),
@@ -383,6 +385,33 @@ def with_host_fallback(compute: Callable[[torch.device], T], image: torch.Tensor
             "the host",
         )
     return compute(torch.device("cpu"))
+
+
+class _LastWindow:
+    """A network that keeps its last output, and returns it when the same input comes again.
+
+    The last window of the search for a brain is often the first window that is segmented then.
+
+    Args:
+        network: network, (B, C, *roi_size) → scores.
+    """
+
+    def __init__(self, network: NetworkFunction) -> None:
+        self.network, self._keeps = network, True
+        self._last: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        if self._last is not None and torch.equal(self._last[0], x):
+            return self._last[1]
+        self._last = None  # frees its memory first
+        output = self.network(x)
+        if self._keeps:
+            self._last = x, output
+        return output
+
+    def forget(self) -> None:
+        """Free the memory of the last output, and keep no other."""
+        self._last, self._keeps = None, False
 
 
 def _itself(network: Any) -> Any:

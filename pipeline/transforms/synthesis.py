@@ -266,7 +266,7 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         torch.where(field > threshold, lesions, rows, out=rows)
 
     def _row_of(self, value: int) -> int:
-        return self.table.values.tolist().index(value)
+        return int(np.flatnonzero(self.table.values == value)[0])
 
     def _smooth_field(
         self, count: int, every_mm: float, device: torch.device | None = None
