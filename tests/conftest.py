@@ -12,6 +12,7 @@ import torch
 from phantom import make_bundle, nifti, save
 
 from pipeline.bundle.opening import open_bundle
+from pipeline.inference import runtime
 from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import CACHE_VARIABLE
 
@@ -28,6 +29,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep converted networks of the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_amx() -> Iterator[None]:
+    """Compute in float32 on any processor, so that results are comparable to rounding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "has_amx", lambda: False)
         yield
 
 

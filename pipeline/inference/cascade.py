@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from pipeline.types import Affine, PathOrStr
 FADE_VOXELS = 8
 # smallest probability whose logarithm is averaged: float16 holds no much smaller one
 MIN_PROBABILITY = 1e-6
+SLAB = 8  # voxels along the first axis whose probabilities are averaged at a time
 SNAP = 1e-6  # voxels; positions that are closer to a voxel's centre are moved onto it
 
 
@@ -84,7 +85,9 @@ class CoarseProbabilities(BlockObserver):
             self.maps = torch.zeros((len(block.scores), *block.shape), dtype=torch.float16)
             self.maps[0] = 1
         place = crop_box(self.maps, box_at(block.start, block.scores.shape[1:]))
-        place.copy_(torch.softmax(block.scores, dim=0))
+        for start in range(0, block.scores.shape[1], SLAB):
+            slab = slice(start, start + SLAB)
+            place[:, slab] = torch.softmax(block.scores[:, slab], dim=0)
 
     def centre(self, classes: Sequence[int]) -> torch.Tensor | None:
         """Return the mean position of some classes, (3,) float64 voxels; None if none is found.
@@ -208,15 +211,20 @@ class CascadeNetwork:
             return None
         box_affine = _box_affine(affine, centre.numpy(), self.spec)
         image = _box_image(scan, box_affine, self.spec)
-        logits = self.prepare()(image[None].to(self.device))[0].float().cpu()
-        before = _box_probabilities(coarse.maps, affine, box_affine, self.spec.roi_size)
-        scores = torch.log_softmax(logits, dim=0)
+        scores = self.prepare()(image[None].to(self.device))[0].float().cpu()
         share = self.share * _fade(self.spec.roi_size)
-        scores.mul_(share).add_(before.clamp(min=MIN_PROBABILITY).log_().mul_(1 - share))
-        after = torch.softmax(scores, dim=0)
+        gained = torch.zeros(len(scores), dtype=torch.float64)
+        probabilities = _box_probabilities(coarse.maps, affine, box_affine, self.spec.roi_size)
+        # slab by slab, or each step would hold another tensor of classes × voxels
+        for start in range(0, scores.shape[1], SLAB):
+            slab = slice(start, start + SLAB)
+            before = probabilities[:, slab].float()
+            mixed = torch.log_softmax(scores[:, slab], dim=0).mul_(share[slab])
+            mixed += before.clamp(min=MIN_PROBABILITY).log_().mul_(1 - share[slab])
+            scores[:, slab] = mixed
+            gained += (torch.softmax(mixed, dim=0) - before).sum((1, 2, 3), dtype=torch.float64)
         voxel_mm3 = abs(float(np.linalg.det(box_affine[:3, :3])))
-        difference = (after - before).sum((1, 2, 3), dtype=torch.float64)
-        return FineBox(scores=scores, affine=box_affine, gained_mm3=difference * voxel_mm3)
+        return FineBox(scores=scores, affine=box_affine, gained_mm3=gained * voxel_mm3)
 
 
 def load_cascade(
@@ -285,7 +293,7 @@ def _inside(matrix: Affine, roi_size: Sequence[int], shape: Sequence[int]) -> to
 def _box_probabilities(
     maps: torch.Tensor, affine: Affine, box_affine: Affine, roi_size: Sequence[int]
 ) -> torch.Tensor:
-    """Return the first network's probabilities in the box, (classes, *roi_size) float32.
+    """Return the first network's probabilities in the box, (classes, *roi_size) float16.
 
     Args:
         maps: (classes, X, Y, Z) probabilities on the first network's grid.
@@ -295,7 +303,15 @@ def _box_probabilities(
     """
     matrix = np.linalg.inv(affine) @ box_affine
     samplings = axis_samplings(matrix, (0, 1, 2), roi_size, maps.shape[1:], snap=SNAP)
-    return torch.stack([sample_axes(channel.float(), samplings) for channel in maps])
+    # the part of the grid that the box lies in, which is resampled several times as fast
+    near = [slice(int(axis.low.min()), int(axis.low.max()) + 2) for axis in samplings]
+    samplings = [
+        replace(axis, low=axis.low - part.start) for axis, part in zip(samplings, near, strict=True)
+    ]
+    sampled = torch.empty((len(maps), *roi_size), dtype=torch.float16)
+    for channel, target in zip(crop_box(maps, near), sampled, strict=True):
+        target.copy_(sample_axes(channel.float(), samplings))
+    return sampled
 
 
 def _fade(roi_size: Sequence[int]) -> torch.Tensor:

@@ -52,6 +52,15 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def has_amx() -> bool:
+    """Return whether the CPU has Intel's matrix extensions, as far as torch knows.
+
+    They multiply matrices of bfloat16 several times as fast as others of float32.
+    """
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # older releases lack it
+    return bool(check and check())
+
+
 def processor_name(device: torch.device) -> str:
     """Return the product name of a device, such as `NVIDIA H100 80GB HBM3`."""
     if device.type == "cuda":

@@ -167,6 +167,9 @@ class OpenVinoNetwork:
             request.set_input_tensor(openvino.Tensor(array, shared_memory=True))
             request.set_output_tensor(openvino.Tensor(result.numpy(), shared_memory=True))
             request.infer()
+            # or what lies between the layers, as large as several results, is held until the next
+            # window; to allocate it again takes no time that could be measured
+            request.get_compiled_model().release_memory()
         return result
 
     def precision(self, x: torch.Tensor) -> str:

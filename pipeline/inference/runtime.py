@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeline.config import BundlePaths, Spec
 from pipeline.errors import ConfigError, OpenVinoError
-from pipeline.inference.device import processor_name
+from pipeline.inference.device import has_amx, processor_name
 from pipeline.inference.forking import keep_forks_computing
 from pipeline.inference.openvino_models import (
     OpenVinoNetwork,
@@ -33,6 +33,9 @@ RuntimeName = Literal["auto", "torch", "openvino"]
 Precision = Literal["auto", "float32", "bfloat16", "int8"]
 RUNTIMES: tuple[str, ...] = get_args(RuntimeName)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+# part of the labels of a test window on which bfloat16 has to agree with torch's float32, for
+# `auto` to choose it
+CLOSE_AGREEMENT = 0.99
 NOT_INSTALLED = "openvino is not installed (`pip install openvino`)"
 
 
@@ -76,8 +79,10 @@ class Runtime(nn.Module):
         bundle_root: the bundle's folder, for its int8 model.
         runtime: `torch`, `openvino`, or `auto`: OpenVINO on a CPU where it is installed, computes
             the network and agrees with torch, else torch.
-        precision: of the arithmetic. `auto` is float32 on a CPU and torch's float16 autocast on a
-            GPU. `int8` needs the bundle's int8 model, which `volseg export` makes.
+        precision: of the arithmetic. `auto` is torch's float16 autocast on a GPU; on a CPU it is
+            float32, or bfloat16 in OpenVINO where the processor has AMX and 99 % of the labels of a
+            test window are the same. `int8` needs the bundle's int8 model, which `volseg export`
+            makes.
 
     Shapes:
         (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
@@ -168,11 +173,26 @@ class Runtime(nn.Module):
             return TorchNetwork(self.network, precision)
         if self.precision == "int8":
             return OpenVinoNetwork(self._int8_model(), "float32")
+        if self.precision == "auto" and self.runtime != "torch" and has_amx():
+            model = self._close_bfloat16_model()
+            if model is not None:
+                return OpenVinoNetwork(model, "bfloat16")
         precision = "float32" if self.precision == "auto" else self.precision
         model = None if self.runtime == "torch" else self._openvino_model(precision)
         if model is None:
             return TorchNetwork(self.network, precision)
         return OpenVinoNetwork(model, precision)
+
+    def _close_bfloat16_model(self) -> ov.Model | None:
+        """Return OpenVINO's model of the network if bfloat16 changes few labels, else None."""
+        if openvino_version() is None:
+            return None
+        try:
+            converted = cached_model(self.network, self.spec, "bfloat16")
+        except OpenVinoError:
+            return None
+        is_close = converted.agreement["label_agreement"] >= CLOSE_AGREEMENT
+        return converted.model if is_close else None
 
     def _openvino_model(self, precision: str) -> ov.Model | None:
         """Return OpenVINO's model of the network.

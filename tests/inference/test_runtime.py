@@ -158,6 +158,44 @@ def test_bfloat16_is_close_to_float32() -> None:
 
 
 @pytest.mark.parametrize(
+    ("agreement", "expected"), [(0.995, "bfloat16"), (0.985, "float32")], ids=["close", "not close"]
+)
+def test_with_amx_auto_is_bfloat16_where_labels_agree(
+    agreement: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for counts here: a processor without AMX computes it in float32."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    net, spec = made()
+    cached_model(net, spec, "bfloat16")
+    report = next(tmp_path.glob("*/report.json"))
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"label_agreement": agreement}))
+    asked: list[str] = []
+    original = runtime.OpenVinoNetwork
+
+    def network(model: Any, precision: str) -> Any:
+        asked.append(precision)
+        return original(model, precision)
+
+    monkeypatch.setattr(runtime, "OpenVinoNetwork", network)
+    x = torch.randn(1, 1, *spec.roi_size)
+    found = Runtime(net, spec)(x)
+    assert asked == [expected]
+    with torch.no_grad():
+        assert float((found - net(x)).abs().max()) < 0.2
+    Runtime(net, spec, precision="float32")(x)
+    assert asked == [expected, "float32"]
+
+
+def test_with_amx_torch_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    net, spec = made()
+    ours = Runtime(net, spec, runtime="torch")
+    ours(torch.zeros(1, 1, *spec.roi_size))
+    assert computes(ours) == ("torch", "float32")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
