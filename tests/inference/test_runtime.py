@@ -171,13 +171,13 @@ def test_with_amx_auto_is_bfloat16_where_labels_agree(
     report = next(tmp_path.glob("*/report.json"))
     report.write_text(json.dumps(json.loads(report.read_text()) | {"label_agreement": agreement}))
     asked: list[str] = []
-    original = runtime.OpenVinoNetwork
 
-    def network(model: Any, precision: str) -> Any:
-        asked.append(precision)
-        return original(model, precision)
+    class Asked(runtime.OpenVinoNetwork):
+        def __init__(self, model: Any, precision: str) -> None:
+            asked.append(precision)
+            super().__init__(model, precision)
 
-    monkeypatch.setattr(runtime, "OpenVinoNetwork", network)
+    monkeypatch.setattr(runtime, "OpenVinoNetwork", Asked)
     x = torch.randn(1, 1, *spec.roi_size)
     found = Runtime(net, spec)(x)
     assert asked == [expected]
@@ -389,7 +389,9 @@ def test_another_process_gets_the_same_logits(name: RuntimeName, method: str) ->
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"{method} does not exist on this system")
     net, spec = made()
-    ours, x = Runtime(net, spec, runtime=name), torch.randn(1, 1, *spec.roi_size)
+    # a process that is spawned has none of the fixtures: it would choose the precision itself
+    ours = Runtime(net, spec, runtime=name, precision="float32")
+    x = torch.randn(1, 1, *spec.roi_size)
     expected = ours(x).numpy()
     context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
