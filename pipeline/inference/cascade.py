@@ -71,36 +71,59 @@ class FineBox:
 
 
 class CoarseProbabilities(BlockObserver):
-    """Keeps the first network's probabilities of a volume, from its blocks of logits.
-
-    Attributes:
-        maps: (classes, X, Y, Z) float16 probabilities on the CPU; None before the first block.
-    """
+    """Keeps the first network's probabilities, where its blocks of logits are."""
 
     def __init__(self) -> None:
-        self.maps: torch.Tensor | None = None
+        self._blocks: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        self._shape: tuple[int, ...] = ()
 
     def add(self, block: ScoreBlock) -> None:
-        if self.maps is None:
-            self.maps = torch.zeros((len(block.scores), *block.shape), dtype=torch.float16)
-            self.maps[0] = 1
-        place = crop_box(self.maps, box_at(block.start, block.scores.shape[1:]))
+        kept = torch.empty(block.scores.shape, dtype=torch.float16)
         for start in range(0, block.scores.shape[1], SLAB):
             slab = slice(start, start + SLAB)
-            place[:, slab] = torch.softmax(block.scores[:, slab], dim=0)
+            kept[:, slab] = torch.softmax(block.scores[:, slab], dim=0)
+        self._blocks.append((tuple(block.start), kept))
+        self._shape = tuple(block.shape)
 
-    def centre(self, classes: Sequence[int]) -> torch.Tensor | None:
-        """Return the mean position of some classes, (3,) float64 voxels; None if none is found.
+    def gathered(self) -> tuple[torch.Tensor, tuple[int, ...]] | None:
+        """Return the probabilities of all blocks together; the blocks themselves are freed.
 
-        Args:
-            classes: numbers of the classes.
+        Returns:
+            (classes, X, Y, Z) float16 probabilities in a box that contains all blocks and a layer
+            of background around them, as far as the volume reaches; and the first voxel of that
+            box. None if there is no block.
         """
-        if self.maps is None:
+        if not self._blocks:
             return None
-        likely = self.maps[list(classes)].amax(dim=0) > 0.5
-        if not likely.any():
-            return None
-        return likely.nonzero().double().mean(dim=0)
+        sizes = [kept.shape[1:] for _, kept in self._blocks]
+        first, size = [], []
+        for axis, whole in enumerate(self._shape):
+            starts = [start[axis] for start, _ in self._blocks]
+            stops = [at + n[axis] for at, n in zip(starts, sizes, strict=True)]
+            first.append(max(0, min(starts) - 1))
+            size.append(min(whole, max(stops) + 1) - first[axis])
+        maps = torch.zeros((len(self._blocks[0][1]), *size), dtype=torch.float16)
+        maps[0] = 1
+        while self._blocks:
+            start, kept = self._blocks.pop(0)
+            inside = [at - begin for at, begin in zip(start, first, strict=True)]
+            crop_box(maps, box_at(inside, kept.shape[1:])).copy_(kept)
+        return maps, tuple(first)
+
+
+def mean_position(maps: torch.Tensor, classes: Sequence[int]) -> torch.Tensor | None:
+    """Return the mean position of some classes, (3,) float64 voxels; None if none is found.
+
+    Args:
+        maps: (classes, X, Y, Z) probabilities.
+        classes: numbers of the classes.
+    """
+    likely = torch.zeros(maps.shape[1:], dtype=torch.bool)
+    for number in classes:
+        likely |= maps[number] > 0.5
+    if not likely.any():
+        return None
+    return likely.nonzero().double().mean(dim=0)
 
 
 class CascadeNetwork:
@@ -206,15 +229,21 @@ class CascadeNetwork:
             None if the first network found none of the structures that the box lies around.
         """
         names = list(self.spec.labels)
-        centre = coarse.centre([names.index(name) for name in self.structures])
-        if centre is None or coarse.maps is None:
+        gathered = coarse.gathered()
+        if gathered is None:
             return None
+        maps, first = gathered
+        centre = mean_position(maps, [names.index(name) for name in self.structures])
+        if centre is None:
+            return None
+        affine = _moved(affine, first)
         box_affine = _box_affine(affine, centre.numpy(), self.spec)
         image = _box_image(scan, box_affine, self.spec)
         scores = self.prepare()(image[None].to(self.device))[0].float().cpu()
         share = self.share * _fade(self.spec.roi_size)
         gained = torch.zeros(len(scores), dtype=torch.float64)
-        probabilities = _box_probabilities(coarse.maps, affine, box_affine, self.spec.roi_size)
+        probabilities = _box_probabilities(maps, affine, box_affine, self.spec.roi_size)
+        del maps
         # slab by slab, or each step would hold another tensor of classes × voxels
         for start in range(0, scores.shape[1], SLAB):
             slab = slice(start, start + SLAB)
@@ -258,6 +287,13 @@ def _box_affine(affine: Affine, centre: NDArray[np.float64], spec: Spec) -> Affi
     middle = (np.array(spec.roi_size) - 1) / 2
     box[:3, 3] = affine[:3, :3] @ centre + affine[:3, 3] - box[:3, :3] @ middle
     return box
+
+
+def _moved(affine: Affine, voxels: Sequence[int]) -> Affine:
+    """Return the affine of the part of a grid that begins at a voxel."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ np.asarray(voxels, dtype=np.float64)
+    return moved
 
 
 def _box_image(scan: MetaTensor, box_affine: Affine, spec: Spec) -> torch.Tensor:

@@ -24,6 +24,7 @@ from pipeline.inference.cascade import (
     CoarseProbabilities,
     _box_image,
     load_cascade,
+    mean_position,
 )
 from pipeline.inference.invert import InvertedLabels, LabelInversion
 from pipeline.inference.predictor import predict_case
@@ -149,6 +150,7 @@ def test_a_share_averages_the_logarithms_of_both() -> None:
     found = network.fine_box(coarse, np.eye(4), scan)
     assert found is not None
     network.share = 1.0
+    list(coarse.pass_through(iter([block])))
     second = network.fine_box(coarse, np.eye(4), scan)
     assert second is not None
     inner = (slice(None), *(slice(10, -10) for _ in range(3)))
@@ -184,9 +186,13 @@ def test_kept_probabilities_do_not_depend_on_the_blocks() -> None:
         ScoreBlock(start=(5, 0, 0), scores=logits[:, 5:], shape=shape),
     ]
     list(parts.pass_through(iter(blocks)))
-    assert whole.maps is not None and parts.maps is not None
-    assert torch.equal(whole.maps, parts.maps)
-    centre = whole.centre([2])
+    gathered, again = whole.gathered(), parts.gathered()
+    assert gathered is not None and again is not None
+    (maps, first), (same, same_first) = gathered, again
+    assert first == same_first == (0, 0, 0)
+    assert torch.equal(maps, same)
+    assert whole.gathered() is None
+    centre = mean_position(maps, [2])
     found = np.argwhere(torch.softmax(logits, dim=0)[2].half().numpy() > 0.5).mean(axis=0)
     assert centre is not None
     np.testing.assert_allclose(centre.numpy(), found)
@@ -294,3 +300,21 @@ def test_a_spec_without_cascade_keeps_its_fingerprint() -> None:
 def overlap(a: Any, b: Any) -> float:
     """Return the Dice of two masks."""
     return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+def test_blocks_in_a_part_of_the_volume_have_background_around_them() -> None:
+    """One voxel, where the volume goes on; the box begins there."""
+    logits = torch.randn(3, 6, 5, 7, generator=torch.Generator().manual_seed(0))
+    coarse = CoarseProbabilities()
+    block = ScoreBlock(start=(4, 0, 2), scores=logits, shape=(20, 9, 9))
+    list(coarse.pass_through(iter([block])))
+    gathered = coarse.gathered()
+    assert gathered is not None
+    maps, first = gathered
+    assert first == (3, 0, 1)
+    assert maps.shape == (3, 8, 6, 8)  # at the end of the last axis the volume ends too
+    inside = maps[:, 1:7, :5, 1:8]
+    torch.testing.assert_close(inside, torch.softmax(logits, dim=0).half(), atol=1e-3, rtol=0)
+    assert float(maps[0].sum()) == pytest.approx(
+        float(inside[0].sum()) + maps[0].numel() - inside[0].numel(), rel=1e-2
+    )

@@ -29,7 +29,12 @@ from pipeline.config.unet_sizes import smallest_size
 from pipeline.errors import ConfigError
 from pipeline.inference import runtime
 from pipeline.inference.device import processor_name
-from pipeline.inference.openvino_models import CACHE_VARIABLE, cached_model, disagreement
+from pipeline.inference.openvino_models import (
+    CACHE_VARIABLE,
+    OpenVinoNetwork,
+    cached_model,
+    disagreement,
+)
 from pipeline.inference.runtime import Runtime, RuntimeDescription, RuntimeName
 from pipeline.inference.sliding_window import build_inferer
 from pipeline.networks import build_network
@@ -172,7 +177,7 @@ def test_with_amx_auto_is_bfloat16_where_labels_agree(
     report.write_text(json.dumps(json.loads(report.read_text()) | {"label_agreement": agreement}))
     asked: list[str] = []
 
-    class Asked(runtime.OpenVinoNetwork):
+    class Asked(OpenVinoNetwork):
         def __init__(self, model: Any, precision: str) -> None:
             asked.append(precision)
             super().__init__(model, precision)
