@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.transforms import ScaleIntensityRangePercentiles
 from phantom import nifti, parse_spec, smooth
 
 from pipeline.config import Intensity
 from pipeline.errors import ConfigError
 from pipeline.transforms import preprocessing
-from pipeline.transforms.intensity import fixed_zscore, robust_zscore
+from pipeline.transforms.intensity import (
+    ScalePercentilesOnGpud,
+    fixed_zscore,
+    robust_zscore,
+)
 from pipeline.types import Array
 
 ROBUST: dict[str, Any] = {"method": "robust_zscore", "lower": 0.1, "upper": 99.9}
@@ -146,3 +151,16 @@ def test_a_normalisation_of_an_unknown_channel_is_refused() -> None:
 def test_fixed_values_are_required() -> None:
     with pytest.raises(ConfigError, match="expected clip, mean and std"):
         fixed_zscore(torch.zeros(1, 2, 3, 4), Intensity())
+
+
+def test_percentiles_on_a_gpu_are_monais() -> None:
+    """The transform itself runs anywhere; a constant channel becomes 0."""
+    image = torch.randn(3, 11, 9, 14, generator=torch.Generator().manual_seed(2)) * 40 + 100
+    image[2] = 7.0
+    ours = ScalePercentilesOnGpud("image", 0.5, 99.5)({"image": image})["image"]
+    theirs = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True)(
+        image
+    )
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
+    assert float(ours[2].abs().max()) == 0
+    assert float(ours[:2].min()) == 0 and float(ours[:2].max()) == 1
