@@ -158,9 +158,8 @@ def test_percentiles_on_a_gpu_are_monais() -> None:
     image = torch.randn(3, 11, 9, 14, generator=torch.Generator().manual_seed(2)) * 40 + 100
     image[2] = 7.0
     ours = ScalePercentilesOnGpud("image", 0.5, 99.5)({"image": image})["image"]
-    theirs = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True)(
-        image
-    )
-    torch.testing.assert_close(ours, torch.as_tensor(theirs), atol=1e-5, rtol=0)
+    scale = ScaleIntensityRangePercentiles(0.5, 99.5, 0.0, 1.0, clip=True, channel_wise=True)
+    theirs = torch.as_tensor(scale(image[:2]))
+    torch.testing.assert_close(ours[:2], theirs, atol=1e-5, rtol=0)
     assert float(ours[2].abs().max()) == 0
     assert float(ours[:2].min()) == 0 and float(ours[:2].max()) == 1
