@@ -25,7 +25,12 @@ from pipeline.inference.bundle_inferer import bundle_inferer
 from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
-from pipeline.inference.device import keep_freed_memory, processor_name, resolve_device
+from pipeline.inference.device import (
+    isa_limit,
+    keep_freed_memory,
+    processor_name,
+    resolve_device,
+)
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.label_resampling import labels_of_blocks
 from pipeline.inference.memory_plan import (
@@ -119,6 +124,7 @@ __all__ = [
     "evaluate_prepared",
     "forks_can_compile",
     "import_openvino",
+    "isa_limit",
     "keep_freed_memory",
     "label_row",
     "labels_of_blocks",

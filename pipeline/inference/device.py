@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pipeline.errors import ConfigError
 # parameters of glibc's mallopt, numbered in malloc.h
 MALLOPT_TRIM_THRESHOLD = -1
 MALLOPT_MMAP_MAX = -4
+ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables
+AMX_ISAS = ("AMX", "DEFAULT", "ALL")  # words in their values that allow AMX
 NEVER_TRIM = 2**31 - 1  # bytes, the largest threshold that mallopt takes
 
 
@@ -53,12 +56,23 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_amx() -> bool:
-    """Return whether the CPU has Intel's matrix extensions, as far as torch knows.
+    """Return whether the CPU has Intel's matrix extensions, as far as torch knows, and may use them.
 
     They multiply matrices of bfloat16 several times as fast as others of float32.
     """
+    limit = isa_limit()
+    if limit and not any(word in limit for word in AMX_ISAS):
+        return False
     check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # older releases lack it
     return bool(check and check())
+
+
+def isa_limit() -> str:
+    """Return the newest instructions that the user lets oneDNN use, `AVX2` for example.
+
+    oneDNN computes the convolutions of torch and of OpenVINO. Without a limit the result is empty.
+    """
+    return next((os.environ[name] for name in ISA_LIMITS if os.environ.get(name)), "").upper()
 
 
 def processor_name(device: torch.device) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from monai.inferers import SimpleInferer
 
 from pipeline.config import Run
+from pipeline.inference import isa_limit
 from pipeline.log import LOGGER
 from pipeline.training.distributed import is_first_process
 
 X86 = ("x86_64", "AMD64")  # `platform.machine()` on Linux and macOS, and on Windows
 AMPERE = (8, 0)  # compute capability of the first GPUs with bfloat16
-# environment variables that limit the instructions that oneDNN, torch's library of convolutions on
-# CPUs, may use, and words in the values that still allow bfloat16
-ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+# words in a limit of the user on oneDNN's instructions that still allow bfloat16
 BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "DEFAULT", "ALL")
 # functions of torch.cpu that return whether the processor can multiply bfloat16; older releases of
 # torch lack some of them
@@ -30,11 +28,11 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
     Convolutions then are about 30 times slower. Only x86 processors with neither AVX512-BF16 nor
     AMX are known to lack them, or those whose user has limited oneDNN to older instructions
-    (`ISA_LIMITS`); all other devices are assumed to have them.
+    (`isa_limit`); all other devices are assumed to have them.
     """
     if device.type != "cpu" or platform.machine() not in X86:
         return False
-    limit = next((os.environ[name] for name in ISA_LIMITS if os.environ.get(name)), "").upper()
+    limit = isa_limit()
     if limit and not any(word in limit for word in BFLOAT16_ISAS):
         return True
     checks = [getattr(torch.cpu, name, None) for name in BFLOAT16_CHECKS]

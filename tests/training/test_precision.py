@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pipeline.config.run import Run, TrainingPrecision
+from pipeline.inference.device import ISA_LIMITS, has_amx
 from pipeline.networks import UNet
 from pipeline.training import precision as precision_module
 from pipeline.training.precision import (
     BFLOAT16_CHECKS,
-    ISA_LIMITS,
     TrainingInferer,
     emulates_bfloat16,
     has_bfloat16,
@@ -106,9 +106,14 @@ def test_a_limit_of_the_instructions_counts(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for name in BFLOAT16_CHECKS:
         monkeypatch.setattr(torch.cpu, name, lambda: True, raising=False)
+    for name in ISA_LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    assert not emulates_bfloat16(CPU)
+    assert has_amx()
     monkeypatch.setenv(variable, limit)
     assert emulates_bfloat16(CPU) is emulated
     assert has_bfloat16(CPU) is not emulated
+    assert has_amx() is not emulated
 
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
