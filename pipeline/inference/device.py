@@ -56,9 +56,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_amx() -> bool:
-    """Return whether the CPU has Intel's matrix extensions, as far as torch knows, and may use them.
+    """Return whether the CPU has Intel's matrix extensions (AMX) and torch knows of them.
 
-    They multiply matrices of bfloat16 several times as fast as others of float32.
+    A limit of the user on the instructions counts. AMX multiplies matrices of bfloat16 several
+    times as fast as other instructions multiply float32.
     """
     limit = isa_limit()
     if limit and not any(word in limit for word in AMX_ISAS):
