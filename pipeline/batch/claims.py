@@ -31,7 +31,7 @@ from pipeline.io import TEMPORARY_SUFFIX, host_code
 LEASE_SECONDS = 300.0  # network file systems may show a time of modification a minute late
 HEARTBEAT_SECONDS = 20.0
 OLD_TEMPORARY_SECONDS = 3600.0  # no file takes an hour to write
-OLD_FOLDER_SECONDS = 7 * 86400.0  # no case takes a week, while which its temporary images lie there
+OLD_FOLDER_SECONDS = 7 * 86400.0  # a folder of temporary images lasts as long as its case
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,17 +20,12 @@ Modules:
     memory_plan, process_memory, device, forking   the machine at hand
 """
 
-from pipeline.inference.aggregator import ScoreBlock, buffer_bytes, window_grid
+from pipeline.inference.aggregator import FLOAT32_BYTES, ScoreBlock, buffer_bytes, window_grid
 from pipeline.inference.bundle_inferer import bundle_inferer
 from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
-from pipeline.inference.device import (
-    isa_limit,
-    keep_freed_memory,
-    processor_name,
-    resolve_device,
-)
+from pipeline.inference.device import isa_limit, processor_name, resolve_device
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.label_resampling import labels_of_blocks
 from pipeline.inference.memory_plan import (
@@ -79,6 +74,7 @@ from pipeline.inference.predictor import (
     streaming_iteration,
 )
 from pipeline.inference.process_memory import (
+    keep_freed_memory,
     peak_bytes,
     release_freed_memory,
     reset_peak,
@@ -92,6 +88,7 @@ from pipeline.inference.volumes import volumes_mm3
 
 __all__ = [
     "COVERAGE",
+    "FLOAT32_BYTES",
     "LOW_DICE",
     "CaseModel",
     "DiceFit",

@@ -1,37 +1,17 @@
-"""The device that computes, and its memory."""
+"""The device that computes, and its instructions."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline.errors import ConfigError
 
-# parameters of glibc's mallopt, numbered in malloc.h
-MALLOPT_TRIM_THRESHOLD = -1
-MALLOPT_MMAP_MAX = -4
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")  # environment variables
 AMX_ISAS = ("AMX", "DEFAULT", "ALL")  # words in their values that allow AMX
-NEVER_TRIM = 2**31 - 1  # bytes, the largest threshold that mallopt takes
-
-
-def keep_freed_memory() -> None:
-    """Configure glibc's `malloc` to keep freed memory in the process; do nothing without glibc.
-
-    Each training step frees and allocates the same gigabyte. By default glibc returns it to the
-    system, which then has to zero the pages again for the next step.
-    """
-    try:
-        libc: Any = ctypes.CDLL("libc.so.6")
-    except OSError:  # another C library
-        return
-    libc.mallopt(MALLOPT_MMAP_MAX, 0)
-    libc.mallopt(MALLOPT_TRIM_THRESHOLD, NEVER_TRIM)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -10,6 +10,10 @@ from typing import Any
 KIB = 1024
 # ru_maxrss is in bytes on macOS, in KiB elsewhere
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else KIB
+# parameters of glibc's mallopt, numbered in malloc.h
+MALLOPT_TRIM_THRESHOLD = -1
+MALLOPT_MMAP_MAX = -4
+NEVER_TRIM = 2**31 - 1  # bytes, the largest threshold that mallopt takes
 
 
 def resident_bytes() -> int:
@@ -45,11 +49,28 @@ def release_freed_memory() -> None:
 
     Its `malloc` keeps what many small arrays have left behind, such as a traced network's.
     """
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Configure `malloc` to keep freed memory in the process; do nothing without glibc.
+
+    Each training step frees and allocates the same gigabyte. By default glibc returns it to the
+    system, which then has to zero the pages again for the next step.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(MALLOPT_MMAP_MAX, 0)
+        libc.mallopt(MALLOPT_TRIM_THRESHOLD, NEVER_TRIM)
+
+
+def _glibc() -> Any:
     try:
-        libc: Any = ctypes.CDLL("libc.so.6")
+        return ctypes.CDLL("libc.so.6")
     except OSError:  # another C library
-        return
-    libc.malloc_trim(0)
+        return None
 
 
 def _proc_status(key: str) -> int:

@@ -1,7 +1,7 @@
 """Reading and writing a network's weights.
 
-A file of weights is a plain state dict, name → tensor, saved by torch. Kernels may be stored in
-int8, each beside its scales (`SCALES`); they are read as float32. A file is always read with
+A file of weights is a plain state dict, name → tensor, saved by torch. A kernel may be stored in
+int8 together with its scales (`SCALES`); it is then read as float32. A file is always read with
 `weights_only=True`, so that opening a file from an unknown source runs no code. Checkpoints of
 other frameworks may also hold numbers of NumPy, such as the best score so far.
 """
@@ -45,7 +45,10 @@ def read_state(path: PathOrStr) -> dict[str, torch.Tensor]:
     for name in state:
         kernel = state.get(name.removesuffix(SCALES))
         if name.endswith(SCALES) and (kernel is None or len(kernel) != len(state[name])):
-            raise ReadError(f"{path}: expected a kernel with the scales {name}; copy the file anew")
+            raise ReadError(
+                f"{path}: the file is damaged: the scales {name} do not fit a kernel; get the file "
+                "again from where it came from"
+            )
     return _from_int8(state)
 
 

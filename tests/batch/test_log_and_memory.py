@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline.batch.log_file import append_log
@@ -51,8 +51,11 @@ def test_peaks_of_cases_that_overlap() -> None:
     peaks.end("before")
     peaks.begin("first")
     peaks.begin("second")
-    large = np.ones(200 * MIB, np.uint8)
-    del large
+    # not from malloc, which keeps what was freed once a test has trained in this process
+    large = mmap.mmap(-1, 200 * MIB)
+    for page in range(0, len(large), mmap.PAGESIZE):
+        large[page] = 1
+    large.close()
     first = peaks.end("first")
     peaks.begin("third")
     second, third = peaks.end("second"), peaks.end("third")

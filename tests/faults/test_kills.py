@@ -93,7 +93,10 @@ def test_a_killed_run_is_finished_by_the_next(
 
 
 def test_a_report_of_a_killed_run(volseg: Volseg, common: list[Any], folder: Path) -> None:
-    """It shows what is there and says that it is not all; after the next run it is complete."""
+    """The report shows the finished cases and a note that others may be missing.
+
+    After the next run the report has every case and no such note.
+    """
     out = folder / "out"
     running = volseg.start(*common, "--jobs", 2, fault=WhileReading((), "sleep", 0.5))
     running.wait_for(partial(are_done, out, 2))

@@ -33,7 +33,7 @@ from pipeline.bundle.foreign.replacement import Replacement, plan_replacement
 from pipeline.bundle.foreign.settings import ForeignSettings
 from pipeline.bundle.foreign.wiring import open_parts, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
-from pipeline.inference import release_freed_memory
+from pipeline.inference import FLOAT32_BYTES, release_freed_memory
 from pipeline.io import Grid
 from pipeline.log import LOGGER
 from pipeline.types import Array, LabelMap
@@ -41,7 +41,6 @@ from pipeline.types import Array, LabelMap
 PRED, KEPT = "pred", "volseg_probabilities"
 BYTE = 255
 STOCK, AUTO = "stock", "auto"
-FLOAT32_BYTES = 4
 TRIAL_BYTES = 2**31  # of logits that the bundle's own inferer may hold while the runtime is decided
 STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
 

@@ -34,7 +34,13 @@ from pipeline.errors import (
     describe_error,
     unwrapped_errors,
 )
-from pipeline.inference import Prediction, PreparedCase, resident_bytes, resolve_device
+from pipeline.inference import (
+    FLOAT32_BYTES,
+    Prediction,
+    PreparedCase,
+    resident_bytes,
+    resolve_device,
+)
 from pipeline.io import (
     LABELS_ENDING,
     PROBABILITIES_ENDING,
@@ -52,7 +58,6 @@ from pipeline.transforms import check_affine, check_values
 from pipeline.types import ImageSource, PathOrStr
 
 NIFTI = (".nii", ".nii.gz")
-FLOAT32_BYTES = 4
 # arrays of the size of the files that reading and transforms take, float32
 INPUT_COPIES = 6
 # arrays of the size of the network's input that transforms and batch hold, float32; measured with

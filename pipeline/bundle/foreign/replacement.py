@@ -30,6 +30,7 @@ from torch import nn
 
 from pipeline.errors import ConfigError
 from pipeline.inference import (
+    FLOAT32_BYTES,
     OpenVinoNetwork,
     ScoreBlock,
     WindowInferer,
@@ -53,7 +54,6 @@ CROPS = ("CropForeground", "SpatialCrop", "CenterSpatialCrop", "RandSpatialCrop"
 EDGE = 1e-3  # voxels
 # of the windows' sums that are held at a time: with 100 classes, more is a gigabyte each
 BUFFER_BYTES = 2**28
-FLOAT32_BYTES = 4
 # of a window's logits, besides the sums: the output, and OpenVINO's own while it computes
 WINDOW_COPIES = 2
 
