@@ -66,12 +66,14 @@ class How:
         both: overrides for MONAI and for volseg.
         monai: overrides for MONAI alone: what volseg does by itself.
         shape: of the volume.
+        spacing: of the volume, mm.
         weights: file of weights, in the bundle.
     """
 
     both: tuple[str, ...] = ()
     monai: tuple[str, ...] = ()
     shape: tuple[int, int, int] = (61, 52, 45)
+    spacing: tuple[float, float, float] = (1.3, 1.1, 1.7)
     weights: str = "models/model.pt"
 
 
@@ -172,17 +174,17 @@ def make_item(root: Path, folder: Path, how: How) -> dict[str, Any]:
     item: dict[str, Any] = {}
     for number, file in enumerate(facts.files):
         path = folder / f"{file.name.replace(' ', '_')}.nii.gz"
-        nib.save(volume(how.shape, number), path)
+        nib.save(volume(how.shape, number, how.spacing), path)
         item.setdefault(file.key, []).append(str(path.absolute()))
     item = {key: paths[0] if len(paths) == 1 else paths for key, paths in item.items()}
     if "renalStructures_CECT" in str(root):
         label = folder / "label.nii.gz"
-        nib.save(volume(how.shape, 9), label)
+        nib.save(volume(how.shape, 9, how.spacing), label)
         item["label"] = str(label.absolute())
     return item
 
 
-def volume(shape: Sequence[int], seed: int) -> nib.Nifti1Image:
+def volume(shape: Sequence[int], seed: int, spacing: tuple[float, float, float]) -> nib.Nifti1Image:
     """Return a smooth volume with the range of CT units, oblique and anisotropic."""
     noise = np.random.default_rng(seed).normal(size=shape)
     smooth = gaussian_filter(noise, 2.5)
@@ -193,7 +195,7 @@ def volume(shape: Sequence[int], seed: int) -> nib.Nifti1Image:
         [[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]]
     )
     affine = np.eye(4)
-    affine[:3, :3] = rotation @ np.diag([-1.3, 1.1, 1.7])
+    affine[:3, :3] = rotation @ np.diag([-spacing[0], *spacing[1:]])
     affine[:3, 3] = (31, -42, 17)
     return nib.Nifti1Image(array, affine)
 
@@ -270,6 +272,35 @@ def write_search_code(path: Path, parser: ConfigParser) -> None:
 
 def by_monai(root: Path, output: Path, item: Mapping[str, Any], how: How) -> NDArray[Any]:
     """Return the label map that `python -m monai.bundle run` writes."""
+    command, environment = by_monai_command(root, output, item, how)
+    done = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        if done.returncode:
+            raise PipelineError(f"it ended with {done.returncode}")
+        return written_by(output, item)
+    except PipelineError as error:
+        log = root.parent / "monai.log"
+        log.write_text(done.stdout + done.stderr)
+        lines = [line for line in done.stderr.splitlines() if "Error" in line] or [str(error)]
+        raise PipelineError(f"MONAI itself fails: {lines[-1]}; see {log}") from error
+
+
+def written_by(output: Path, item: Mapping[str, Any]) -> NDArray[Any]:
+    """Return the one label map that a command wrote for an item."""
+    first = Path(flat(item)[0][1]).name.split(".")[0]
+    written = [path for path in output.rglob("*.nii.gz") if path.name.startswith(first)]
+    if len(written) != 1:
+        raise PipelineError(f"{output}: expected one label map, found {len(written)}")
+    array: NDArray[Any] = np.asarray(nib.load(written[0]).dataobj)
+    return array
+
+
+def by_monai_command(
+    root: Path, output: Path, item: Mapping[str, Any], how: How
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command `python -m monai.bundle run` for an item, and its environment."""
     configuration = next(
         path for path in sorted((root / "configs").glob("inference.*")) if path.suffix != ".conf"
     )
@@ -301,17 +332,7 @@ def by_monai(root: Path, output: Path, item: Mapping[str, Any], how: How) -> NDA
     command += ["--dataset#data", str([given]), "--dataloader#num_workers", "0"]
     command += ["--dataset_dir", str(Path(flat(item)[0][1]).parent)]
     environment = {**os.environ, "PYTHONPATH": str(root.absolute())}
-    done = subprocess.run(
-        [*command, *options], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    first = Path(flat(item)[0][1]).name.split(".")[0]
-    written = [path for path in output.rglob("*.nii.gz") if path.name.startswith(first)]
-    if done.returncode or len(written) != 1:
-        (root.parent / "monai.log").write_text(done.stdout + done.stderr)
-        lines = [line for line in done.stderr.splitlines() if "Error" in line] or ["no output"]
-        raise PipelineError(f"MONAI itself fails: {lines[-1]}; see {root.parent / 'monai.log'}")
-    array: NDArray[Any] = np.asarray(nib.load(written[0]).dataobj)
-    return array
+    return [*command, *options], environment
 
 
 def by_volseg(root: Path, image: list[str], how: How, runtime: str) -> tuple[NDArray[Any], str]:

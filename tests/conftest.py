@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from phantom import make_bundle, nifti, save
 
 from pipeline.bundle.opening import open_bundle
+from pipeline.inference import openvino_child, openvino_models, openvino_trial
 from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import CACHE_VARIABLE
 
@@ -40,6 +43,38 @@ def _no_amx() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _openvino_here() -> Iterator[None]:
+    """Try networks in OpenVINO here: a process for each of the tests' many takes far longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_models, "first_output", first_output_here)
+        yield
+
+
+@pytest.fixture
+def openvino_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try networks in OpenVINO in a process of their own, as outside of tests."""
+    monkeypatch.setattr(openvino_models, "first_output", openvino_trial.first_output)
+
+
+def first_output_here(
+    model: Path,
+    x: torch.Tensor,
+    hints: Mapping[str, Any],
+    shapes: Sequence[Sequence[int]] = (),
+    *,
+    folder: Path,
+) -> torch.Tensor:
+    """Return what `openvino_trial.first_output` returns, computed in this process."""
+    import openvino
+
+    given = folder / "input.npy"
+    np.save(given, x.numpy())
+    request = {"model": str(model), "hints": dict(hints), "input": str(given)}
+    request["shapes"] = [list(x.shape), *map(list, shapes)]
+    return torch.from_numpy(openvino_child.compute(openvino.Core(), request).copy())
 
 
 @pytest.fixture(autouse=True)

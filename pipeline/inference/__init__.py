@@ -16,7 +16,7 @@ Modules:
     cropped_volume           background outside of a volume that was cropped
     probabilities, volumes   soft volumes and entropy; volumes in mm³
     refinement, connected_components, quality_checks   after the labels
-    quality_features, mirror_agreement, predicted_quality   the Dice that labels may have
+    quality_features, decision_agreement, predicted_quality   the Dice that labels may have
     memory_plan, process_memory, device, forking   the machine at hand
 """
 

@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.block_observer import BlockObserver
 from pipeline.inference.boxes import box_at, crop_box
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.runtime import Precision, Runtime, RuntimeName
 from pipeline.networks import build_network, read_state
 from pipeline.transforms import (
@@ -216,7 +217,11 @@ class CascadeNetwork:
 
     @torch.no_grad()
     def fine_box(
-        self, coarse: CoarseProbabilities, affine: Affine, scan: MetaTensor
+        self,
+        coarse: CoarseProbabilities,
+        affine: Affine,
+        scan: MetaTensor,
+        agreement: DecisionAgreement | None = None,
     ) -> FineBox | None:
         """Return the probabilities of both networks in the box that the second one sees.
 
@@ -224,6 +229,7 @@ class CascadeNetwork:
             coarse: probabilities of the first network.
             affine: affine of its grid, voxel → world, mm.
             scan: (C, I, J, K) intensities as read.
+            agreement: counts where both networks agree in the box; None counts nothing.
 
         Returns:
             None if the first network found none of the structures that the box lies around.
@@ -248,6 +254,9 @@ class CascadeNetwork:
         for start in range(0, scores.shape[1], SLAB):
             slab = slice(start, start + SLAB)
             before = probabilities[:, slab].float()
+            if agreement is not None:
+                decisions = [agreement.decision(one[None]) for one in (scores[:, slab], before)]
+                agreement.add(decisions, len(scores))
             mixed = torch.log_softmax(scores[:, slab], dim=0).mul_(share[slab])
             mixed += before.clamp(min=MIN_PROBABILITY).log_().mul_(1 - share[slab])
             scores[:, slab] = mixed

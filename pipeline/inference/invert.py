@@ -19,6 +19,7 @@ from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.cascade import CascadeNetwork, CoarseProbabilities, FineBox
 from pipeline.inference.connected_components import keep_components
 from pipeline.inference.cropped_volume import clear_outside
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.label_resampling import (
     DEFAULT_INTERPOLATION,
     Interpolation,
@@ -154,7 +155,8 @@ class LabelInversion(MapTransform):
             probabilities=probabilities,
         )
         index = labels_on_grid(blocks, own)
-        fine = self._fine_box(coarse, own, scan)
+        agreement = None if quality is None else quality.networks
+        fine = self._fine_box(coarse, own, scan, agreement)
         if fine is not None:
             block, box_affine = fine.as_block()
             index = labels_on_grid(iter([block]), box_affine, index=index)
@@ -187,12 +189,16 @@ class LabelInversion(MapTransform):
         )
 
     def _fine_box(
-        self, coarse: CoarseProbabilities | None, affine: Affine, scan: MetaTensor | None
+        self,
+        coarse: CoarseProbabilities | None,
+        affine: Affine,
+        scan: MetaTensor | None,
+        agreement: DecisionAgreement | None,
     ) -> FineBox | None:
         """Return what the second network adds; None without one, or without its structures."""
         if self.cascade is None or coarse is None or scan is None:
             return None
-        return self.cascade.fine_box(coarse, affine, scan)
+        return self.cascade.fine_box(coarse, affine, scan, agreement)
 
     def _soft_volumes(
         self, collector: ProbabilityCollector, affine: Affine, fine: FineBox | None

@@ -41,8 +41,10 @@ SPREAD_OFFSET = 0.05
 # says nothing about what is far outside
 LARGEST_DEVIATION = 4.0
 # features of a structure whose means over all structures tell how good the case as a whole is
-SHARED_FEATURES = ("entropy", "border_entropy", "mirror_dice", "contrast")
-WORST_FRACTION = 0.1  # of the structures, by the agreement of mirror images
+SHARED_FEATURES = ("entropy", "border_entropy", "mirror_dice", "networks_dice", "contrast")
+# agreements whose mean over the structures with the least one tells how good the case is, too
+AGREEMENTS = ("mirror_dice", "networks_dice")
+WORST_FRACTION = 0.1  # of the structures, by their agreement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,19 +254,17 @@ def mean_row(features: QualityFeatures) -> dict[str, float]:
     """Return the features of the mean Dice: those of the case, and means over its structures.
 
     `worst_mirror_dice` is the mean over the tenth of the structures where mirror images agree
-    least.
+    least, and `worst_networks_dice` the same of both networks of a cascade.
     """
     row = {name: features.case.get(name, nan) for name in CASE_FEATURES}
     for name in LABEL_FEATURES:
         values = [label.get(name, nan) for label in features.labels.values()]
         row[f"mean_{name}"] = _known_mean(values)
-    agreement = sorted(
-        value
-        for label in features.labels.values()
-        if not isnan(value := label.get("mirror_dice", nan))
-    )
-    count = max(1, round(WORST_FRACTION * len(agreement)))
-    row["worst_mirror_dice"] = _known_mean(agreement[:count])
+    for name in AGREEMENTS:
+        known = [label.get(name, nan) for label in features.labels.values()]
+        agreement = sorted(value for value in known if not isnan(value))
+        count = max(1, round(WORST_FRACTION * len(agreement)))
+        row[f"worst_{name}"] = _known_mean(agreement[:count])
     return row
 
 

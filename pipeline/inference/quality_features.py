@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.config import OutputKind, Spec
 from pipeline.inference.aggregator import HALO, ScoreBlock
 from pipeline.inference.block_observer import BlockObserver
-from pipeline.inference.mirror_agreement import MirrorAgreement
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.probabilities import structure_probabilities
 from pipeline.inference.test_time_augmentation import other_side
 from pipeline.inference.volumes import volumes_mm3
@@ -36,6 +36,7 @@ LABEL_FEATURES = (
     "border_entropy",
     "soft_ratio",
     "mirror_dice",
+    "networks_dice",
     "asymmetry",
     "log_volume",
     "edge",
@@ -140,13 +141,14 @@ class QualityCollector(BlockObserver):
 
     Args:
         image: (C, X, Y, Z) image on the network's grid, normalised.
-        spec: gives labels, `output` and `tta_mirror`.
+        spec: gives labels, `output`, `tta_mirror` and `cascade`.
 
     Attributes:
         plane_step: every how many-th plane across the first axis is looked at: 1 for a network with
             few labels and small windows, more where looking at all of them would take longer.
         sums: sums over the voxels of each class in these planes, the background first.
         mirror: agreement of mirror images, for the inferer; None if the spec does not mirror.
+        networks: agreement of both networks of a cascade, for the second one; None without one.
     """
 
     def __init__(self, image: torch.Tensor, spec: Spec) -> None:
@@ -155,7 +157,8 @@ class QualityCollector(BlockObserver):
         values = self.classes * prod(spec.roi_size)
         self.plane_step = min(LARGEST_PLANE_STEP, max(1, round(values / VALUES_PER_STEP)))
         self.sums = ClassSums.zeros(self.classes)
-        self.mirror = MirrorAgreement(spec.output) if spec.tta_mirror else None
+        self.mirror = DecisionAgreement(spec.output) if spec.tta_mirror else None
+        self.networks = DecisionAgreement(spec.output) if spec.cascade else None
         channel = image[0]
         plain = channel.as_tensor() if hasattr(channel, "as_tensor") else channel
         self._intensity: Array = plain.cpu().float().numpy()
@@ -333,7 +336,8 @@ def quality_features(
     edge = _edge_voxels(labels, spec.values_of)
     voxel_mm3 = abs(float(np.linalg.det(affine[:3, :3])))
     network_mm3 = abs(float(np.linalg.det(network_affine[:3, :3])))
-    mirror = _mirror_dice(collected, list(spec.labels))
+    mirror = _agreement_dice(collected.mirror, len(spec.labels))
+    networks = _agreement_dice(collected.networks, len(spec.labels))
     rows = {}
     for number, name in enumerate(spec.labels):
         if number == 0 or not volumes[name]:
@@ -341,6 +345,7 @@ def quality_features(
         row = _label_row(collected.sums, number)
         network_volume = collected.sums.voxels[number] * network_mm3 * collected.plane_step
         row["mirror_dice"] = mirror[number]
+        row["networks_dice"] = networks[number]
         row["log_volume"] = log(volumes[name])
         row["asymmetry"] = _asymmetry(name, volumes)
         row["edge"] = edge[name] * voxel_mm3 / volumes[name]
@@ -397,14 +402,14 @@ def _class_contrast(sums: ClassSums) -> float:
     return float(np.log((contrast + SMALLEST) / (noise + SMALLEST)))
 
 
-def _mirror_dice(collected: QualityCollector, names: Sequence[str]) -> NDArray[np.float64]:
-    """Return the mirror agreement of each label, the background first; nan where unknown."""
-    unknown = np.full(len(names), nan)
-    if collected.mirror is None or not len(collected.mirror.common):
-        return unknown
-    dice = collected.mirror.dice
-    unknown[len(names) - len(dice) :] = dice  # only a softmax has a channel for the background
-    return unknown
+def _agreement_dice(agreement: DecisionAgreement | None, classes: int) -> NDArray[np.float64]:
+    """Return the agreement on each label, the background first; nan where unknown."""
+    found = np.full(classes, nan)
+    if agreement is None or not len(agreement.common):
+        return found
+    dice = agreement.dice
+    found[classes - len(dice) :] = dice  # only a softmax has a channel for the background
+    return found
 
 
 def _asymmetry(name: str, volumes: Mapping[str, float]) -> float:

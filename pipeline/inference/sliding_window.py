@@ -24,13 +24,13 @@ from pipeline.inference.aggregator import (
     window_grid,
 )
 from pipeline.inference.boxes import crop_box
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.foreground import (
     foreground_box,
     foreground_cells,
     foreground_level,
 )
 from pipeline.inference.localisation import HeadTop, head_top, localise
-from pipeline.inference.mirror_agreement import MirrorAgreement
 from pipeline.inference.multi_output import aggregate_outputs, map_tensors
 from pipeline.inference.overlap_tile import BackgroundInferer, build_tile_inferer, with_background
 from pipeline.inference.test_time_augmentation import (
@@ -233,7 +233,7 @@ class WindowInferer(Inferer):
         *,
         device: torch.device | None = None,
         buffer_bytes: float | None = None,
-        agreement: MirrorAgreement | None = None,
+        agreement: DecisionAgreement | None = None,
     ) -> Iterator[ScoreBlock]:
         """Yield the logits of one image as finished blocks; each is computed when it is requested.
 
@@ -273,7 +273,7 @@ class WindowInferer(Inferer):
         image: torch.Tensor,
         network: NetworkFunction,
         device: torch.device,
-        agreement: MirrorAgreement | None = None,
+        agreement: DecisionAgreement | None = None,
     ) -> _WindowPass:
         """Place the windows over an image (C, *spatial); the first one is computed."""
         plain = _replace_nonfinite(_plain(image).to(device, torch.float32))

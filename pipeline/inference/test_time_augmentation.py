@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from pipeline.config import AXES, Spec
 from pipeline.errors import ConfigError
-from pipeline.inference.mirror_agreement import MirrorAgreement
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.multi_output import map_tensors
 from pipeline.transforms import mirror_padded_box
 from pipeline.types import NetworkFunction
@@ -105,7 +105,7 @@ def counterparts(names: Sequence[str]) -> tuple[int, ...]:
 def average_mirrored(
     network: NetworkFunction,
     mirroring: Mirroring | None,
-    agreement: MirrorAgreement | None = None,
+    agreement: DecisionAgreement | None = None,
 ) -> NetworkFunction:
     """Return a network whose output is the mean over a window and its mirror images.
 

@@ -77,6 +77,7 @@ def test_monais_own_export_to_onnx(bundle: Path, use_trace: bool, tmp_path: Path
     torch.testing.assert_close(exported(window), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("openvino_apart")
 @pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
 def test_a_crash_of_openvino_is_an_error(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

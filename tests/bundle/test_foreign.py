@@ -97,6 +97,7 @@ def test_openvino_takes_the_place_of_the_own_inferer(
     assert again["runtime"] == "openvino"
 
 
+@pytest.mark.usefixtures("openvino_apart")
 @pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
 def test_openvino_crashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

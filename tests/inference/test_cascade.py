@@ -20,12 +20,14 @@ from pipeline.config.spec import Spec, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.cascade import (
+    SLAB,
     CascadeNetwork,
     CoarseProbabilities,
     _box_image,
     load_cascade,
     mean_position,
 )
+from pipeline.inference.decision_agreement import STEP, DecisionAgreement
 from pipeline.inference.invert import InvertedLabels, LabelInversion
 from pipeline.inference.predictor import predict_case
 from pipeline.networks.factory import build_network
@@ -164,6 +166,42 @@ def test_a_share_averages_the_logarithms_of_both() -> None:
     assert float(even) < 0
     expected = 0.3 * second.scores[inner][:, 3, 3, 3] + 0.7 * first[:, 3, 3, 3]
     torch.testing.assert_close(found.scores[inner][:, 3, 3, 3], expected, atol=2e-3, rtol=0)
+
+
+class Fixed(CascadeNetwork):
+    """A cascade whose second network always returns the same scores."""
+
+    scores: torch.Tensor
+
+    def prepare(self) -> Any:
+        return lambda image: self.scores[None].clone()
+
+
+def test_the_agreement_of_both_networks_is_counted_in_the_box() -> None:
+    """It is the Dice of their decisions, which a grid in step with the box shows exactly."""
+    spec = cascade_spec(share=0.3)
+    size = (50, 54, 60)
+    # far apart: probabilities are kept in float16, where close ones would be equal
+    chosen = torch.randint(2, size, generator=torch.Generator().manual_seed(1))
+    logits = torch.stack([4.0 * (chosen == 0), 4.0 * (chosen == 1), torch.zeros(size)])
+    logits[2, 20:30, 22:30, 25:35] = 9.0  # its centre puts the corner of the box at 5, 2, 14
+    coarse = CoarseProbabilities()
+    block = ScoreBlock(start=(0, 0, 0), scores=logits, shape=size)
+    list(coarse.pass_through(iter([block])))
+    network = Fixed(spec, ".")
+    network.scores = torch.randn(3, 40, 48, 32, generator=torch.Generator().manual_seed(2))
+    agreement = DecisionAgreement("softmax")
+    scan = MetaTensor(torch.rand(1, *size), affine=torch.eye(4))
+    found = network.fine_box(coarse, np.eye(4), scan, agreement)
+    assert found is not None
+    assert found.affine[:3, 3].tolist() == [5, 2, 14]
+    one = logits[:, 5:45, 2:50, 14:46].argmax(0).numpy()
+    two = network.scores.argmax(0).numpy()
+    planes = [x for x in range(40) if x % SLAB % STEP == 0]
+    for number in range(3):
+        a, b = one[planes] == number, two[planes] == number
+        assert agreement.dice[number] == pytest.approx(overlap(a, b))
+        assert 0 < agreement.dice[number] < 1
 
 
 def test_without_the_structures_the_first_network_stays_alone() -> None:

@@ -32,7 +32,10 @@ from pipeline.inference.openvino_models import (
 from pipeline.inference.runtime import Runtime
 from pipeline.networks import build_network
 
-pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+pytestmark = [
+    pytest.mark.usefixtures("openvino_apart"),
+    pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed"),
+]
 posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals")
 
 GIVEN = "import json, os, signal, sys, time; given = json.loads(sys.argv[1]); "

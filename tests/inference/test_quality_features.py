@@ -16,7 +16,7 @@ from scipy.stats import entropy as scipy_entropy
 from pipeline.config.spec import Spec
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.case_model import Prediction
-from pipeline.inference.mirror_agreement import MirrorAgreement
+from pipeline.inference.decision_agreement import DecisionAgreement
 from pipeline.inference.predictor import predict_case
 from pipeline.inference.quality_features import (
     LABEL_FEATURES,
@@ -186,17 +186,17 @@ def test_features_of_the_finished_labels() -> None:
 
 def test_mirror_images_that_agree_and_that_do_not() -> None:
     """Equal decisions have a Dice of 1; a network that ignores its input flips with the image."""
-    agreement = MirrorAgreement("softmax")
+    agreement = DecisionAgreement("softmax")
     scores = torch.randn(2, 3, 5, 4)
     agreement.add([agreement.decision(scores)] * 2, 3)
     assert agreement.dice.tolist() == [1, 1, 1]
     other = scores.clone()
     other[:, [0, 1]] = scores[:, [1, 0]]
-    agreement = MirrorAgreement("softmax")
+    agreement = DecisionAgreement("softmax")
     agreement.add([agreement.decision(scores), agreement.decision(other)], 3)
     assert agreement.dice[0] == agreement.dice[1] == 0
     assert agreement.dice[2] == 1
-    agreement = MirrorAgreement("sigmoid")
+    agreement = DecisionAgreement("sigmoid")
     agreement.add([agreement.decision(-scores.abs())] * 2, 3)
     assert np.isnan(agreement.dice).all()
 

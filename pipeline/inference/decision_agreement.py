@@ -1,4 +1,4 @@
-"""How well the segmentations of a window and of its mirror images agree."""
+"""How well several segmentations of the same voxels agree: of mirror images, of two networks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from pipeline.config import OutputKind
 
-# every third plane across the first axis is compared: enough to measure how well images agree
+# every third plane across the first axis is compared: enough to measure how well they agree
 STEP = 3
 
 
-class MirrorAgreement:
-    """Counts, per output of the network, where mirror images of a window are segmented alike.
+class DecisionAgreement:
+    """Counts, per channel of a network's output, where several segmentations are alike.
 
     Windows that overlap count each on their own, so the counts do not depend on how windows are
     grouped. Nothing but counts is kept between windows.
@@ -24,8 +24,8 @@ class MirrorAgreement:
         output: kind of the network's output.
 
     Attributes:
-        common: (C,) voxels that both of two images have, per channel of the network's output.
-        total: (C,) sum of the voxels that each of two images has; (0,) before the first window.
+        common: (C,) voxels that both of two segmentations have.
+        total: (C,) sum of the voxels that each of the two has; (0,) before the first window.
     """
 
     def __init__(self, output: OutputKind) -> None:
@@ -34,10 +34,11 @@ class MirrorAgreement:
         self.total: NDArray[np.float64] = np.zeros(0)
 
     def decision(self, scores: torch.Tensor) -> torch.Tensor:
-        """Return which channels the scores of one image choose.
+        """Return which channels some scores choose.
 
         Args:
-            scores: (B, C, *spatial) logits, without a background channel unless it is a softmax.
+            scores: (B, C, *spatial) logits, or probabilities of a softmax; without a background
+                channel unless it is a softmax.
 
         Returns:
             in every third plane: (B, C, *spatial) bool for regions, which may overlap;
@@ -53,7 +54,8 @@ class MirrorAgreement:
         """Count the decisions on one batch of windows.
 
         Args:
-            decisions: of the windows themselves, then of each of their mirror images.
+            decisions: the first one is compared with each of the others: decisions on the windows
+                themselves, then on each of their mirror images, or those of two networks.
             channels: C, number of channels of the network's output.
         """
         if not len(self.common):
@@ -76,7 +78,7 @@ class MirrorAgreement:
 
     @property
     def dice(self) -> NDArray[np.float64]:
-        """Dice between images and their mirror images, (C,), nan where neither has a voxel."""
+        """Dice between the segmentations, (C,), nan where neither has a voxel."""
         with np.errstate(invalid="ignore"):
             agreement: NDArray[np.float64] = 2 * self.common / self.total
         return agreement
