@@ -24,6 +24,7 @@ from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.block_observer import BlockObserver
 from pipeline.inference.boxes import box_at, crop_box
 from pipeline.inference.decision_agreement import DecisionAgreement
+from pipeline.inference.process_memory import release_freed_memory
 from pipeline.inference.runtime import Precision, Runtime, RuntimeName
 from pipeline.networks import build_network, read_state
 from pipeline.transforms import (
@@ -234,6 +235,7 @@ class CascadeNetwork:
         Returns:
             None if the first network found none of the structures that the box lies around.
         """
+        release_freed_memory()  # of the first network's inversion: as much as the second needs
         names = list(self.spec.labels)
         gathered = coarse.gathered()
         if gathered is None:

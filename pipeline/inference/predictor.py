@@ -25,6 +25,7 @@ from pipeline.inference.case_model import Prediction, PreparedCase
 from pipeline.inference.invert import PRED, InvertedLabels
 from pipeline.inference.memory_plan import plan_memory
 from pipeline.inference.predicted_quality import quality_warning
+from pipeline.inference.process_memory import release_freed_memory
 from pipeline.inference.quality_checks import quality_warnings
 from pipeline.inference.quality_features import QualityCollector
 from pipeline.inference.sliding_window import WindowInferer, with_host_fallback
@@ -126,6 +127,7 @@ def segment_volume(
     model.network.eval()
     on_device = image.to(model.device)
     timer = _Timer()
+    release_freed_memory()  # of reading, preprocessing and the case before this one: 0.2 GB
 
     def attempt(sums_device: torch.device) -> InvertedLabels:
         wanted = model.keep_quality_features or model.quality is not None
