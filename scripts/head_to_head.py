@@ -2,9 +2,11 @@
 
     scripts/head_to_head configs/hippocampus_mr_3d.yaml --minutes 30 -o runs/head_to_head
 
-The minutes are those of training: planning and preprocessing by nnU-Net and both predictions are
-not counted. nnU-Net is installed from PyPI into `OUT/nnunet_venv`, with the torch version that
-constraints.txt pins. A second call continues where the first one stopped.
+The minutes are those of each training: planning and preprocessing by nnU-Net and all predictions
+are not counted. With several `--configurations` nnU-Net trains each of them for that time, and the
+one with the best mean Dice on the validation cases counts, a choice in its favour. nnU-Net is
+installed from PyPI into `OUT/nnunet_venv`, with the torch version that constraints.txt pins. A
+second call continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.batch import output_path, segment_cases
 from pipeline.bundle import open_bundle
@@ -36,6 +40,7 @@ from pipeline.types import Case
 
 NNUNET = "nnunetv2==2.8.1"
 DATASET, NUMBER = "Dataset001_Fold", "1"
+CONFIGURATIONS = ("2d", "3d_fullres")
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
 
@@ -56,6 +61,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="Folder for models and scores."
+    )
+    parser.add_argument(
+        "--configurations",
+        nargs="+",
+        choices=CONFIGURATIONS,
+        default=["3d_fullres"],
+        help="nnU-Net's configurations, each trained for the minutes.",
     )
     return parser.parse_args()
 
@@ -82,35 +94,46 @@ def score_volseg(run: Run, content: dict[str, Any], out: Path) -> list[ScoreRow]
     return score_files(cases, files, load_spec(root / "configs" / "spec.yaml").labels)
 
 
-def score_nnunet(run: Run, minutes: float, out: Path) -> list[ScoreRow]:
-    """Have nnU-Net plan, train and predict the validation cases; return their scores."""
+def score_nnunet(
+    run: Run, minutes: float, configurations: Sequence[str], out: Path
+) -> dict[str, list[ScoreRow]]:
+    """Have nnU-Net plan, train and predict the validation cases; return the scores of each way."""
     labels = load_spec(Path(run.bundle) / "configs" / "spec.yaml").labels
     train = fold_cases(run.dataset, run.splits, run.fold, "train")
     cases = fold_cases(run.dataset, run.splits, run.fold, "val")
     raw, preprocessed = out / "nnunet" / "raw", out / "nnunet" / "preprocessed"
     results = out / "nnunet" / "results"
-    trained = results / DATASET / "ClockedTrainer__nnUNetPlans__3d_fullres" / f"fold_{run.fold}"
-    found = trained / "validation"
-    if not (found / "summary.json").is_file():
-        write_raw_dataset([*train, *cases], raw / DATASET, labels)
-        environment = os.environ | {
-            "nnUNet_raw": str(raw.resolve()),
-            "nnUNet_preprocessed": str(preprocessed.resolve()),
-            "nnUNet_results": str(results.resolve()),
-        }
-        python = nnunet_python(out / "nnunet_venv")
-        plan = str(python.parent / "nnUNetv2_plan_and_preprocess")
-        options = ["-d", NUMBER, "-c", "3d_fullres", "-np", "2"]
-        subprocess.run([plan, *options], env=environment, check=True)
-        write_json(
-            preprocessed / DATASET / "splits_final.json", read_splits(run.dataset, str(run.splits))
-        )
-        script = Path(__file__).with_name("nnunet.py")
-        subprocess.run(
-            [python, script, NUMBER, str(run.fold), str(minutes)], env=environment, check=True
-        )
-    files = {case["case"]: found / f"{case['case']}.nii.gz" for case in cases}
-    return score_files(cases, files, labels)
+    environment = os.environ | {
+        "nnUNet_raw": str(raw.resolve()),
+        "nnUNet_preprocessed": str(preprocessed.resolve()),
+        "nnUNet_results": str(results.resolve()),
+    }
+    scores = {}
+    for configuration in configurations:
+        trainer = f"ClockedTrainer__nnUNetPlans__{configuration}"
+        found = results / DATASET / trainer / f"fold_{run.fold}" / "validation"
+        if not (found / "summary.json").is_file():
+            write_raw_dataset([*train, *cases], raw / DATASET, labels)
+            python = nnunet_python(out / "nnunet_venv")
+            plan = str(python.parent / "nnUNetv2_plan_and_preprocess")
+            options = ["-d", NUMBER, "-c", configuration, "-np", "2"]
+            subprocess.run([plan, *options], env=environment, check=True)
+            write_json(
+                preprocessed / DATASET / "splits_final.json",
+                read_splits(run.dataset, str(run.splits)),
+            )
+            script = Path(__file__).with_name("nnunet.py")
+            command = [python, script, NUMBER, str(run.fold), str(minutes)]
+            command += ["--configuration", configuration]
+            subprocess.run(command, env=environment, check=True)
+        files = {case["case"]: found / f"{case['case']}.nii.gz" for case in cases}
+        scores[configuration] = score_files(cases, files, labels)
+    return scores
+
+
+def mean_dice(rows: Sequence[ScoreRow]) -> float:
+    """Return the mean Dice over the labels."""
+    return float(np.mean([row.metrics["dice"].mean for row in summarise_scores(rows)]))
 
 
 def nnunet_python(folder: Path) -> Path:
@@ -159,10 +182,12 @@ def main() -> None:
     args = parse_arguments()
     changes = [*args.changes, f"minutes={args.minutes}", "epochs=100000"]
     run, content = read_run(args.config, changes)
-    found = {
-        "volseg": score_volseg(run, content, args.output),
-        "nnU-Net": score_nnunet(run, args.minutes, args.output),
-    }
+    volseg = score_volseg(run, content, args.output)
+    theirs = score_nnunet(run, args.minutes, args.configurations, args.output)
+    for configuration, rows in theirs.items():
+        print(f"nnU-Net {configuration}: mean Dice {mean_dice(rows):.4f}")
+    best = max(theirs, key=lambda name: mean_dice(theirs[name]))
+    found = {"volseg": volseg, "nnU-Net": theirs[best]}
     summaries = {name: summarise_scores(rows) for name, rows in found.items()}
     for name, summary in summaries.items():
         labels = [
@@ -179,6 +204,7 @@ def main() -> None:
         )
     results = {
         "minutes": args.minutes,
+        "nnunet_configuration": best,
         "summaries": {
             name: [row.columns() for row in summary] for name, summary in summaries.items()
         },

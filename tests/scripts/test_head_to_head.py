@@ -14,8 +14,8 @@ PLANNER = """#!/usr/bin/env bash
 mkdir -p "$nnUNet_preprocessed/Dataset001_Fold"
 """
 TRAINER = """#!/usr/bin/env bash
-[ "$2 $3 $4" = "1 0 0.03" ] || exit 1
-out="$nnUNet_results/Dataset001_Fold/ClockedTrainer__nnUNetPlans__3d_fullres/fold_$3/validation"
+[ "$2 $3 $4 $5" = "1 0 0.03 --configuration" ] || exit 1
+out="$nnUNet_results/Dataset001_Fold/ClockedTrainer__nnUNetPlans__$6/fold_$3/validation"
 mkdir -p "$out"
 for case in 006 007; do
   cp -L "$nnUNet_raw/Dataset001_Fold/labelsTr/hippocampus_$case.nii.gz" "$out"
@@ -67,6 +67,7 @@ def test_both_are_trained_and_scored_on_the_cases_left_out(
 ) -> None:
     script = load_script("head_to_head")
     options = ["--minutes", "0.03", "-o", str(place / "out")]
+    options += ["--configurations", "2d", "3d_fullres"]
     monkeypatch.setattr(sys, "argv", ["head_to_head.py", str(place / "run.yaml"), *options])
     script.main()
     found = json.loads((place / "out" / "summary.json").read_text())
@@ -74,6 +75,9 @@ def test_both_are_trained_and_scored_on_the_cases_left_out(
     assert all(row["theirs"] == 1 for row in found["tests"])  # the script copies the reference
     assert all(0 <= row["ours"] < 1 for row in found["tests"])
     nnunet = place / "out" / "nnunet"
+    ways = {path.name.split("__")[-1] for path in (nnunet / "results").glob("*/*")}
+    assert ways == {"2d", "3d_fullres"}
+    assert found["nnunet_configuration"] in ways
     raw = nnunet / "raw" / "Dataset001_Fold"
     assert sorted(path.name for path in (raw / "imagesTr").iterdir()) == [
         f"hippocampus_{case}_0000.nii.gz" for case in CASES
