@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.errors import PipelineError, RunStoppedError
+from pipeline.inference import keep_forks_computing
 from pipeline.processes import without_working_folder
 
 IN_FLIGHT = 3  # items per worker: one is read, one computed, one written
@@ -151,7 +152,9 @@ class Pool(Generic[I]):
     ) -> None:
         self.work, self.jobs, self.threads, self.timeout = work, jobs, threads, timeout
         self._context: Any = multiprocessing.get_context(start_method)
-        if start_method == "forkserver":
+        if start_method == "fork":
+            keep_forks_computing()  # whatever opened the bundle, or came before, has used torch
+        elif start_method == "forkserver":
             self._context.set_forkserver_preload(["pipeline.batch"])
         self._workers: list[_Worker[I]] = []
 

@@ -26,6 +26,7 @@ from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
 from pipeline.inference.device import isa_limit, processor_name, resolve_device
+from pipeline.inference.forking import keep_forks_computing
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.label_resampling import labels_of_blocks
 from pipeline.inference.memory_plan import (
@@ -122,6 +123,7 @@ __all__ = [
     "forks_can_compile",
     "import_openvino",
     "isa_limit",
+    "keep_forks_computing",
     "keep_freed_memory",
     "label_row",
     "labels_of_blocks",

@@ -426,3 +426,24 @@ def test_workers_import_nothing_of_the_working_folder(method: str, tmp_path: Pat
     )
     assert not mark.exists()
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_worker_computes_after_its_parent_has(tmp_path: Path) -> None:
+    """OpenMP's threads, which a bundle that reads its own weights starts, do not stop the child."""
+    computing = "torch.rand(4_000_000).exp().sum()"
+    program = ELSEWHERE.replace("import sys", "import sys, torch")
+    program = program.replace("        pass", f"        torch.set_num_threads(2); {computing}")
+    program = program.replace(
+        "    results = []", f"    torch.set_num_threads(2); {computing}\n    results = []"
+    )
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py"), "fork"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
