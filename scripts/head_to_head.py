@@ -123,7 +123,7 @@ def score_nnunet(
                 read_splits(run.dataset, str(run.splits)),
             )
             script = Path(__file__).with_name("nnunet.py")
-            command = [python, script, NUMBER, str(run.fold), str(minutes)]
+            command = [str(python), str(script), NUMBER, str(run.fold), str(minutes)]
             command += ["--configuration", configuration]
             subprocess.run(command, env=environment, check=True)
         files = {case["case"]: found / f"{case['case']}.nii.gz" for case in cases}

@@ -72,7 +72,7 @@ def first_output_here(
 
     given = folder / "input.npy"
     np.save(given, x.numpy())
-    request = {"model": str(model), "hints": dict(hints), "input": str(given)}
+    request: dict[str, Any] = {"model": str(model), "hints": dict(hints), "input": str(given)}
     request["shapes"] = [list(x.shape), *map(list, shapes)]
     return torch.from_numpy(openvino_child.compute(openvino.Core(), request).copy())
 

@@ -241,6 +241,7 @@ class CaseWorker:
                 self._remove_old_outputs(job.task.case)
             write_record(self.out, record)
         except (OSError, WriteError) as error:
+            self.out.check(self.out.record(name))  # which may have been removed a moment ago
             raise RunStoppedError(f"{self.out.root}: no record can be written: {error}") from error
         return record
 

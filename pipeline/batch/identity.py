@@ -17,11 +17,10 @@ from pipeline.config import BundlePaths, load_spec, spec_fingerprint
 from pipeline.errors import ConfigError
 from pipeline.inference import CaseModel
 from pipeline.io import (
-    TEMPORARY_SUFFIX,
     WRITTEN_ENDINGS,
-    host_code,
     is_written_by_volseg,
     read_json,
+    temporary_name,
     write_atomically,
 )
 
@@ -259,9 +258,7 @@ def remove_output(out: OutputFolder, relative: str) -> None:
 
 def _write_new(out: OutputFolder, path: Path, content: Mapping[str, Any]) -> bool:
     """Write a JSON file that does not exist yet; return False where another process was first."""
-    # a name by which what a process left that was killed is known and removed
-    name = f".{host_code()}-{os.getpid()}-{path.name}{TEMPORARY_SUFFIX}"
-    temporary = out.staging / name
+    temporary = out.staging / temporary_name()
     text = json.dumps(content, indent=2) + "\n"
     write_atomically(temporary, text.encode(), staging=out.staging)
     try:

@@ -98,6 +98,7 @@ from pipeline.io.writer import (
     probabilities_as_nibabel,
     retry_io,
     temporary_folder,
+    temporary_name,
     write_atomically,
     write_labels,
 )
@@ -182,6 +183,7 @@ __all__ = [
     "source_path",
     "structure_name",
     "temporary_folder",
+    "temporary_name",
     "training_cases",
     "validation_cases",
     "warnings_of",

@@ -183,7 +183,7 @@ def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
     folder = path.parent if staging is None else staging
     # short, because the final name may be as long as a name can be; the machine and the process
     # are in it, so that what a dead process left can be told from what a living one writes
-    temporary = folder / _temporary_name()
+    temporary = folder / temporary_name()
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -209,12 +209,16 @@ def temporary_folder(staging: Path | None = None) -> Path:
     """
     if staging is None:
         return Path(tempfile.mkdtemp(prefix="volseg-"))
-    folder = staging / _temporary_name()
+    folder = staging / temporary_name()
     folder.mkdir(mode=0o700, parents=True)
     return folder
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
+    """Return a new file name, by which what is left of a process that was killed is known.
+
+    No two calls return the same one: not in one process, and not on one machine.
+    """
     return f".{host_code()}-{os.getpid()}-{next(_NUMBERS)}{TEMPORARY_SUFFIX}"
 
 

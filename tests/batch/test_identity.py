@@ -34,17 +34,18 @@ def test_the_first_process_decides(model_3d: Model, tmp_path: Path) -> None:
     """Of several at the same moment, all get the same identity, and nothing is left over."""
     out = OutputFolder.create(tmp_path / "out")
     found: list[dict[str, str]] = []
-    threads = [
-        threading.Thread(
-            target=lambda: found.append(settle_identity(out, model_3d, overwrite=False))
-        )
-        for _ in range(4)
-    ]
+    together = threading.Barrier(8)
+
+    def settle() -> None:
+        together.wait()
+        found.append(settle_identity(out, model_3d, overwrite=False))
+
+    threads = [threading.Thread(target=settle) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [results_identity(model_3d) | {"label_table": "True"}] * 4
+    assert found == [results_identity(model_3d) | {"label_table": "True"}] * 8
     assert not list(out.staging.iterdir())
 
 
