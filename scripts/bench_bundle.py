@@ -136,8 +136,9 @@ def measure(
         )
         # unlike Popen.wait, it gives the memory of this child alone
         _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"it ended with status {status}: {' '.join(command)}; see {log}")
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"it ended with {process.returncode}: {' '.join(command)}; see {log}")
     return Measured(seconds=time.perf_counter() - begun, gib=usage.ru_maxrss / KIB_PER_GIB)
 
 
