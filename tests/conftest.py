@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from phantom import make_bundle, nifti, save
 
 from pipeline.bundle.opening import open_bundle
-from pipeline.inference import openvino_child, openvino_models, openvino_trial
+from pipeline.inference import openvino_child, openvino_trial
 from pipeline.inference.model import Model
 from pipeline.inference.openvino_models import CACHE_VARIABLE
+
+RUN_CHILD = openvino_trial._run_child
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,32 +51,21 @@ def _no_amx() -> Iterator[None]:
 def _openvino_here() -> Iterator[None]:
     """Try networks in OpenVINO here: a process for each of the tests' many takes far longer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_models, "first_output", first_output_here)
+        patch.setattr(openvino_trial, "_run_child", _compute_here)
         yield
 
 
 @pytest.fixture
 def openvino_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try networks in OpenVINO in a process of their own, as outside of tests."""
-    monkeypatch.setattr(openvino_models, "first_output", openvino_trial.first_output)
+    monkeypatch.setattr(openvino_trial, "_run_child", RUN_CHILD)
 
 
-def first_output_here(
-    model: Path,
-    x: torch.Tensor,
-    hints: Mapping[str, Any],
-    shapes: Sequence[Sequence[int]] = (),
-    *,
-    folder: Path,
-) -> torch.Tensor:
-    """Return what `openvino_trial.first_output` returns, computed in this process."""
+def _compute_here(request: Mapping[str, Any], folder: Path) -> None:
+    """Write the output that the process of its own would write."""
     import openvino
 
-    given = folder / "input.npy"
-    np.save(given, x.numpy())
-    request: dict[str, Any] = {"model": str(model), "hints": dict(hints), "input": str(given)}
-    request["shapes"] = [list(x.shape), *map(list, shapes)]
-    return torch.from_numpy(openvino_child.compute(openvino.Core(), request).copy())
+    np.save(request["output"], openvino_child.compute(openvino.Core(), dict(request)))
 
 
 @pytest.fixture(autouse=True)
