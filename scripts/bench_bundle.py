@@ -7,7 +7,7 @@ makes the random weights and the volume. Each round runs both commands in a proc
 takes wall time and peak memory of the whole command, imports included. volseg runs once before the
 rounds: it decides then, once per bundle and processor, which parts it computes by its own means,
 and that time is a row of its own. `--without-monai` measures volseg alone, where MONAI does not fit
-the machine.
+the machine. `--precision bfloat16` measures volseg's times in bfloat16 too.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from check_zoo import (
 )
 from numpy.typing import NDArray
 
+PRECISIONS = ("float32", "bfloat16")
 KIB_PER_GIB = 2**20  # ru_maxrss is in KiB on Linux
 MIB_PER_GIB = 2**10
 
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--spacing", type=float, default=1.5, help="Of the volume, mm.")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--without-monai", action="store_true")
+    parser.add_argument("--precision", choices=PRECISIONS, action="append", default=["auto"])
     parser.add_argument("--work", type=Path, default=Path("runs/bench_bundle"))
     arguments = parser.parse_args()
     spacing = (arguments.spacing,) * 3
@@ -79,15 +81,17 @@ def main() -> None:
     make_weights(root, how)
     item = make_item(root, work / "in", how)
     print("command | wall, s | peak, GiB | lowest Dice with MONAI", flush=True)
-    print(f"volseg, first | {volseg(root, item, work / 'first', how)[0].text()} |", flush=True)
+    first, _ = volseg(root, item, work / "first", how)
+    print(f"volseg, first | {first.text()} |", flush=True)
     for _ in range(arguments.rounds):
         expected = None
         if not arguments.without_monai:
             stock, expected = monai(root, item, work / "monai", how)
             print(f"MONAI | {stock.text()} |", flush=True)
-        own, found = volseg(root, item, work / "volseg", how)
-        dice = "" if expected is None else f"{lowest_dice(found, expected):.5f}"
-        print(f"volseg | {own.text()} | {dice}", flush=True)
+        for precision in arguments.precision:
+            own, found = volseg(root, item, work / "volseg", how, precision)
+            dice = "" if expected is None else f"{lowest_dice(found, expected):.5f}"
+            print(f"volseg, {precision} | {own.text()} | {dice}", flush=True)
 
 
 def monai(
@@ -101,7 +105,7 @@ def monai(
 
 
 def volseg(
-    root: Path, item: dict[str, Any], output: Path, how: How
+    root: Path, item: dict[str, Any], output: Path, how: How, precision: str = "auto"
 ) -> tuple[Measured, NDArray[Any]]:
     """Return time and labels of volseg's command."""
     shutil.rmtree(output, ignore_errors=True)
@@ -109,7 +113,7 @@ def volseg(
     if others:
         raise SystemExit(f"{root.name}: expected a bundle of one file per case")
     command = [sys.executable, "-m", "pipeline.cli", "segment", image, "-o", str(output)]
-    command += ["-b", str(root), "--trust", "--device", "cpu"]
+    command += ["-b", str(root), "--trust", "--device", "cpu", "--precision", precision]
     for override in how.both:
         command += ["--set", override]
     measured = measure(command, output.with_suffix(".log"))

@@ -25,7 +25,7 @@ from pipeline.inference.bundle_inferer import bundle_inferer
 from pipeline.inference.cascade import load_cascade
 from pipeline.inference.case_model import CaseModel, Prediction, PreparedCase
 from pipeline.inference.connected_components import clean_components, largest_components
-from pipeline.inference.device import isa_limit, processor_name, resolve_device
+from pipeline.inference.device import has_amx, isa_limit, processor_name, resolve_device
 from pipeline.inference.forking import keep_forks_computing
 from pipeline.inference.invert import LabelInversion
 from pipeline.inference.label_resampling import labels_of_blocks
@@ -43,6 +43,7 @@ from pipeline.inference.openvino_models import (
     cache_folder,
     compare_runtimes,
     compute_apart,
+    computes_bfloat16,
     convert_by_tracing,
     convert_to_openvino,
     forks_can_compile,
@@ -116,11 +117,13 @@ __all__ = [
     "clean_components",
     "compare_runtimes",
     "compute_apart",
+    "computes_bfloat16",
     "convert_by_tracing",
     "convert_to_openvino",
     "estimate_memory",
     "evaluate_prepared",
     "forks_can_compile",
+    "has_amx",
     "import_openvino",
     "isa_limit",
     "keep_forks_computing",

@@ -126,6 +126,11 @@ _released = threading.Event()  # whether a compiled model of this process was fr
 _TRACING_LOCK = threading.Lock()  # torch traces one network at a time
 
 
+def computes_bfloat16() -> bool:
+    """Return whether OpenVINO computes in bfloat16 on this processor when it is asked to."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def forks_can_compile() -> bool:
     """Return whether a process forked from this one can compile a model of OpenVINO.
 

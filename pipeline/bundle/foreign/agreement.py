@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,23 @@ from pipeline.types import LabelMap
 
 MIN_VOXELS = 100  # of a label; smaller ones are not compared
 MIN_DICE = 0.999
-RULE = 2  # to be raised when the comparison or what is compared changes
+RULE = 3  # to be raised when the comparison or what is compared changes
 PACKAGES = ("volseg", "monai", "torch", "openvino")
+
+
+class Choice(NamedTuple):
+    """What computes a bundle's network.
+
+    Attributes:
+        runtime: `torch`, `openvino`, or `stock` for the bundle's own inferer.
+        precision: of the arithmetic, `float32` or `bfloat16`.
+    """
+
+    runtime: str
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.runtime} in {self.precision}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +49,46 @@ class Agreement:
     """How far the labels by a runtime are the bundle's own.
 
     Attributes:
-        runtime: `torch`, `openvino`, or `stock` for the bundle's own inferer.
+        choice: what computed them.
         good: whether they agree.
         text: in words.
+        compared: whether there were labels to compare.
     """
 
-    runtime: str
+    choice: Choice
     good: bool
     text: str
-
-    @property
-    def reason(self) -> str:
-        """Why the runtime computes."""
-        return self.text
+    compared: bool = True
 
 
-def label_agreement(runtime: str, found: LabelMap, expected: LabelMap) -> Agreement | None:
+def failed(choice: Choice, problem: str) -> Agreement:
+    """Return that a runtime gave no labels that could be compared."""
+    return Agreement(choice, good=False, text=f"{choice} {problem}", compared=False)
+
+
+def label_agreement(choice: Choice, found: LabelMap, expected: LabelMap) -> Agreement | None:
     """Return how far two label maps agree; None where there are too few labels to tell.
 
     Args:
-        runtime: that computed `found`.
+        choice: what computed `found`.
         found: labels or masks.
         expected: by the bundle's own inferer.
     """
     if found.shape != expected.shape:
-        return Agreement(
-            runtime, good=False, text=f"{runtime}: shape {found.shape}, expected {expected.shape}"
-        )
+        return failed(choice, f"gives the shape {found.shape}, expected {expected.shape}")
     ours, own = (x if x.ndim == 4 else x[None] for x in (found, expected))
-    lowest = 2.0
+    lowest = 2.0  # more than any Dice
     for number in range(len(own)):
         for value in np.union1d(np.unique(ours[number]), np.unique(own[number])):
             one, other = ours[number] == value, own[number] == value
             sizes = np.count_nonzero(one), np.count_nonzero(other)
             if value == 0 or max(sizes) <= MIN_VOXELS:
                 continue
-            lowest = min(lowest, 2 * np.count_nonzero(one & other) / sum(sizes))
+            lowest = min(lowest, float(2 * np.count_nonzero(one & other) / sum(sizes)))
     if lowest > 1:
         return None
     return Agreement(
-        runtime, good=lowest >= MIN_DICE, text=f"{runtime}: lowest Dice of a label {lowest:.5f}"
+        choice, good=lowest >= MIN_DICE, text=f"{choice}: lowest Dice of a label {lowest:.5f}"
     )
 
 
@@ -92,7 +107,7 @@ def trial_folder(staging: Path | None) -> Iterator[Path]:
 
 
 def trial_items(
-    item: Mapping[str, Any], grid: Grid, length_mm: float, folder: Path
+    item: Mapping[str, Any], grid: Grid, length_mm: float, width_mm: float, folder: Path
 ) -> Iterator[tuple[dict[str, Any], Grid]]:
     """Yield the middle of a case, and then other parts of it, as items and their grids.
 
@@ -101,22 +116,59 @@ def trial_items(
     Args:
         item: of the bundle's dataset.
         grid: of the case's files.
-        length_mm: of a part along each axis.
+        length_mm: of a part along the longest axis of the case.
+        width_mm: of a part along the other two axes.
         folder: for the files of the parts.
     """
     spacing = np.linalg.norm(grid.affine[:3, :3], axis=0)
-    sizes = [
-        min(n, int(np.ceil(length_mm / mm))) for n, mm in zip(grid.shape, spacing, strict=True)
-    ]
+    wanted = np.full(len(spacing), width_mm)
+    wanted[np.argmax(spacing * grid.shape)] = length_mm
+    along = zip(grid.shape, wanted / spacing, strict=True)
+    sizes = [min(n, int(np.ceil(voxels))) for n, voxels in along]
     if all(size == n for size, n in zip(sizes, grid.shape, strict=True)):
         yield dict(item), grid
         return
-    for fraction in (0.5, 0.25, 0.75):
+    for number, fraction in enumerate((0.5, 0.25, 0.75)):
         box = []
         for size, n in zip(sizes, grid.shape, strict=True):
             start = min(max(0, round(n * fraction - size / 2)), n - size)
             box.append(slice(start, start + size))
-        yield _part(item, box, folder)
+        part_folder = folder / f"part-{number}"
+        part_folder.mkdir()
+        yield _part(item, box, part_folder)
+
+
+class TrialParts:
+    """Parts of a case with the bundle's own labels in them, each computed once.
+
+    Args:
+        parts: from `trial_items`.
+        own_labels: returns the bundle's own labels in a part.
+    """
+
+    def __init__(
+        self,
+        parts: Iterator[tuple[dict[str, Any], Grid]],
+        own_labels: Callable[[Mapping[str, Any], Grid], LabelMap],
+    ) -> None:
+        self._parts, self._own_labels = parts, own_labels
+        self._known: list[tuple[dict[str, Any], Grid]] = []
+        self._labels: dict[int, LabelMap] = {}
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Grid, LabelMap]]:
+        """Yield item, grid and labels of each part."""
+        number = 0
+        while True:
+            if number == len(self._known):
+                part = next(self._parts, None)
+                if part is None:
+                    return
+                self._known.append(part)
+            item, grid = self._known[number]
+            if number not in self._labels:
+                self._labels[number] = self._own_labels(item, grid)
+            yield item, grid, self._labels[number]
+            number += 1
 
 
 def _part(item: Mapping[str, Any], box: list[slice], folder: Path) -> tuple[dict[str, Any], Grid]:
@@ -140,7 +192,8 @@ def stored_decision(facts: ForeignFacts, settings: ForeignSettings) -> Agreement
     """Return what was decided for a bundle on this processor; None where nothing was."""
     with suppress(ConfigError, OSError, KeyError, TypeError):
         stored = read_json(_entry(facts, settings))
-        return Agreement(str(stored["runtime"]), good=True, text=str(stored["reason"]))
+        choice = Choice(str(stored["runtime"]), str(stored["precision"]))
+        return Agreement(choice, good=bool(stored["agrees"]), text=str(stored["reason"]))
     return None
 
 
@@ -149,7 +202,8 @@ def store_decision(facts: ForeignFacts, settings: ForeignSettings, decided: Agre
     with suppress(OSError, WriteError):
         path = _entry(facts, settings)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(path, {"runtime": decided.runtime, "reason": decided.text})
+        stored = {**decided.choice._asdict(), "agrees": decided.good, "reason": decided.text}
+        write_json(path, stored)
 
 
 def _entry(facts: ForeignFacts, settings: ForeignSettings) -> Path:
@@ -159,6 +213,7 @@ def _entry(facts: ForeignFacts, settings: ForeignSettings) -> Path:
         weights_hash(facts.folder),
         overrides_text(settings.overrides),
         settings.overlap,
+        settings.precision,
         str(settings.device),
         processor_name(settings.device),
         [version(name) for name in PACKAGES],

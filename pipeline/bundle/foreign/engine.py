@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from numpy.typing import NDArray
 
 from pipeline.bundle.foreign.agreement import (
     Agreement,
+    Choice,
+    TrialParts,
+    failed,
     label_agreement,
     store_decision,
     stored_decision,
@@ -33,7 +37,13 @@ from pipeline.bundle.foreign.replacement import Replacement, plan_replacement
 from pipeline.bundle.foreign.settings import ForeignSettings
 from pipeline.bundle.foreign.wiring import open_parts, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
-from pipeline.inference import FLOAT32_BYTES, release_freed_memory
+from pipeline.inference import (
+    FLOAT32_BYTES,
+    computes_bfloat16,
+    has_amx,
+    processor_name,
+    release_freed_memory,
+)
 from pipeline.io import Grid
 from pipeline.log import LOGGER
 from pipeline.types import Array, LabelMap
@@ -41,7 +51,11 @@ from pipeline.types import Array, LabelMap
 PRED, KEPT = "pred", "volseg_probabilities"
 BYTE = 255
 STOCK, AUTO = "stock", "auto"
+OPENVINO_FLOAT32 = Choice("openvino")
+OPENVINO_BFLOAT16 = Choice("openvino", "bfloat16")
+TORCH_FLOAT32 = Choice("torch")
 TRIAL_BYTES = 2**31  # of logits that the bundle's own inferer may hold while the runtime is decided
+TRIAL_WIDTH = 0.95  # of a window; rounding must not make two windows of one
 STOCK_COPIES = 3  # of all logits, which MONAI's inferer, activation and inversion hold at a time
 
 
@@ -112,45 +126,57 @@ class ForeignEngine:
         """Decide what computes, as far as that needs no case."""
         asked = self.settings.runtime
         if asked == STOCK:
-            self._settle(STOCK, None, "asked for")
+            self._settle(Choice(STOCK), None, "asked for")
             return
         planned = plan_replacement(self.parts.evaluator, self._transforms)
         if isinstance(planned, str):
-            if asked != AUTO:
+            if asked != AUTO or self.settings.precision == "bfloat16":
+                named = "--precision bfloat16" if asked == AUTO else f"--runtime {asked}"
                 raise ConfigError(
-                    f"{self.facts.folder}: --runtime {asked} does not apply, {planned}: choose "
-                    "--runtime stock"
+                    f"{self.facts.folder}: {named} does not apply, {planned}: choose "
+                    "--runtime stock and no precision"
                 )
-            self._settle(STOCK, None, planned)
+            self._settle(Choice(STOCK), None, planned)
             return
         self._planned = planned
         if asked == AUTO:
             found = stored_decision(self.facts, self.settings)
             if found is not None:
-                self._settle(found.runtime, planned, found.reason)
+                if parent_process() is None:  # workers open the bundle too
+                    self._warn_of_bfloat16(found)
+                self._settle(found.choice, planned, found.text)
 
-    def follow(self, runtime: str) -> None:
+    def follow(self, runtime: str, precision: str) -> None:
         """Compute as an output folder's results were computed.
 
         Args:
             runtime: `stock`, `torch` or `openvino`.
+            precision: `float32` or `bfloat16`.
 
         Raises:
             ConfigError: this process cannot.
         """
+        choice = Choice(runtime, precision)
         if runtime == STOCK:
-            self._settle(STOCK, None, "as the folder's results")
+            self._settle(choice, None, "as the folder's results")
             return
         planned = plan_replacement(self.parts.evaluator, self._transforms)
         if isinstance(planned, str):
             raise ConfigError(f"{self.facts.folder}: --runtime {runtime}: {planned}")
-        self._settle(runtime, planned, "as the folder's results")
+        if precision == "bfloat16" and not computes_bfloat16():
+            raise ConfigError(
+                f"{self.facts.folder}: the folder's results are computed in bfloat16, which "
+                f"{processor_name(self.settings.device)} has not: choose another folder, or "
+                "--overwrite"
+            )
+        self._settle(choice, planned, "as the folder's results")
 
     def decide(self, item: Mapping[str, Any], grid: Grid, scratch: Path | None = None) -> None:
         """Decide by a case whether volseg's inferer computes the bundle's own labels.
 
-        A part of the case is computed both ways, so that the bundle's own does not exceed the
-        memory. Nothing is decided where it holds no labels.
+        Parts of the case are computed both ways, so that the bundle's own does not exceed the
+        memory. Nothing is decided where they hold no labels. bfloat16 that was asked for may change
+        labels, which is logged; everything else has to agree.
 
         Args:
             item: of the bundle's dataset.
@@ -160,81 +186,129 @@ class ForeignEngine:
         Raises:
             ConfigError: the runtime that was asked for does not agree.
         """
-        asked = self.settings.runtime
-        names = ["openvino", "torch"] if self.settings.device.type == "cpu" else ["torch"]
         tried = []
-        for name in names if asked == AUTO else [asked]:
-            with trial_folder(scratch) as folder:
-                agreement = self._compare(name, item, grid, folder)
-            if agreement is None:
-                return
-            tried.append(agreement)
-            if agreement.good:
-                reason = "; ".join(one.text for one in tried)
-                if len(tried) > 1:
-                    LOGGER.warning(
-                        "%s: computed in torch, not in OpenVINO (%s)", self.facts.folder, reason
-                    )
-                self._settle(name, self._planned, reason)
-                if asked == AUTO:  # what was asked for is no decision for those who do not ask
-                    decided = Agreement(name, good=True, text=reason)
-                    store_decision(self.facts, self.settings, decided)
-                return
-        reason = "; ".join(agreement.text for agreement in tried)
-        if asked != AUTO:
-            raise ConfigError(
-                f"{self.facts.folder}: --runtime {asked} does not agree with the bundle's own "
-                f"inferer ({reason}): choose --runtime stock"
+        with trial_folder(scratch) as folder:
+            parts = TrialParts(
+                trial_items(item, grid, *self._trial_mm(), folder),
+                lambda part, part_grid: self._labels(self._run(part, part_grid, None), part_grid),
             )
-        LOGGER.warning(
-            "%s: computed by its own inferer, because volseg's does not agree (%s)",
-            self.facts.folder,
-            reason,
-        )
-        self._settle(STOCK, None, reason)
-        store_decision(self.facts, self.settings, Agreement(STOCK, good=True, text=reason))
+            wants_bfloat16 = self.settings.precision == "bfloat16"
+            for choice in self._choices():
+                agreement = self._compare(choice, parts, folder)
+                if agreement is None:
+                    return
+                tried.append(agreement)
+                # in float32, another inferer would show, which rounding would hide
+                if agreement.good != wants_bfloat16:
+                    break
+        self._conclude(tried)
 
-    def _compare(
-        self, name: str, item: Mapping[str, Any], grid: Grid, folder: Path
-    ) -> Agreement | None:
+    def _choices(self) -> list[Choice]:
+        """Return what can compute the network, in the order in which it is tried."""
+        asked, precision = self.settings.runtime, self.settings.precision
+        if precision == "bfloat16":
+            return [OPENVINO_FLOAT32, OPENVINO_BFLOAT16]
+        choices = [TORCH_FLOAT32]
+        if self.settings.device.type == "cpu":
+            choices.insert(0, OPENVINO_FLOAT32)
+            if precision == AUTO and has_amx():
+                choices.insert(0, OPENVINO_BFLOAT16)
+        return [choice for choice in choices if asked in (AUTO, choice.runtime)]
+
+    def _conclude(self, tried: Sequence[Agreement]) -> None:
+        """Settle on the last one that was tried, or on the bundle's own inferer."""
+        asked, folder = self.settings.runtime, self.facts.folder
+        last, reason = tried[-1], "; ".join(agreement.text for agreement in tried)
+        if self.settings.precision == "bfloat16":
+            self._settle_on_bfloat16(tried, reason)
+            return
+        if not last.good:
+            if asked != AUTO:
+                raise ConfigError(
+                    f"{folder}: --runtime {asked} does not agree with the bundle's own inferer "
+                    f"({reason}): choose --runtime stock"
+                )
+            LOGGER.warning(
+                "%s: computed by its own inferer, because volseg's does not agree (%s)",
+                folder,
+                reason,
+            )
+            last = Agreement(Choice(STOCK), good=True, text=reason)
+            self._settle(last.choice, None, reason)
+        else:
+            if last.choice == TORCH_FLOAT32 and len(tried) > 1:
+                LOGGER.warning("%s: computed in torch, not in OpenVINO (%s)", folder, reason)
+            self._settle(last.choice, self._planned, reason)
+        if asked == AUTO:  # what was asked for is no decision for those who do not ask
+            store_decision(
+                self.facts, self.settings, Agreement(last.choice, good=True, text=reason)
+            )
+
+    def _settle_on_bfloat16(self, tried: Sequence[Agreement], reason: str) -> None:
+        """Settle on bfloat16 because it was asked for."""
+        folder, last = self.facts.folder, tried[-1]
+        if len(tried) == 1 or not last.compared:  # float32 does not agree, or OpenVINO fails
+            raise ConfigError(
+                f"{folder}: --precision bfloat16 does not apply ({reason}): choose --precision auto"
+            )
+        self._warn_of_bfloat16(last)
+        self._settle(last.choice, self._planned, reason)
+        if self.settings.runtime == AUTO:
+            store_decision(self.facts, self.settings, last)
+
+    def _warn_of_bfloat16(self, decided: Agreement) -> None:
+        """Warn where bfloat16 was asked for, and is not to be had or changes labels."""
+        if self.settings.precision != "bfloat16":
+            return
+        folder = self.facts.folder
+        if decided.choice.precision != "bfloat16":
+            LOGGER.warning("%s: computed in float32, this processor has no bfloat16", folder)
+        elif not decided.good:
+            LOGGER.warning(
+                "%s: bfloat16, which was asked for, changes labels (%s)", folder, decided.text
+            )
+
+    def _compare(self, choice: Choice, parts: TrialParts, folder: Path) -> Agreement | None:
         """Return how far a runtime agrees on a case; None where nothing is found in it."""
         try:
-            replacement = self._planned.with_runtime(name, self.settings.device, folder)
-            for part, part_grid in trial_items(item, grid, self._trial_mm(), folder):
-                expected = self._labels(self._run(part, part_grid, None).pred, part_grid)
-                found = self._labels(self._run(part, part_grid, replacement).pred, part_grid)
-                agreement = label_agreement(name, found, expected)
+            replacement = self._planned.with_runtime(choice, self.settings.device, folder)
+            for part, grid, expected in parts:
+                found = self._labels(self._run(part, grid, replacement), grid)
+                # OpenVINO computes in float32 where a processor has nothing else
+                computed = choice._replace(precision=replacement.precision)
+                agreement = label_agreement(computed, found, expected)
                 if agreement is not None:
                     return agreement
         except (VolumeError, MemoryError):
             raise  # the case cannot be segmented at all
         except Exception as error:
-            return Agreement(name, good=False, text=f"{name} fails: {describe_error(error)}")
+            return failed(choice, f"fails: {describe_error(error)}")
         return None
 
-    def _labels(self, pred: torch.Tensor, grid: Grid) -> LabelMap:
-        """Return the labels in an output of the bundle's postprocessing, as they are written."""
-        return checked_labels(pred, [grid], self.facts.labels, self.facts.names).labels
+    def _labels(self, output: ForeignOutput, grid: Grid) -> LabelMap:
+        """Return the labels in what the bundle gives, as they are written."""
+        return checked_labels(output.pred, [grid], self.facts.labels, self.facts.names).labels
 
-    def _trial_mm(self) -> float:
-        """Return how long a part is that holds overlapping windows along each axis, mm.
+    def _trial_mm(self) -> tuple[float, float]:
+        """Return length and width of a part that holds two overlapping windows, mm.
 
         It is 1.5 windows long; less where the bundle's own inferer would hold too many logits.
         """
-        spacing = [mm for mm in self.spacing or () if mm > 0]
+        spacing = max((mm for mm in self.spacing or () if mm > 0), default=1.0)
         copies = FLOAT32_BYTES * (STOCK_COPIES + 1) * max(self.facts.out_channels, 1)
         side = self._planned.longest_side
-        voxels: float = min(1.5 * side, max(1.125 * side, (TRIAL_BYTES / copies) ** (1 / 3)))
-        return voxels * max(spacing, default=1.0)
+        width = TRIAL_WIDTH * side
+        length = min(1.5 * side, max(1.125 * side, TRIAL_BYTES / copies / width**2))
+        return length * spacing, width * spacing
 
-    def _settle(self, runtime: str, replacement: Replacement | None, reason: str) -> None:
+    def _settle(self, choice: Choice, planned: Replacement | None, reason: str) -> None:
         device = self.settings.device
+        replacement = None if choice.runtime == STOCK else planned
         self._replacement = (
-            None if replacement is None else replacement.with_runtime(runtime, device)
+            None if replacement is None else replacement.with_runtime(choice, device)
         )
         self.description = {
-            "runtime": runtime,
-            "precision": "float32",
+            **choice._asdict(),
             "inferer": "the bundle's own"
             if replacement is None
             else f"volseg's, {replacement.words}",

@@ -95,16 +95,29 @@ def open_foreign(
             f"{root}: --labels-spacing applies to volseg's own bundles; the transforms of this one "
             "lead back to the grid of the input"
         )
-    if settings.get("precision", "auto") not in ("auto", "float32"):
-        raise ConfigError(
-            f"{root}: --precision {settings['precision']} applies to volseg's own bundles; this "
-            "one is computed in float32 (on a GPU, its own `amp` decides)"
-        )
-    opened = ForeignBundle(
-        ForeignSettings(root=root, device=resolve_device(device), **settings), facts, max_memory
-    )
+    chosen = ForeignSettings(root=root, device=resolve_device(device), **settings)
+    _check_precision(chosen)
+    opened = ForeignBundle(chosen, facts, max_memory)
     opened.engine()
     return opened
+
+
+def _check_precision(settings: ForeignSettings) -> None:
+    """Raise a ConfigError for a precision that cannot be had."""
+    precision = settings.precision
+    if precision in ("auto", "float32"):
+        return
+    if precision != "bfloat16":
+        raise ConfigError(
+            f"{settings.root}: --precision {precision} applies to volseg's own bundles; choose "
+            "float32 or bfloat16"
+        )
+    if settings.device.type != "cpu" or settings.runtime not in ("auto", "openvino"):
+        raise ConfigError(
+            f"{settings.root}: OpenVINO computes a bundle in MONAI's form in bfloat16, on a CPU: "
+            "leave out --precision, or choose --device cpu --runtime openvino (on a GPU, the "
+            "bundle's own `amp` decides)"
+        )
 
 
 class ForeignBundle:
@@ -268,7 +281,7 @@ class ForeignBundle:
         self.settings = replace(
             self.settings, runtime=decided["runtime"], precision=decided["precision"]
         )
-        self.engine().follow(decided["runtime"])
+        self.engine().follow(decided["runtime"], decided["precision"])
 
     def prepare_runtime(
         self, image: Any = None, scratch: Path | None = None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from monai.transforms import Activationsd, AsDiscreted, Invertd
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline.bundle.foreign.agreement import Choice
 from pipeline.errors import ConfigError
 from pipeline.inference import (
     FLOAT32_BYTES,
@@ -42,6 +43,9 @@ from pipeline.inference import (
 )
 from pipeline.io import Grid
 from pipeline.types import Affine, Array, NetworkFunction
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 Form = Literal["inverted", "labels", "logits"]
 WORDS = {
@@ -67,18 +71,24 @@ class Replacement:
         replaced: number of the first steps of the postprocessing that are left out.
         own: the bundle's own inferer.
         network: what computes a window.
+        conversion: of the bundle's network to OpenVINO.
     """
 
     form: Form
     replaced: int
     own: SlidingWindowInferer
     network: nn.Module
+    conversion: Conversion
 
     @property
     def roi_size(self) -> tuple[int, ...]:
         """Size of a window, voxels."""
-        roi = self.own.roi_size
-        return (roi,) * 3 if isinstance(roi, int) else tuple(roi)
+        return self.conversion.roi_size
+
+    @property
+    def precision(self) -> str:
+        """Precision of the arithmetic; before the first window, the one that was asked for."""
+        return self.network.precision if isinstance(self.network, ConvertedOnce) else "float32"
 
     @property
     def longest_side(self) -> int:
@@ -117,12 +127,12 @@ class Replacement:
         )
 
     def with_runtime(
-        self, name: str, device: torch.device, trial: Path | None = None
+        self, choice: Choice, device: torch.device, trial: Path | None = None
     ) -> Replacement:
         """Return the same replacement with a runtime for the network.
 
         Args:
-            name: `torch` or `openvino`.
+            choice: `torch` or `openvino`, and its precision.
             device: that computes.
             trial: folder, if OpenVINO is to compute the first window in a process of its own first,
                 because it might crash.
@@ -130,11 +140,11 @@ class Replacement:
         Raises:
             ConfigError: OpenVINO is for the CPU.
         """
-        if name == "torch":
+        if choice.runtime == "torch":
             return self
         if device.type != "cpu":
             raise ConfigError(f"OpenVINO runs on the CPU here, the device is {device}")
-        return replace(self, network=ConvertedOnce(self.network, self.roi_size, trial))
+        return replace(self, network=ConvertedOnce(self.conversion, choice.precision, trial))
 
     def inferer(
         self, grid: Grid, *, uncertainty: bool = False, probabilities: bool = False
@@ -161,7 +171,11 @@ def plan_replacement(evaluator: Any, transforms: Sequence[Any]) -> Replacement |
     if any(p.dtype != torch.float32 for p in network.parameters()):
         return "its network is not in float32"
     form, replaced = _form(transforms)
-    return Replacement(form=form, replaced=replaced, own=inferer, network=network)
+    roi = inferer.roi_size
+    conversion = Conversion(network, (roi,) * 3 if isinstance(roi, int) else tuple(roi))
+    return Replacement(
+        form=form, replaced=replaced, own=inferer, network=network, conversion=conversion
+    )
 
 
 def _inferer_problem(inferer: SlidingWindowInferer) -> str:
@@ -219,38 +233,31 @@ def _all(values: Sequence[Any], wanted: Any) -> bool:
     return all(value == wanted for value in values)
 
 
-class ConvertedOnce(nn.Module):
-    """A network in OpenVINO, converted for the first window that comes.
+class Conversion:
+    """A bundle's network as a model of OpenVINO, converted when it is first asked for.
 
     Args:
         network: in torch.
         roi_size: of its windows, voxels.
-        trial: folder, if a process of its own computes the first window first.
-
-    Shapes:
-        (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
     """
 
-    def __init__(
-        self, network: nn.Module, roi_size: Sequence[int], trial: Path | None = None
-    ) -> None:
-        super().__init__()
-        self.network, self.roi_size, self.trial = network, tuple(roi_size), trial
-        self._converted: OpenVinoNetwork | None = None
+    def __init__(self, network: nn.Module, roi_size: tuple[int, ...]) -> None:
+        self.network, self.roi_size = network, roi_size
+        self._model: ov.Model | None = None
 
-    def forward(self, window: torch.Tensor) -> Any:
-        if self._converted is None:
-            model = self._convert(window.shape[1])
-            if self.trial is not None:
-                compute_apart(model, window, "float32", self.trial)
-            self._converted = OpenVinoNetwork(model, "float32")
-        return self._converted(window).movedim(-1, 1)
-
-    def _convert(self, channels: int) -> Any:
+    def model(self, channels: int) -> ov.Model:
         """Return a model with the output (B, *roi_size, classes).
 
         OpenVINO computes in this order, and would hold a second copy in the order of torch.
+
+        Args:
+            channels: of the input.
         """
+        if self._model is None:
+            self._model = self._convert(channels)
+        return self._model
+
+    def _convert(self, channels: int) -> ov.Model:
         openvino = import_openvino()
         from openvino.preprocess import PrePostProcessor
 
@@ -259,7 +266,40 @@ class ConvertedOnce(nn.Module):
         ordered = PrePostProcessor(model)
         ordered.output(0).model().set_layout(openvino.Layout("NCDHW"))
         ordered.output(0).tensor().set_layout(openvino.Layout("NDHWC"))
-        return ordered.build()
+        built: ov.Model = ordered.build()
+        return built
+
+
+class ConvertedOnce(nn.Module):
+    """A network in OpenVINO, converted for the first window that comes.
+
+    Args:
+        conversion: of the network.
+        precision: that OpenVINO is asked for, `float32` or `bfloat16`.
+        trial: folder, if a process of its own computes the first window first.
+
+    Attributes:
+        precision: that OpenVINO really computes in; before the first window, the one asked for.
+
+    Shapes:
+        (B, C, *roi_size) → logits (B, classes, *roi_size) float32.
+    """
+
+    def __init__(
+        self, conversion: Conversion, precision: str = "float32", trial: Path | None = None
+    ) -> None:
+        super().__init__()
+        self.conversion, self.precision, self.trial = conversion, precision, trial
+        self._converted: OpenVinoNetwork | None = None
+
+    def forward(self, window: torch.Tensor) -> Any:
+        if self._converted is None:
+            model = self.conversion.model(window.shape[1])
+            if self.trial is not None:
+                compute_apart(model, window, self.precision, self.trial)
+            self._converted = OpenVinoNetwork(model, self.precision)
+            self.precision = self._converted.precision(window)
+        return self._converted(window).movedim(-1, 1)
 
 
 class BlockInferer(Inferer):

@@ -21,7 +21,7 @@ class ForeignSettings:
         overrides: id → value, from `parse_overrides`.
         overlap: of neighbouring windows, a fraction; None for the bundle's own.
         runtime: `auto`, `torch`, `openvino`, or `stock` for the bundle's own inferer.
-        precision: `auto` or `float32`.
+        precision: `auto`, `float32` or `bfloat16`.
         volume: which volume of 4D files, from 0; None for files of one volume, or of one volume per
             file of a case.
         uncertainty: whether the entropy of the class probabilities is computed.
