@@ -204,29 +204,68 @@ def _moved(
     """Return a scan whose head moved during the acquisition.
 
     Two to four times, lines of k-space away from its centre are those of a rotated and shifted
-    copy: the centre, which decides most of the picture, stays, and the others make ghosts.
+    copy: the centre, which decides most of the picture, stays, and the others make ghosts. The
+    median of the movement, weighted by the energy of the edges that each line holds, is zero: the
+    picture shows the head where its label map is.
 
     Args:
         scan: (X, Y, Z) intensities.
         spacing: (3,) mm.
-        severity: largest rotation, degrees, and shift, mm.
+        severity: largest rotation, degrees, and shift, mm, before the median is taken off.
         random: generator.
     """
     axis = int(random.integers(3))  # the direction of the phase encoding
-    lines = np.arange(scan.shape[axis])
-    spectrum = np.fft.fftshift(np.fft.fftn(scan).astype(np.complex64), axes=axis)
+    count = scan.shape[axis]
+    lines = np.arange(count)
+    central = np.abs(lines - count // 2) < 0.04 * count
     times = np.sort(random.uniform(0.0, 1.0, int(random.integers(2, 5))))
-    shape = [-1 if i == axis else 1 for i in range(3)]
+    spans, poses = [], [np.zeros(6)]  # a pose is three angles and three shifts
     for begin, end in zip(times, [*times[1:], 1.0], strict=True):
         angles = np.radians(random.uniform(-1, 1, 3) * severity)
-        shift = random.uniform(-1, 1, 3) * severity
-        moved = _rigidly_moved(scan, spacing, angles, shift)
-        other = np.fft.fftshift(np.fft.fftn(moved).astype(np.complex64), axes=axis)
-        within = (lines >= begin * len(lines)) & (lines < end * len(lines))
-        central = np.abs(lines - len(lines) // 2) < 0.04 * len(lines)
-        spectrum = np.where((within & ~central).reshape(shape), other, spectrum)
+        poses.append(np.concatenate([angles, random.uniform(-1, 1, 3) * severity]))
+        spans.append((lines >= begin * count) & (lines < end * count) & ~central)
+    energy = _edge_energy(scan, spacing, axis)
+    weights = [float(energy[span].sum()) for span in spans]
+    weights.insert(0, float(energy.sum()) - sum(weights))
+    from_median = np.array(poses) - _weighted_median(np.array(poses), np.array(weights))
+    spans.insert(0, np.ones(count, dtype=bool))
+    spectrum = np.zeros(scan.shape, np.complex64)
+    for span, pose in zip(spans, from_median, strict=True):
+        moved = _rigidly_moved(scan, spacing, *np.split(pose, 2)) if pose.any() else scan
+        within = span.reshape([-1 if i == axis else 1 for i in range(3)])
+        spectrum = np.where(within, _spectrum(moved, axis), spectrum)
     mixed = np.fft.ifftn(np.fft.ifftshift(spectrum, axes=axis))
     return np.abs(mixed).astype(np.float32)
+
+
+def _weighted_median(
+    values: NDArray[np.float64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the median of each column of (N, K) values, of which each row has a weight (N,)."""
+    order = values.argsort(axis=0)
+    so_far = weights[order].cumsum(axis=0)
+    middle = (so_far < weights.sum() / 2).sum(axis=0).clip(max=len(values) - 1)
+    row = np.take_along_axis(order, middle[None], axis=0)
+    median: NDArray[np.float64] = np.take_along_axis(values, row, axis=0)[0]
+    return median
+
+
+def _spectrum(scan: NDArray[np.float32], axis: int) -> NDArray[np.complex64]:
+    """Return k-space, with frequency 0 of an axis in the middle."""
+    return np.fft.fftshift(np.fft.fftn(scan).astype(np.complex64), axes=axis)
+
+
+def _edge_energy(
+    scan: NDArray[np.float32], spacing: NDArray[np.float64], axis: int
+) -> NDArray[np.float64]:
+    """Return the energy of the gradient of a scan in each line of k-space along an axis."""
+    along = [np.fft.fftfreq(size, mm) ** 2 for size, mm in zip(scan.shape, spacing, strict=True)]
+    squared = np.square(np.abs(_spectrum(scan, axis)), dtype=np.float64)
+    along[axis] = np.fft.fftshift(along[axis])
+    squared *= sum(np.ix_(*along))
+    others = tuple(n for n in range(3) if n != axis)
+    energy: NDArray[np.float64] = squared.sum(axis=others)
+    return energy
 
 
 def _rigidly_moved(

@@ -111,3 +111,26 @@ def test_what_is_empty_stays_so() -> None:
     changed, kept, _ = degrade(image, labels, np.eye(4), every)
     assert changed.shape == kept.shape == (9, 8, 7)  # 7 voxels are not two slices of 5
     assert np.array_equal(changed, image)
+
+
+def test_motion_leaves_the_picture_where_its_labels_are() -> None:
+    """The place at which edges before and after correlate best is the same place, on average."""
+    shape, spacing = (54, 60, 47), np.array([1.3, 1.0, 1.6])
+    texture = np.random.default_rng(3).normal(size=shape)
+    window = np.ones(shape)
+    for axis, size in enumerate(shape):
+        window *= np.hanning(size).reshape([-1 if n == axis else 1 for n in range(3)])
+    image = (100 + 900 * window * ndimage.gaussian_filter(texture, 2.0)).astype(np.float32)
+    labels = np.ones(shape, np.uint16)
+    edges = np.fft.fftn(ndimage.gaussian_laplace(image, 1.0))
+    distances = []
+    for seed in range(12):
+        degradation = Degradation(motion=6.0, seed=seed)
+        moved, _, _ = degrade(image, labels, np.diag([*spacing, 1.0]), degradation)
+        product = edges.conj() * np.fft.fftn(ndimage.gaussian_laplace(moved, 1.0))
+        peak = np.unravel_index(np.fft.ifftn(product).real.argmax(), shape)
+        offset = (np.array(peak) + np.array(shape) // 2) % shape - np.array(shape) // 2
+        distances.append(float(np.linalg.norm(offset * spacing)))
+    # most edges lie in one place; where two places hold about as many, either may correlate best
+    assert np.median(distances) < 1
+    assert np.mean(distances) < 2.5
