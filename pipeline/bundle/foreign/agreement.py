@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from pipeline.types import LabelMap
 
 MIN_VOXELS = 100  # of a label; smaller ones are not compared
 MIN_DICE = 0.999
+PROBLEM_WIDTH = 300  # characters of an error
 RULE = 3  # to be raised when the comparison or what is compared changes
 PACKAGES = ("volseg", "monai", "torch", "openvino")
 
@@ -62,8 +64,9 @@ class Agreement:
 
 
 def failed(choice: Choice, problem: str) -> Agreement:
-    """Return that a runtime gave no labels that could be compared."""
-    return Agreement(choice, good=False, text=f"{choice} {problem}", compared=False)
+    """Return that a runtime gave no labels that could be compared, and why."""
+    shown = textwrap.shorten(problem, PROBLEM_WIDTH, placeholder=" …")
+    return Agreement(choice, good=False, text=f"{choice} {shown}", compared=False)
 
 
 def label_agreement(choice: Choice, found: LabelMap, expected: LabelMap) -> Agreement | None:

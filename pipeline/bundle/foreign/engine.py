@@ -35,7 +35,7 @@ from pipeline.bundle.foreign.imports import BundleImports
 from pipeline.bundle.foreign.labels import checked_labels
 from pipeline.bundle.foreign.replacement import Replacement, plan_replacement
 from pipeline.bundle.foreign.settings import ForeignSettings
-from pipeline.bundle.foreign.wiring import open_parts, without_warnings
+from pipeline.bundle.foreign.wiring import open_parts, without_logs_of_others, without_warnings
 from pipeline.errors import ConfigError, VolumeError, describe_error
 from pipeline.inference import (
     FLOAT32_BYTES,
@@ -273,7 +273,8 @@ class ForeignEngine:
         try:
             replacement = self._planned.with_runtime(choice, self.settings.device, folder)
             for part, grid, expected in parts:
-                found = self._labels(self._run(part, grid, replacement), grid)
+                with without_logs_of_others():
+                    found = self._labels(self._run(part, grid, replacement), grid)
                 # OpenVINO computes in float32 where a processor has nothing else
                 computed = choice._replace(precision=replacement.precision)
                 agreement = label_agreement(computed, found, expected)

@@ -7,6 +7,7 @@ volseg, and the device is the one that was asked for.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import textwrap
 import warnings
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from logging import Logger
 from typing import Any
 
 import numpy as np
@@ -247,6 +249,24 @@ def without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextmanager
+def without_logs_of_others() -> Iterator[None]:
+    """Keep all loggers but volseg's quiet: Ignite logs an error's traceback several times."""
+    known = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, Logger)]
+    silenced = [
+        logger
+        for logger in [logging.root, *known]
+        if not logger.disabled and logger.name.partition(".")[0] != LOGGER.name
+    ]
+    for logger in silenced:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger in silenced:
+            logger.disabled = False
 
 
 @contextmanager
