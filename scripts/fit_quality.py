@@ -289,7 +289,7 @@ def method_text(
         f"The predicted Dice was fitted on {fits}, and scored on {len(tests)} images of the maps "
         f"{', '.join(held_out)}, which neither the network nor the fit had. Images are degraded by "
         "noise, motion, a bias field, thick slices, a cropped field of view, ringing, spikes and "
-        "lesions, whose chances and severities were fixed before anything was fitted. Of all "
+        "lesions, whose chances and severities were chosen for the range of the Dice alone. Of all "
         f"images {low:.0%} have a mean Dice below {LOW_DICE}, and {between:.0%} one from "
         f"{BETWEEN[0]} to {BETWEEN[1]} (mean Dice: {'; '.join(bins)})."
     )

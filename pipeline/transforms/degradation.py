@@ -82,7 +82,7 @@ CHANCES: Mapping[str, float] = {
     "spikes": 0.05,
     "lesions": 0.2,
 }
-INTACT = 0.25  # chance of a scan without any degradation
+INTACT = 0.2  # chance of a scan without any degradation
 LARGEST_NOISE, LARGEST_MOTION, LARGEST_BIAS, LARGEST_CROP = 0.15, 6.0, 0.5, 0.35
 THINNEST, THICKEST = 2, 7  # slices, voxels
 LEAST_RINGING, MOST_RINGING = 0.3, 0.7
