@@ -153,7 +153,7 @@ def test_bfloat16_on_request(
     """It may change labels, as long as volseg's inferer gives the bundle's own in float32."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     root, files = zoo_bundle(tmp_path / "b", "json"), images(tmp_path / "in", "json")
-    real = engine.label_agreement
+    real = agreement.label_agreement
 
     def worse(choice: agreement.Choice, *labels: Any) -> agreement.Agreement | None:
         least = 0.999 if choice == engine.OPENVINO_FLOAT32 else 2.0
