@@ -260,7 +260,7 @@ def _describe(network: TorchNetwork | OpenVinoNetwork, x: torch.Tensor) -> Runti
 
 
 class TorchNetwork:
-    """A network as it runs in torch: inference mode, channels last, autocast below float32.
+    """A network as it runs in torch: no gradients, channels last, autocast below float32.
 
     Args:
         network: its kernels are brought into channels-last order in place.
@@ -279,7 +279,8 @@ class TorchNetwork:
         autocast = torch.autocast(
             x.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
-        with torch.inference_mode(), autocast:
+        # not in inference mode, whose tensors cannot be changed in place after it
+        with torch.no_grad(), autocast:
             return self.network(x.to(memory_format=layout))
 
     def precision(self, x: torch.Tensor) -> str:

@@ -307,6 +307,8 @@ def test_a_bundle_with_a_cascade_opens_and_uses_it(tmp_path: Path) -> None:
     )
     assert both.labels.shape == image.shape
     assert not np.array_equal(both.labels, alone.labels)
+    in_torch = open_bundle(root, device="cpu", runtime="torch", precision="float32")
+    assert np.mean(predict_case(in_torch, image).labels != both.labels) < 0.05
     assert model.identity()["cascade_sha256"]
     assert not replace(model, inversion=LabelInversion(spec)).identity()["cascade_sha256"]
 
