@@ -79,6 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=60, help="Number of cases to train with.")
     parser.add_argument("--cases", type=int, default=5, help="Number of cases to segment.")
     parser.add_argument("--only", nargs="*", default=[], help="Names of variants to run.")
+    parser.add_argument("--precision", default="float32", help="Of volseg; nnU-Net has float32.")
     parser.add_argument("--dice", type=float, default=0.995, help="Smallest Dice per label.")
     return parser.parse_args()
 
@@ -155,7 +156,9 @@ def dice(first: Array, second: Array, value: int) -> float:
     return 1.0 if total == 0 else float(2 * (in_first & in_second).sum() / total)
 
 
-def compare(variant: Variant, model: Path, test: list[Case], out: Path, tools: Path) -> float:
+def compare(
+    variant: Variant, model: Path, test: list[Case], out: Path, tools: Path, precision: str
+) -> float:
     """Segment the cases by both, print how far they agree, and return the lowest Dice."""
     work = out / "compared" / variant.name
     shutil.rmtree(work, ignore_errors=True)
@@ -177,7 +180,7 @@ def compare(variant: Variant, model: Path, test: list[Case], out: Path, tools: P
     options = ["-f", *folds, "--disable_tta", "-device", "cpu", "-npp", "1", "-nps", "1"]
     their_seconds = timed([*predict, *options], environment(out))
     # the first call also converts the network for OpenVINO, which is kept
-    segment = [*volseg, "segment", scans, "-b", bundle]
+    segment = [*volseg, "segment", scans, "-b", bundle, "--precision", precision]
     first_seconds = timed([*segment, "-o", work / "first"], dict(os.environ))
     our_seconds = timed([*segment, "-o", ours], dict(os.environ))
     lowest: dict[str, list[float]] = {}
@@ -232,7 +235,8 @@ def main() -> None:
         if not args.only or variant.name in args.only:
             trained = train_model(variant, args.minutes, out, python)
             model = with_spacing(trained, variant, out)
-            lowest = min(lowest, compare(variant, model, test, out, python.parent))
+            dice = compare(variant, model, test, out, python.parent, args.precision)
+            lowest = min(lowest, dice)
     print(f"lowest Dice between the two: {lowest:.5f}")
     sys.exit(0 if lowest >= args.dice else 1)
 
