@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import pipeline
-from pipeline.bundle import export_bundle, shipped_bundles
+from pipeline.bundle import export_bundle, open_bundle, shipped_bundles
 from pipeline.inference import LabelInversion
 
 pytestmark = pytest.mark.system
@@ -47,9 +47,9 @@ def run(python: Path, script: str, *arguments: object, cwd: Path) -> None:
 
 def first_labels(bundle: str) -> np.ndarray:
     """Return the labels of the bundle's first network alone, in float32."""
-    model = pipeline.load(bundle, device="cpu", precision="float32")
+    model = open_bundle(bundle, device="cpu", precision="float32")
     alone = replace(model, inversion=LabelInversion(model.spec))
-    return np.asarray(pipeline.segment(alone, volume(bundle)).labels)
+    return np.asarray(alone.predict_case(volume(bundle)).labels)
 
 
 def own_labels(bundle: str) -> np.ndarray:
