@@ -234,11 +234,9 @@ class ForeignEngine:
                 reason,
             )
             last = Agreement(Choice(STOCK), good=True, text=reason)
-            self._settle(last.choice, None, reason)
-        else:
-            if last.choice == TORCH_FLOAT32 and len(tried) > 1:
-                LOGGER.warning("%s: computed in torch, not in OpenVINO (%s)", folder, reason)
-            self._settle(last.choice, self._planned, reason)
+        elif last.choice == TORCH_FLOAT32 and len(tried) > 1:
+            LOGGER.warning("%s: computed in torch, not in OpenVINO (%s)", folder, reason)
+        self._settle(last.choice, self._planned, reason)
         if asked == AUTO:  # what was asked for is no decision for those who do not ask
             store_decision(
                 self.facts, self.settings, Agreement(last.choice, good=True, text=reason)
