@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipeline.batch import run_bundle
 from pipeline.bundle import parse_spec
-from pipeline.config import load_run, load_spec
+from pipeline.config import load_spec
 from pipeline.inference import (
     LabelInversion,
     Model,
@@ -38,6 +38,7 @@ from pipeline.training import (
     training_loader,
     weight_average,
 )
+from pipeline.training import load_bundle_run as load_run
 from pipeline.transforms import preprocessing, training_transform
 
 __all__ = [

@@ -4,7 +4,8 @@
 
 The images have voxels of 1 mm by default and the field of view of the run's training patches, or
 the one of `--field`: `--field 180 230 230` holds whole heads. The run's `synthesis` gives the
-distribution of contrasts. The same seed gives the same dataset.
+distribution of contrasts; KEY=VALUE changes it, such as synthesis.t1_chance=1. The same seed gives
+the same dataset.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.types import Affine, Array
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
+@click.argument("changes", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder for the dataset."
 )
@@ -42,6 +44,7 @@ from pipeline.types import Affine, Array
 @click.option("--seed", default=0, show_default=True, help="Seed of the random numbers.")
 def main(
     config: Path,
+    changes: tuple[str, ...],
     output: Path,
     count: int,
     spacing: float,
@@ -49,7 +52,7 @@ def main(
     seed: int,
 ) -> None:
     """Synthesise images from the label maps that the run of CONFIG holds out."""
-    run, _ = read_run(config)
+    run, _ = read_run(config, changes)
     if run.synthesis is None or not run.hold_out:
         raise ConfigError(f"{config}: expected a run with synthesis and hold_out")
     spec = load_spec(Path(run.bundle) / "configs" / "spec.yaml")
@@ -76,7 +79,8 @@ def main(
     labels = {str(value): name for name, value in spec.labels.items()}
     dataset = {"labels": labels, "modality": {"0": "MR"}, "training": pairs}
     write_json(output / "dataset.json", dataset)
-    origin = f"Made by scripts/synthesize.py from {config}, seed {seed}.\n"
+    settings = " ".join([str(config), *changes])
+    origin = f"Made by scripts/synthesize.py from {settings}, seed {seed}.\n"
     write_atomically(output / "README", origin.encode())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -127,6 +128,7 @@ class CaseWorker:
     overwrite: bool = False
     may_publish: Callable[[str], bool] | None = None
     _peaks: PeakMemory = field(default_factory=PeakMemory)
+    _is_prepared: bool = False
     _computed: Mapping[str, Any] | None = None
 
     def prepare_network(self) -> None:
@@ -136,16 +138,27 @@ class CaseWorker:
             PipelineError: this process cannot do so.
         """
         self._computed = settle_runtime(self.out, self.model)
+        self._is_prepared = True
 
-    def run(self, tasks: Iterable[Task], emit: Callable[[str, CaseRecord | None], None]) -> None:
+    def run(
+        self,
+        tasks: Iterable[Task],
+        emit: Callable[[str, CaseRecord | None], None],
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Do tasks; reading and writing overlap with the network, unless memory is limited.
+
+        The network is prepared first, unless it is already; the first case is read meanwhile, but
+        not one that must be alone: if this process dies then, the case is not to blame.
 
         Args:
             tasks: an iterator that may wait for the next task.
             emit: called with the name and the record of each task, once it is on the disk; without
                 a record for a case that another run has taken over.
+            ready: called once the network is prepared.
 
         Raises:
+            PipelineError: this process cannot prepare the network.
             RunStoppedError: nothing more can be written.
         """
         concurrent = self.model.max_memory is None
@@ -153,7 +166,20 @@ class CaseWorker:
         def write(job: _Job) -> None:
             emit(job.task.name, self._write(job))
 
-        run_stages(tasks, self._read, self._compute, write, concurrent=concurrent)
+        prepared = threading.Event()
+
+        def prepare() -> None:
+            if not self._is_prepared:
+                self.prepare_network()
+            ready()
+            prepared.set()
+
+        def read(task: Task) -> _Job:
+            if task.alone:
+                prepared.wait()
+            return self._read(task)
+
+        run_stages(tasks, read, self._compute, write, concurrent=concurrent, prepare=prepare)
 
     def _read(self, task: Task) -> _Job:
         """Begin a case: check its name and files, read and preprocess it."""

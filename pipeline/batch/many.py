@@ -61,7 +61,12 @@ class _ImageWork:
         torch.set_num_threads(threads)
         self.model = on_own_gpu(self.model, number, torch.cuda.device_count())
 
-    def run(self, items: Iterator[_Item], emit: Callable[[Hashable, Any], None]) -> None:
+    def run(
+        self,
+        items: Iterator[_Item],
+        emit: Callable[[Hashable, Any], None],
+        ready: Callable[[], None],
+    ) -> None:
         concurrent = self.model.max_memory is None
 
         def read(item: _Item) -> tuple[_Item, PreparedCase | PipelineError | None]:
@@ -78,7 +83,7 @@ class _ImageWork:
         def write(pair: tuple[int, Result]) -> None:
             emit(pair[0], pair)
 
-        run_stages(items, read, compute, write, concurrent=concurrent)
+        run_stages(items, read, compute, write, concurrent=concurrent, prepare=ready)
 
 
 def predict_many(

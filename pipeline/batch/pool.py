@@ -69,15 +69,22 @@ class Work(Protocol):
     """What a worker does, in its own process."""
 
     def start(self, number: int, threads: int) -> None:
-        """Prepare; called once.
+        """Settle what is quickly settled; called once, before any item is there.
 
         Args:
             number: of the worker, from 0; one that replaces a dead one gets its number.
             threads: that the worker may use.
         """
 
-    def run(self, items: Iterator[Any], emit: Emit) -> None:
-        """Do items until there are no more, and emit the name and the result of each."""
+    def run(self, items: Iterator[Any], emit: Emit, ready: Callable[[], None]) -> None:
+        """Do items until there are no more, and emit the name and the result of each.
+
+        Args:
+            items: waits for the next item.
+            emit: sends a result.
+            ready: is called once the work is prepared. Items may be read before, but none that
+                must be alone: if a worker dies with one before it is ready, no item is to blame.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ class _Worker(Generic[I]):
     number: int
     process: Any
     connection: Connection
+    started: bool = False
     ready: bool = False
     in_flight: dict[Hashable, I] = field(default_factory=dict)
     since: float = 0.0  # when the oldest item became the oldest
@@ -290,7 +298,9 @@ class Pool(Generic[I]):
         try:
             while worker.connection.poll():
                 kind, content = worker.connection.recv()
-                if kind == "ready":
+                if kind == "started":
+                    worker.started = True
+                elif kind == "ready":
                     worker.ready, worker.since = True, time.monotonic()
                 elif kind == "error":
                     worker.error = content
@@ -313,9 +323,11 @@ class Pool(Generic[I]):
         if worker.error is not None:
             raise worker.error
         why = _death(worker.process.exitcode)
-        if not worker.ready:
+        items = tuple(worker.in_flight.values())
+        # no item had been read, so that none is to blame
+        if not worker.started or (not worker.ready and all(item.alone for item in items)):
             raise RunStoppedError(f"a worker process could not start: {why}")
-        on_event(Died(tuple(worker.in_flight.values()), why))
+        on_event(Died(items, why))
 
     def _is_late(self, worker: _Worker[I]) -> bool:
         if self.timeout is None or not worker.ready or not worker.in_flight:
@@ -386,8 +398,10 @@ def _worker_main(
 
     try:
         work.start(number, threads)
-        send("ready")
-        work.run(items(), lambda name, result: send("result", (name, result)))
+        send("started")
+        work.run(
+            items(), lambda name, result: send("result", (name, result)), lambda: send("ready")
+        )
     except PipelineError as error:
         with suppress(OSError):
             send("error", error)

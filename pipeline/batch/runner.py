@@ -296,7 +296,6 @@ def _with_name(case: Case) -> Case:
 def local_executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -> None:
     """Do the cases in this process, one after the other."""
     guard.claims.beat_in_thread()
-    worker.prepare_network()
 
     def finish(name: str, record: CaseRecord | None) -> None:
         coordinator.finished(name, record)
@@ -322,10 +321,14 @@ class _CaseWork:
     def start(self, number: int, threads: int) -> None:
         torch.set_num_threads(threads)
         self.worker.model = on_own_gpu(self.worker.model, number, torch.cuda.device_count())
-        self.worker.prepare_network()
 
-    def run(self, items: Iterator[Task], emit: Callable[[Hashable, Any], None]) -> None:
-        self.worker.run(items, emit)
+    def run(
+        self,
+        items: Iterator[Task],
+        emit: Callable[[Hashable, Any], None],
+        ready: Callable[[], None],
+    ) -> None:
+        self.worker.run(items, emit, ready)
 
 
 def pool_executor(

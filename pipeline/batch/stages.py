@@ -51,6 +51,7 @@ def run_stages(
     write: Callable[[B], None],
     *,
     concurrent: bool,
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Pass each item through three functions, in order.
 
@@ -60,13 +61,16 @@ def run_stages(
         compute: runs in the caller's thread.
         write: runs in a thread of its own.
         concurrent: whether the stages overlap; else each item is finished before the next begins.
+        prepare: runs once in the caller's thread, before it computes; the first item is read
+            meanwhile, if the stages overlap.
 
     Raises:
         BaseException: what a stage raised; the items that wait are dropped, a write is finished.
     """
     if concurrent:
-        _Stages(items, read, compute, write).run()
+        _Stages(items, read, compute, write, prepare).run()
         return
+    prepare()
     for item in items:
         write(compute(read(item)))
 
@@ -80,8 +84,10 @@ class _Stages(Generic[T, A, B]):
         read: Callable[[T], A],
         compute: Callable[[A], B],
         write: Callable[[B], None],
+        prepare: Callable[[], None],
     ) -> None:
         self.items, self.read, self.compute, self.write = items, read, compute, write
+        self.prepare = prepare
         self.ahead: _Channel[A] = _Channel()
         self.behind: _Channel[B] = _Channel()
         # a channel alone would let a second item be read ahead
@@ -119,6 +125,7 @@ class _Stages(Generic[T, A, B]):
         self.ahead.put(None)
 
     def _computing(self) -> None:
+        self.prepare()
         while (item := self.ahead.get()) is not None:
             self.may_read.release()
             self.behind.put(self.compute(item))

@@ -29,7 +29,7 @@ from pipeline.training.optimisation import (
 )
 from pipeline.training.precision import TrainingInferer, emulates_bfloat16
 from pipeline.training.trainer import read_run, train, train_bundle
-from pipeline.training.transfer import EncoderFreeze, start_from
+from pipeline.training.transfer import EncoderFreeze, load_bundle_run, start_from
 from pipeline.training.validation import Validation
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "emulates_bfloat16",
     "initialise",
     "is_first_process",
+    "load_bundle_run",
     "prepare_batch",
     "read_run",
     "start_from",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import log
 from pathlib import Path
 
 import torch
@@ -10,17 +12,90 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from pipeline.bundle import find_bundle
-from pipeline.config import BundlePaths, Run
+from pipeline.config import BundlePaths, Run, Spec, load_run, load_spec
 from pipeline.errors import ConfigError, ReadError
 from pipeline.log import LOGGER
 from pipeline.networks import member_states, read_state
 from pipeline.training.distributed import is_first_process, is_single_process
+from pipeline.types import PathOrStr
 
 State = Mapping[str, torch.Tensor]
 
 ENCODER = ("encoder.", "bottleneck.")  # how the names of the encoder's entries begin in a U-Net
 FIRST_LAYER = "encoder.0."
 MAX_NAMES = 8  # so many tensors that do not fit are named in a message
+
+
+def load_bundle_run(path: PathOrStr) -> Run:
+    """Return the run of a bundle; a bundle that it starts from is replaced by its file of weights.
+
+    Of a bundle with two networks, it starts from the one whose voxels are nearer in size to its
+    own.
+
+    Args:
+        path: run.yaml, next to the spec.yaml of the bundle.
+
+    Raises:
+        ConfigError: a file cannot be read, or there is no such bundle or file.
+    """
+    run = load_run(path)
+    if run.start is None:
+        return run
+    spec = load_spec(BundlePaths(Path(path).parent.parent).spec)
+    return replace(run, start=str(starting_weights(run.start, spec)))
+
+
+def starting_weights(start: str, spec: Spec | None = None) -> Path:
+    """Return the file of weights that a run starts from.
+
+    Args:
+        start: such a file, or a bundle (its folder or name).
+        spec: of the network that starts, which chooses between two networks of a bundle; None
+            takes the first one.
+
+    Raises:
+        ConfigError: there is no such bundle or file.
+    """
+    if Path(start).is_file():
+        return Path(start)
+    try:
+        paths = BundlePaths(find_bundle(start))
+        source = load_spec(paths.spec)
+    except ConfigError as error:
+        raise ConfigError(f"run.start: {error}") from error
+    second = source.cascade_spec
+    if spec is None or second is None or not _is_nearer(spec, second, source):
+        return paths.weights
+    if is_first_process():
+        LOGGER.info(
+            "start: the second network of %s, whose voxels (%s mm) or features are nearer to this "
+            "one (%s mm) than those of the first (%s mm)",
+            start,
+            *(_in_words(one.spacing) for one in (second, spec, source)),
+        )
+    return paths.cascade_weights
+
+
+def _is_nearer(spec: Spec, second: Spec, first: Spec) -> bool:
+    """Return whether a network starts from the second one of a bundle, instead of the first."""
+    if second.network.features != spec.network.features:
+        return False
+    if first.network.features != spec.network.features:
+        return True
+    return _voxel_ratio(spec, second) < _voxel_ratio(spec, first)
+
+
+def _voxel_ratio(spec: Spec, other: Spec) -> float:
+    """Return how far two voxel sizes differ: the sum over the axes of the logarithm of the ratio.
+
+    An axis whose spacing a spec leaves open does not count.
+    """
+    axes = zip(spec.spacing, other.spacing, strict=True)
+    return sum(abs(log(a / b)) for a, b in axes if a is not None and b is not None)
+
+
+def _in_words(spacing: Sequence[float | None]) -> str:
+    return "×".join("any" if mm is None else f"{mm:g}" for mm in spacing)
 
 
 def start_from(network: nn.Module, run: Run) -> None:
@@ -91,12 +166,10 @@ def read_start(start: str) -> dict[str, torch.Tensor]:
     Raises:
         ConfigError: there is no such bundle or file, or it holds no weights.
     """
-    path = Path(start)
+    path = starting_weights(start)
     try:
-        if not path.is_file():
-            path = BundlePaths(find_bundle(start)).weights
         return read_state(path)
-    except (ReadError, ConfigError) as error:
+    except ReadError as error:
         raise ConfigError(f"run.start: {error}") from error
 
 

@@ -21,6 +21,7 @@ from pipeline.log import LOGGER
 from pipeline.networks import save_weights
 from pipeline.training.distributed import from_first_process, is_first_process
 from pipeline.training.optimisation import Budget
+from pipeline.transforms import crop_size
 from pipeline.types import Array, Case, PathOrStr
 
 DICE = "dice"
@@ -41,9 +42,9 @@ class Validation:
     `patience`, the run ends when it has stopped rising.
 
     Before the final validation the weights are written to the bundle: a run that is killed during
-    it has lost its scores only. A run with a time limit predicts one case before its first step, so
-    that its budget keeps the time of the final validation. A validation that takes longer stops
-    when the limit is reached, and its scores are those of the cases so far.
+    it has lost its scores only. A run with a time limit prepares the network and predicts one case
+    before its first step, so that its budget keeps the time of the final validation. A validation
+    that takes longer stops when the limit is reached, and its scores are those of the cases so far.
 
     Args:
         model: model whose network has the averaged weights.
@@ -142,8 +143,10 @@ class Validation:
         seconds = 0.0
         if is_first_process():
             started = time.monotonic()
+            prepare_network(self.model)
+            prepared = time.monotonic()
             mean_dice(self.model, self.cases[:1])
-            seconds = len(self.cases) * (time.monotonic() - started)
+            seconds = prepared - started + len(self.cases) * (time.monotonic() - prepared)
         if self.budget is not None:
             self.budget.reserve(seconds)
             self.budget.warn_if_short()
@@ -185,6 +188,14 @@ class Validation:
         self.best_dice = state_dict["best"]
         self.validations_without_gain = state_dict["waited"]
         self.last_iteration = state_dict["at"]
+
+
+@torch.no_grad()
+def prepare_network(model: Model) -> None:
+    """Compute one window, so that the network is converted for the runtime before it is timed."""
+    model.network.eval()
+    shape = (1, len(model.spec.channels), *crop_size(model.spec))
+    model.inferer(torch.zeros(shape, device=model.device), model.network)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.batch.pool import IN_FLIGHT, Died, Finished, Pool, TimedOut
+from pipeline.batch.pool import IN_FLIGHT, Died, Emit, Finished, Pool, TimedOut
 from pipeline.batch.stages import run_stages
 from pipeline.errors import ConfigError, PipelineError, RunStoppedError
 
@@ -79,7 +80,7 @@ class Work:
     def start(self, number: int, threads: int) -> None:
         act(self.start_action)
 
-    def run(self, items: Iterator[Job], emit: Callable[[Hashable, Any], None]) -> None:
+    def run(self, items: Iterator[Job], emit: Emit, ready: Callable[[], None]) -> None:
         def compute(job: Job) -> Job:
             act(job.action)
             return job
@@ -87,7 +88,7 @@ class Work:
         def write(job: Job) -> None:
             emit(job.name, (job.name, str(os.getpid())))
 
-        run_stages(items, lambda job: job, compute, write, concurrent=True)
+        run_stages(items, lambda job: job, compute, write, concurrent=True, prepare=ready)
 
 
 def act(action: str) -> None:
@@ -203,7 +204,7 @@ def test_the_start_of_a_worker_is_not_the_time_of_an_item() -> None:
 class Overlaps(Work):
     """Emits how many items were under way while each was done."""
 
-    def run(self, items: Iterator[Job], emit: Callable[[Hashable, Any], None]) -> None:
+    def run(self, items: Iterator[Job], emit: Emit, ready: Callable[[], None]) -> None:
         taken: list[Job] = []
         done = 0
 
@@ -220,7 +221,7 @@ class Overlaps(Work):
             emit(job.name, (job.name, len(taken) - done))
             done += 1
 
-        run_stages(items, read, compute, write, concurrent=True)
+        run_stages(items, read, compute, write, concurrent=True, prepare=ready)
 
 
 def test_items_that_must_be_alone_are_alone() -> None:
@@ -240,6 +241,51 @@ def test_a_worker_that_cannot_start_ends_the_run(action: str) -> None:
     """With the reason, instead of starting it for ever."""
     with pytest.raises(RunStoppedError, match="a worker process could not start"):
         run(Jobs([Job(1)]), work=Work(action))
+    assert not left_over()
+
+
+@dataclass
+class Prepares(Work):
+    """Reads while it prepares, which takes a moment or fails; it reads no item that is alone."""
+
+    preparation: str = "wait"
+
+    def run(self, items: Iterator[Job], emit: Emit, ready: Callable[[], None]) -> None:
+        prepared = threading.Event()
+
+        def prepare() -> None:
+            time.sleep(0.3)
+            act(self.preparation)
+            ready()
+            prepared.set()
+
+        def read(job: Job) -> Job:
+            if job.alone:
+                prepared.wait()
+            act(job.action)
+            return job
+
+        def write(job: Job) -> None:
+            emit(job.name, (job.name, ""))
+
+        run_stages(items, read, lambda job: job, write, concurrent=True, prepare=prepare)
+
+
+@pytest.mark.parametrize("action", ["SIGKILL", "exit"])
+def test_an_item_that_kills_while_the_worker_prepares_is_to_blame(action: str) -> None:
+    """It is tried once more alone, after the preparation; the others are done."""
+    source = Jobs([Job(number, action if number == 0 else "ok") for number in range(7)])
+    run(source, work=Prepares())
+    assert source.died_alone == [0]
+    assert sorted(name for name, _ in source.results) == list(range(1, 7))
+
+
+def test_a_preparation_that_kills_ends_the_run() -> None:
+    """It dies again with an item that is alone, which had not been read."""
+    source = Jobs([Job(number) for number in range(3)])
+    with pytest.raises(RunStoppedError, match="a worker process could not start"):
+        run(source, work=Prepares(preparation="SIGKILL"))
+    assert source.died_alone == []
     assert not left_over()
 
 
@@ -287,7 +333,8 @@ class Stubborn:
 class DeletesSlowly(Work):
     """Is asked to end while an object is deleted."""
 
-    def run(self, items: Iterator[Job], emit: Callable[[Hashable, Any], None]) -> None:
+    def run(self, items: Iterator[Job], emit: Emit, ready: Callable[[], None]) -> None:
+        ready()
         for job in items:
             emit(job.name, (job.name, ""))
             stubborn = Stubborn()
@@ -380,7 +427,8 @@ class Work:
     def start(self, number, threads):
         pass
 
-    def run(self, items, emit):
+    def run(self, items, emit, ready):
+        ready()
         for item in items:
             emit(item.name, item.name)
 

@@ -33,6 +33,52 @@ def test_items_pass_all_stages_in_order(count: int, concurrent: bool) -> None:
     assert written == [10 * item + 1 for item in range(count)]
 
 
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_the_first_item_is_read_while_the_computation_is_prepared(concurrent: bool) -> None:
+    """And no other; without overlap the preparation comes first."""
+    events: list[str] = []
+
+    def read(item: int) -> int:
+        events.append(f"read {item}")
+        return item
+
+    def prepare() -> None:
+        time.sleep(0.1)
+        events.append("prepared")
+
+    def compute(item: int) -> int:
+        events.append(f"compute {item}")
+        return item
+
+    run_stages(
+        numbers(3), read, compute, lambda item: None, concurrent=concurrent, prepare=prepare
+    )
+    first = ["read 0", "prepared"] if concurrent else ["prepared", "read 0"]
+    assert events[:2] == first
+    assert events.count("prepared") == 1
+
+
+def test_a_preparation_that_fails_ends_the_stages() -> None:
+    """Also while the first item is still being read."""
+    reading = threading.Event()
+
+    def prepare() -> None:
+        raise RuntimeError("cannot")
+
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="cannot"):
+        run_stages(
+            numbers(3),
+            lambda item: reading.wait(60),
+            lambda item: item,
+            lambda item: None,
+            concurrent=True,
+            prepare=prepare,
+        )
+    assert time.monotonic() - begun < 30
+    reading.set()
+
+
 def test_at_most_one_item_is_read_ahead() -> None:
     """While an item is computed, the next one is read and no other."""
     begun: list[int] = []

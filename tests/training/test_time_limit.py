@@ -194,7 +194,10 @@ def test_weights_are_written_before_the_final_validation(
 def test_a_run_with_a_limit_reserves_the_time_of_its_final_validation(
     tmp_path: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the first step one case is predicted; each validation measures the time again."""
+    """Before the first step the network is prepared and one case predicted.
+
+    Each validation measures the time again.
+    """
     clock = Clock()
     asked: list[int] = []
 
@@ -203,7 +206,11 @@ def test_a_run_with_a_limit_reserves_the_time_of_its_final_validation(
         clock.now += 5 * len(cases)
         return {"dice": 0.5}
 
+    def prepare(model: Model) -> None:
+        clock.now += 7
+
     monkeypatch.setattr(validation_module, "mean_dice", slow)
+    monkeypatch.setattr(validation_module, "prepare_network", prepare)
     monkeypatch.setattr("pipeline.training.validation.time.monotonic", clock)
     budget = Budget(10.0, now=clock)
     reserved: list[float] = []
@@ -214,7 +221,7 @@ def test_a_run_with_a_limit_reserves_the_time_of_its_final_validation(
     trainer.state.metrics = {}
     trainer.run(range(2), max_epochs=1)
     assert asked == [1, 3]
-    assert reserved[0] == 15.0
+    assert reserved[0] == 22.0  # the network is prepared once, not for each of the three cases
     assert trainer.state.metrics[VALIDATION_SECONDS] == 15.0
 
 

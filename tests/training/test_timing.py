@@ -13,9 +13,11 @@ from phantom import RUN, parse_spec
 from pipeline.config.parser import parse_config
 from pipeline.config.run import Run
 from pipeline.config.spec import Spec
+from pipeline.inference.sliding_window import WindowInferer
 from pipeline.io.layouts import find_pairs
 from pipeline.training.planning import timing
 from pipeline.training.planning.timing import (
+    AFTER_NETWORK,
     PROBE_SECONDS,
     STARTUP_SECONDS,
     TIMED_STEPS,
@@ -82,6 +84,29 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
 
 def measure(spec: Spec, run: Run, cases: list[Case]) -> TrainingTimes:
     return time_training(spec, run, cases, training_cases=10, validation_cases=3)
+
+
+@pytest.mark.parametrize("many_windows", [False, True])
+def test_a_validation_prepares_the_network_once(
+    many_windows: bool,
+    clock: _Clock,
+    spec: Spec,
+    cases: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first window of new weights takes 40 s longer here, because it converts the network."""
+    calls: list[int] = []
+
+    def call(self: WindowInferer, *args: Any, **kwargs: Any) -> None:
+        clock.now += 2 if calls else 42
+        calls.append(1)
+
+    monkeypatch.setattr(WindowInferer, "__call__", call)
+    monkeypatch.setattr(timing, "TIMED_WINDOWS", 0 if many_windows else 1_000)
+    monkeypatch.setattr(timing, "_count_windows", lambda shape, spec: 5)
+    times = measure(spec, run_with(), cases)
+    per_case = (1 + AFTER_NETWORK) * 2 * (5 if many_windows else 1)
+    assert times.validation == pytest.approx(40 + 3 * per_case, abs=0.1)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from ignite.engine import Engine
 from phantom import make_bundle, parse_spec
 from torch import nn
 
+from pipeline.bundle import find_bundle
+from pipeline.config import BundlePaths, read_yaml
 from pipeline.config.run import Run
 from pipeline.errors import ConfigError
 from pipeline.networks import Ensemble, UNet, build_network
+from pipeline.parts import load_run
 from pipeline.training.optimisation import Budget, build_optimizer, build_schedule
 from pipeline.training.transfer import EncoderFreeze, encoder_parameters, start_from
 
@@ -140,6 +144,49 @@ def test_a_bundle_is_a_start(tmp_path: Path) -> None:
     for name, tensor in net.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, stored[name].float())
+
+
+@pytest.mark.parametrize(
+    ("spacing", "features", "weights"),
+    [
+        ([1.0, 1.0, 1.2], None, "model_cascade.pt"),
+        ([2.0, 1.5, 2.0], None, "model.pt"),
+        ([1.3, None, 1.3], None, "model_cascade.pt"),
+        ([None, None, None], None, "model.pt"),
+        ([1.0, 1.0, 1.0], [8, 16, 32, 64, 80], "model.pt"),
+    ],
+)
+def test_of_two_networks_the_one_with_voxels_of_nearer_size_is_the_start(
+    spacing: list[float | None],
+    features: list[int] | None,
+    weights: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The brain model's second network has voxels of 1 mm, its first 1.7 mm; the log says which.
+
+    Where neither has the features of the network that starts, it is the first.
+    """
+    brain = BundlePaths(find_bundle("brain_mr_structures"))
+    source = read_yaml(brain.spec, "spec")
+    network = source["network"] | ({} if features is None else {"features": features})
+    configs = tmp_path / "mine" / "configs"
+    configs.mkdir(parents=True)
+    spec = {
+        "labels": {"background": 0, "hippocampus": 1},
+        "channels": ["MR"],
+        "spacing": spacing,
+        "roi_size": [32, 48, 32],
+        "network": network,
+    }
+    (configs / "spec.yaml").write_text(yaml.safe_dump(spec))
+    run = {"bundle": "mine", "dataset": "d", "epochs": 1, "batch_size": 1, "learning_rate": 0.1}
+    run["start"] = "brain_mr_structures"
+    (configs / "run.yaml").write_text(yaml.safe_dump(run))
+    with caplog.at_level(logging.INFO, logger="volseg"):
+        loaded = load_run(configs / "run.yaml")
+    assert loaded.start == str(brain.models / weights)
+    assert ("the second network of" in caplog.text) == (weights == "model_cascade.pt")
 
 
 def test_members_of_an_ensemble_start_from_those_of_another(tmp_path: Path) -> None:

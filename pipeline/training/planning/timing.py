@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser
-from monai.data import CacheDataset
+from monai.data import CacheDataset, MetaTensor
 from monai.transforms import SpatialPad
 
 from pipeline.bundle import WIRING, read_wiring, template
@@ -106,10 +106,10 @@ def time_training(
             parser = _step_wiring(root, spec, replace(run, precision=precision), device)
             parser["train::dataset"] = dataset
             steps[precision] = _time_steps(parser, longest=_longest_step(steps.values()))
-        prediction = reading + _time_prediction(parser, cases[0], device)
+        preparation, prediction = _time_prediction(parser, cases[0], device)
     return TrainingTimes(
         steps={precision: _typical_step(seconds) for precision, seconds in steps.items()},
-        validation=validation_cases * prediction,
+        validation=preparation + validation_cases * (reading + prediction),
         around=STARTUP_SECONDS + training_cases * reading,
     )
 
@@ -225,10 +225,11 @@ def _typical_step(seconds: Sequence[float]) -> float:
     return median(seconds[WARM_UP_STEPS:] or seconds)
 
 
-def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> float:
-    """Return the seconds that the prediction of one case takes after it has been read.
+def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> tuple[float, float]:
+    """Return the seconds of preparing the network, and of predicting one case that has been read.
 
-    If the case has many windows, one of them is timed.
+    The network is prepared once per validation: the first window of new weights converts it for
+    the runtime. If the case has many windows, one of them is timed.
     """
     spec: Spec = parser.get_parsed_content("spec")
     image = parser.get_parsed_content("preprocessing")({IMAGE: case["image"]})[IMAGE]
@@ -236,16 +237,21 @@ def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> 
     inferer = parser.get_parsed_content("inferer")
     network.eval()
     windows = _count_windows(image.shape[1:], spec)
-    if windows > TIMED_WINDOWS:
-        size = crop_size(spec)
-        image = SpatialPad(size)(image)[(..., *(slice(0, voxels) for voxels in size))]
-    # without its meta: MONAI cannot decollate the operations of one image as if they were a batch's
-    batch = image.as_tensor()[None].to(device)
-    started = time.perf_counter()
-    with torch.inference_mode():
-        inferer(batch, network)
-    seconds = (time.perf_counter() - started) * (1 + AFTER_NETWORK)
-    return seconds * windows if windows > TIMED_WINDOWS else seconds
+    size = crop_size(spec)
+    window = SpatialPad(size)(image)[(..., *(slice(0, voxels) for voxels in size))]
+
+    def timed(volume: MetaTensor) -> float:
+        # without its meta: MONAI cannot decollate the operations of one image as if they were a
+        # batch's
+        batch = volume.as_tensor()[None].to(device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            inferer(batch, network)
+        return time.perf_counter() - started
+
+    first, second = timed(window), timed(window)
+    seconds = second * windows if windows > TIMED_WINDOWS else timed(image)
+    return max(0.0, first - second), seconds * (1 + AFTER_NETWORK)
 
 
 def _count_windows(shape: Sequence[int], spec: Spec) -> int:
