@@ -78,10 +78,11 @@ def starting_weights(start: str, spec: Spec | None = None) -> Path:
 
 def _is_nearer(spec: Spec, second: Spec, first: Spec) -> bool:
     """Return whether a network starts from the second one of a bundle, instead of the first."""
-    if second.network.features != spec.network.features:
-        return False
-    if first.network.features != spec.network.features:
-        return True
+    second_fits, first_fits = (
+        one.network.features == spec.network.features for one in (second, first)
+    )
+    if second_fits != first_fits:
+        return second_fits
     return _voxel_ratio(spec, second) < _voxel_ratio(spec, first)
 
 

@@ -50,9 +50,7 @@ def test_the_first_item_is_read_while_the_computation_is_prepared(concurrent: bo
         events.append(f"compute {item}")
         return item
 
-    run_stages(
-        numbers(3), read, compute, lambda item: None, concurrent=concurrent, prepare=prepare
-    )
+    run_stages(numbers(3), read, compute, lambda item: None, concurrent=concurrent, prepare=prepare)
     first = ["read 0", "prepared"] if concurrent else ["prepared", "read 0"]
     assert events[:2] == first
     assert events.count("prepared") == 1

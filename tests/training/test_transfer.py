@@ -153,7 +153,7 @@ def test_a_bundle_is_a_start(tmp_path: Path) -> None:
         ([2.0, 1.5, 2.0], None, "model.pt"),
         ([1.3, None, 1.3], None, "model_cascade.pt"),
         ([None, None, None], None, "model.pt"),
-        ([1.0, 1.0, 1.0], [8, 16, 32, 64, 80], "model.pt"),
+        ([1.0, 1.0, 1.0], [16, 32, 64, 128], "model_cascade.pt"),
     ],
 )
 def test_of_two_networks_the_one_with_voxels_of_nearer_size_is_the_start(
@@ -165,7 +165,7 @@ def test_of_two_networks_the_one_with_voxels_of_nearer_size_is_the_start(
 ) -> None:
     """The brain model's second network has voxels of 1 mm, its first 1.7 mm; the log says which.
 
-    Where neither has the features of the network that starts, it is the first.
+    Also where neither has all levels of the network that starts.
     """
     brain = BundlePaths(find_bundle("brain_mr_structures"))
     source = read_yaml(brain.spec, "spec")
