@@ -129,7 +129,7 @@ def trained_scores(
 def make_target(bundle: Path, run: Run, arguments: argparse.Namespace) -> Path:
     """Write spec and card of a bundle with the run's labels and the source's network."""
     source = read_yaml(BundlePaths(find_bundle(arguments.source)).spec, "spec")
-    spec = read_yaml(BundlePaths(find_bundle(run.bundle)).spec, "spec")
+    spec = read_yaml(BundlePaths(run.bundle).spec, "spec")
     spec["network"] = source["network"] | {"ensemble": 1}
     if arguments.roi_size:
         spec["roi_size"] = arguments.roi_size
