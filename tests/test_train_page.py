@@ -18,7 +18,8 @@ COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
     for line in block.splitlines()
-    if line.startswith("volseg")
+    # those with $VOLSEG_DATA repeat a measurement, of minutes
+    if line.startswith("volseg") and "$VOLSEG_DATA" not in line
 ]
 SHORT = {
     "plan": ["--minutes", "0.5"],  # the last one counts
