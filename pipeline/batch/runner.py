@@ -296,6 +296,7 @@ def _with_name(case: Case) -> Case:
 def local_executor(coordinator: Coordinator, worker: CaseWorker, guard: Guard) -> None:
     """Do the cases in this process, one after the other."""
     guard.claims.beat_in_thread()
+    worker.prepare_network()
 
     def finish(name: str, record: CaseRecord | None) -> None:
         coordinator.finished(name, record)
