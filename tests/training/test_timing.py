@@ -18,6 +18,7 @@ from pipeline.io.layouts import find_pairs
 from pipeline.training.planning import timing
 from pipeline.training.planning.timing import (
     AFTER_NETWORK,
+    CASE_SECONDS,
     PROBE_SECONDS,
     STARTUP_SECONDS,
     TIMED_STEPS,
@@ -105,7 +106,7 @@ def test_a_validation_prepares_the_network_once(
     monkeypatch.setattr(timing, "TIMED_WINDOWS", 0 if many_windows else 1_000)
     monkeypatch.setattr(timing, "_count_windows", lambda shape, spec: 5)
     times = measure(spec, run_with(), cases)
-    per_case = (1 + AFTER_NETWORK) * 2 * (5 if many_windows else 1)
+    per_case = (1 + AFTER_NETWORK) * 2 * (5 if many_windows else 1) + CASE_SECONDS
     assert times.validation == pytest.approx(40 + 3 * per_case, abs=0.1)
 
 

@@ -42,6 +42,7 @@ TRIALS = 3
 TIMED_WINDOWS = 8
 # prediction of a case: inversion and scores take about this fraction of the network's time
 AFTER_NETWORK = 0.3
+CASE_SECONDS = 0.1  # what inversion and scores take even of a small case
 STARTUP_SECONDS = 8.0  # time of a run before its first case is read and after its last step
 # the wiring's handlers that do work in each step; the others write files
 STEP_HANDLERS = ["@train::average", "@train::budget", "@train::schedule_handler"]
@@ -251,7 +252,7 @@ def _time_prediction(parser: ConfigParser, case: Case, device: torch.device) -> 
 
     first, second = timed(window), timed(window)
     seconds = second * windows if windows > TIMED_WINDOWS else timed(image)
-    return max(0.0, first - second), seconds * (1 + AFTER_NETWORK)
+    return max(0.0, first - second), seconds * (1 + AFTER_NETWORK) + CASE_SECONDS
 
 
 def _count_windows(shape: Sequence[int], spec: Spec) -> int:
