@@ -235,8 +235,8 @@ def main() -> None:
         if not args.only or variant.name in args.only:
             trained = train_model(variant, args.minutes, out, python)
             model = with_spacing(trained, variant, out)
-            dice = compare(variant, model, test, out, python.parent, args.precision)
-            lowest = min(lowest, dice)
+            found = compare(variant, model, test, out, python.parent, args.precision)
+            lowest = min(lowest, found)
     print(f"lowest Dice between the two: {lowest:.5f}")
     sys.exit(0 if lowest >= args.dice else 1)
 

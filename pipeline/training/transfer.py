@@ -60,18 +60,21 @@ def starting_weights(start: str, spec: Spec | None = None) -> Path:
         return Path(start)
     try:
         paths = BundlePaths(find_bundle(start))
-        source = load_spec(paths.spec)
+        # a bundle without a second network needs no spec
+        if spec is None or not paths.cascade_weights.is_file():
+            return paths.weights
+        first = load_spec(paths.spec)
     except ConfigError as error:
         raise ConfigError(f"run.start: {error}") from error
-    second = source.cascade_spec
-    if spec is None or second is None or not _is_nearer(spec, second, source):
+    second = first.cascade_spec
+    if second is None or not _is_nearer(spec, second, first):
         return paths.weights
     if is_first_process():
         LOGGER.info(
-            "start: the second network of %s, whose voxels (%s mm) or features are nearer to this "
-            "one (%s mm) than those of the first (%s mm)",
+            "start: the second network of %s (voxels of %s mm): it is nearer to this network "
+            "(%s mm) than the first one (%s mm)",
             start,
-            *(_in_words(one.spacing) for one in (second, spec, source)),
+            *(_in_words(one.spacing) for one in (second, spec, first)),
         )
     return paths.cascade_weights
 

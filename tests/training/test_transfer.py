@@ -163,7 +163,7 @@ def test_of_two_networks_the_one_with_voxels_of_nearer_size_is_the_start(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The brain model's second network has voxels of 1 mm, its first 1.7 mm; the log says which.
+    """The brain model's first network has voxels of 1.7 mm, its second one of 1 mm.
 
     Also where neither has all levels of the network that starts.
     """
