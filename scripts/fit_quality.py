@@ -26,7 +26,7 @@ from pipeline.bundle import open_bundle
 from pipeline.config import BundlePaths, Intensity, Run, Spec
 from pipeline.errors import ConfigError
 from pipeline.evaluation import QualityCase, fit_quality, score_quality
-from pipeline.inference import Model, stored_features, write_quality
+from pipeline.inference import Model, keep_freed_memory, stored_features, write_quality
 from pipeline.io import label_maps, read, sha256, write_atomically, write_csv, write_json
 from pipeline.report import quality_section, with_section
 from pipeline.training import read_run
@@ -95,6 +95,7 @@ def main(
     keep: bool,
 ) -> None:
     """Fit the predicted Dice of the bundle of CONFIG on drawn and degraded images."""
+    keep_freed_memory()
     run, _ = read_run(config)
     if run.synthesis is None or not run.hold_out:
         raise ConfigError(f"{config}: expected a run with synthesis and hold_out")

@@ -20,6 +20,7 @@ import numpy as np
 
 from pipeline.config import Intensity, Run, Spec, load_spec
 from pipeline.errors import ConfigError
+from pipeline.inference import keep_freed_memory
 from pipeline.io import label_maps, write_atomically, write_json
 from pipeline.training import read_run
 from pipeline.transforms import IMAGE, LABEL, synthesis_transform
@@ -52,6 +53,7 @@ def main(
     seed: int,
 ) -> None:
     """Synthesise images from the label maps that the run of CONFIG holds out."""
+    keep_freed_memory()
     run, _ = read_run(config, changes)
     if run.synthesis is None or not run.hold_out:
         raise ConfigError(f"{config}: expected a run with synthesis and hold_out")

@@ -15,6 +15,7 @@ from ignite.handlers import EMAHandler
 from monai.optimizers import WarmupCosineSchedule
 from monai.utils import convert_to_tensor
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipeline.config import Run
 from pipeline.errors import ConfigError
@@ -307,13 +308,16 @@ class WarmUpAverage(EMAHandler):
     """Ignite's moving average of weights, with a lower decay in the first steps.
 
     After t steps the decay is at most (1 + t) / (10 + t). The average of a short run is then one
-    over a fraction of its own steps, not mostly the random initial weights.
+    over a fraction of its own steps, not mostly the random initial weights. Buffers are copied.
     """
 
     def _update_ema_model(self, engine: Engine, name: str) -> None:
-        step = engine.state.iteration
-        setattr(engine.state, name, max(self.momentum, 9 / (10 + step)))
-        super()._update_ema_model(engine, name)
+        momentum = max(self.momentum, 9 / (10 + engine.state.iteration))
+        setattr(engine.state, name, momentum)
+        average = get_ema_multi_avg_fn(1 - momentum)  # of all tensors at once
+        average(list(self.ema_model.parameters()), list(self.model.parameters()), None)
+        for kept, current in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            kept.data = current.data
 
 
 def weight_average(network: nn.Module, run: Run) -> EMAHandler:

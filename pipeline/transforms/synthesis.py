@@ -210,17 +210,13 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         Returns:
             (3, *roi_size) positions, voxels of the label map.
         """
+        lengths = zip(self.roi_size, self.spacing, strict=True)
+        axes = [(np.arange(n) - (n - 1) / 2) * mm for n, mm in lengths]
         device = displacement.device
-        axes = [
-            (torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2) * mm
-            for n, mm in zip(self.roi_size, self.spacing, strict=True)
-        ]
-        position = torch.stack(
-            [displacement[axis] / float(spacing[axis]) + float(centre[axis]) for axis in range(3)]
-        )
-        for axis, dim in np.ndindex(3, 3):
-            along = float(matrix[axis, dim]) * axes[dim]
-            position[axis] += along.view([-1 if i == dim else 1 for i in range(3)])
+        position = displacement * _per_axis(1 / spacing, device) + _per_axis(centre, device)
+        for dim in range(3):
+            along = (matrix[:, dim, None] * axes[dim]).astype(np.float32)
+            position += on_device(along, device).view(3, *(-1 if i == dim else 1 for i in range(3)))
         return position
 
     def _magnify(
@@ -240,12 +236,10 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         offset = self.R.uniform(-1, 1, 3) * options.magnified_within
         reach_mm = self.R.uniform(*options.magnified_mm)
         strength = self.R.uniform(-1, 1) * options.magnification
-        point, distance = centre + offset / spacing, torch.zeros_like(position[0])
-        for axis in range(3):
-            distance += ((position[axis] - float(point[axis])) * float(spacing[axis])).square_()
-        factor = distance.mul_(-0.5 / reach_mm**2).exp_().mul_(-strength)
-        for axis in range(3):
-            position[axis] += (position[axis] - float(point[axis])) * factor
+        distance = position - _per_axis(centre + offset / spacing, position.device)
+        in_mm = distance * _per_axis(spacing, position.device)
+        factor = in_mm.square_().sum(dim=0).mul_(-0.5 / reach_mm**2).exp_().mul_(-strength)
+        position.addcmul_(distance, factor)
 
     def _draw_lesions(self, rows: torch.Tensor) -> None:
         """Randomly turn parts of tissues into their lesions, in place.
@@ -427,13 +421,18 @@ def nearest_values(
     Returns:
         (*spatial) int64 values; 0 for positions outside the label map.
     """
-    flat_index = torch.zeros(position.shape[1:], dtype=torch.int64, device=label_map.device)
-    inside = torch.ones_like(flat_index, dtype=torch.bool)
-    for axis, size in enumerate(label_map.shape):
-        voxel = (position[axis] + float(step[axis])).round_().long()
-        inside &= (voxel >= 0) & (voxel < size)
-        flat_index = flat_index * size + voxel.clamp_(0, size - 1)
-    return label_map.flatten()[flat_index].long() * inside
+    sizes = np.array(label_map.shape)
+    steps_to_next = np.array([sizes[1] * sizes[2], sizes[2], 1])
+    voxel = (position + _per_axis(step, position.device)).round_()
+    kept = torch.minimum(voxel.clamp(min=0), _per_axis(sizes - 1, position.device))
+    inside = (kept == voxel).all(dim=0)
+    index = (kept.long() * on_device(steps_to_next, position.device).view(3, 1, 1, 1)).sum(dim=0)
+    return label_map.flatten()[index].long() * inside
+
+
+def _per_axis(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Return one number per axis, (3,), as a float32 tensor that fits (3, *spatial)."""
+    return on_device(values.astype(np.float32), device).view(3, 1, 1, 1)
 
 
 def gaussian_smooth(x: torch.Tensor, sigma: Sequence[float] | NDArray[np.float64]) -> torch.Tensor:
