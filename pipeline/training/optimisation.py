@@ -314,7 +314,7 @@ class WarmUpAverage(EMAHandler):
     def _update_ema_model(self, engine: Engine, name: str) -> None:
         momentum = max(self.momentum, 9 / (10 + engine.state.iteration))
         setattr(engine.state, name, momentum)
-        average = get_ema_multi_avg_fn(1 - momentum)  # of all tensors at once
+        average = get_ema_multi_avg_fn(1 - momentum)  # type: ignore[no-untyped-call]
         average(list(self.ema_model.parameters()), list(self.model.parameters()), None)
         for kept, current in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
             kept.data = current.data
