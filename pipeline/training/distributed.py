@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Run
 
+_wrapped: list[DistributedDataParallel] = []  # networks of the process group that is open
+
 
 def is_first_process() -> bool:
     """Return whether this process is the one that writes files and reports progress."""
@@ -49,15 +51,26 @@ def process_group() -> Iterator[torch.device | None]:
     try:
         yield idist.device()
     finally:
+        # Gloo's threads end when the last reference to the group goes. Python must drop it, not
+        # the wrapper's C++ part: that one waits for the threads with the GIL held, which they need
+        # to free their tensors. Threads that live on abort the interpreter when it exits.
+        for network in _wrapped:
+            network.__dict__.clear()
+        _wrapped.clear()
         idist.finalize()
 
 
 def data_parallel(network: nn.Module) -> nn.Module:
-    """Return the network wrapped in `DistributedDataParallel`; unchanged in a single process."""
+    """Return the network wrapped in `DistributedDataParallel`; unchanged in a single process.
+
+    The wrapper is of no use after the `with` block of `process_group`; the network is.
+    """
     if is_single_process():
         return network
     on_gpu = idist.device().type == "cuda"
-    return DistributedDataParallel(network, device_ids=[idist.get_local_rank()] if on_gpu else None)
+    devices = [idist.get_local_rank()] if on_gpu else None
+    _wrapped.append(DistributedDataParallel(network, device_ids=devices))
+    return _wrapped[-1]
 
 
 def training_loader(dataset: CacheDataset, run: Run) -> DataLoader:

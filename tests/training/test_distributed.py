@@ -82,6 +82,43 @@ def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: P
     assert check_bundle(cut).errors == {}
 
 
+LEAVES_GROUP = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from pipeline.training.distributed import barrier, data_parallel, mean_over_processes, process_group
+
+with suppress(ZeroDivisionError), process_group():
+    network = data_parallel(torch.nn.Linear(3, 2))
+    network(torch.ones(4, 3)).sum().backward()
+    mean_over_processes(1.0)
+    if sys.argv[1] == "fails":
+        1 / 0
+    barrier()
+threads = [(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+sys.exit(any("gloo" in name for name in threads))
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", "fails"])
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path, end: str) -> None:
+    """One that frees a tensor while the interpreter exits would abort the process."""
+    script = tmp_path / "script.py"
+    script.write_text(LEAVES_GROUP)
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, str(script), end],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_time_is_that_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """All processes then end after the same step and have one learning rate."""
     seconds_of_first = iter([10.0, 10.0, 20.0, 30.0, 30.0, 30.0])
