@@ -224,9 +224,10 @@ class Run:
         optimizer: `adamw`, or `sgd` (stochastic gradient descent with `momentum`).
         momentum: momentum of `sgd`, 0 to 1.
         precision: number format of the convolutions in training, `float32`, `bfloat16` (autocast;
-            the weights stay float32), or `auto`: bfloat16 on processors that have instructions for
-            it (GPUs since 2020, CPUs with AVX512-BF16 or AMX), where it is up to twice as fast, and
-            float32 on others. A run that names bfloat16 has a warning and float32 there.
+            the weights stay float32), or `auto`: bfloat16 on GPUs that have instructions for it
+            (since 2020), the faster of both on CPUs that have them (AVX512-BF16 or AMX), measured
+            with the first batch, and float32 on others. A run that names bfloat16 has a warning
+            and float32 there.
         compile: whether the network is compiled by `torch.compile`. On a CPU this requires a C++
             compiler and makes training hardly faster.
         loss: `dice_ce` (Dice over the batch plus cross-entropy), `dice`, `border_ce` (cross-entropy

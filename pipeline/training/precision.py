@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ from monai.inferers import SimpleInferer
 from pipeline.config import Run
 from pipeline.inference import isa_limit
 from pipeline.log import LOGGER
-from pipeline.training.distributed import is_first_process
+from pipeline.training.distributed import from_first_process, is_first_process
 
 X86 = ("x86_64", "AMD64")  # `platform.machine()` on Linux and macOS, and on Windows
 AMPERE = (8, 0)  # compute capability of the first GPUs with bfloat16
@@ -21,6 +24,8 @@ BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "DEFAULT", "ALL")
 # functions of torch.cpu that return whether the processor can multiply bfloat16; older releases of
 # torch lack some of them
 BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+TRIALS = 3  # passes of a batch that are timed in each precision; the fastest one counts
+CLEARLY_FASTER = 0.9  # bfloat16 must need less than this share of float32's time
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
@@ -41,10 +46,10 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device is known to compute in bfloat16 faster than in float32.
+    """Return whether a device is known to have instructions for bfloat16.
 
     That is stricter than the opposite of `emulates_bfloat16`: devices that torch tells nothing
-    about have no fast bfloat16.
+    about are taken to have none.
     """
     if device.type == "cuda":
         # AMD's GPUs since the MI100, and Nvidia's since Ampere, where it is not emulated
@@ -55,12 +60,63 @@ def has_bfloat16(device: torch.device) -> bool:
     return known and not emulates_bfloat16(device)
 
 
+def bfloat16_is_faster(network: Callable[..., Any], inputs: torch.Tensor) -> bool:
+    """Return whether a training step takes clearly less time in bfloat16 than in float32.
+
+    A copy of the network passes the batch forward and backward a few times in each precision, so
+    that neither weights nor random numbers of the run change.
+
+    Args:
+        network: the network that is trained.
+        inputs: (B, C, *roi_size), a training batch.
+    """
+    for wrapper in ("module", "_orig_mod"):  # DistributedDataParallel, torch.compile
+        network = getattr(network, wrapper, network)
+    probe = copy.deepcopy(network)
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        float32 = _fastest_pass(probe, inputs, bfloat16=False)
+        bfloat16 = _fastest_pass(probe, inputs, bfloat16=True)
+    LOGGER.info("a training step takes %.2f s in float32, %.2f s in bfloat16", float32, bfloat16)
+    return bfloat16 < CLEARLY_FASTER * float32
+
+
+def _fastest_pass(network: Callable[..., Any], inputs: torch.Tensor, *, bfloat16: bool) -> float:
+    """Return the shortest time of a forward and backward pass, seconds."""
+    seconds = []
+    for _ in range(TRIALS):
+        started = time.perf_counter()
+        with autocast(inputs.device, bfloat16=bfloat16):
+            logits = network(inputs)
+        total = _sum(in_float32(logits))
+        if total.requires_grad:
+            total.backward()
+        float(total.detach())  # the device is done once the value can be read
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def _sum(logits: Any) -> torch.Tensor:
+    if isinstance(logits, list):
+        return torch.stack([_sum(part) for part in logits]).sum()
+    total: torch.Tensor = logits.sum()
+    return total
+
+
+def autocast(device: torch.device, *, bfloat16: bool) -> AbstractContextManager[None]:
+    """Return the context in which a network computes in bfloat16, or in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+
+
 class TrainingInferer(SimpleInferer):
     """A MONAI inferer that applies the network to a training batch in the run's precision.
 
     bfloat16 means torch's autocast: weights and returned logits are float32. On a processor that
-    would only emulate bfloat16, the network runs in float32 and a warning is logged once. The
-    precision `auto` is bfloat16 where `has_bfloat16`.
+    would only emulate bfloat16, the network runs in float32 and a warning is logged once.
+
+    The precision `auto` is chosen at the first batch: float32 where not `has_bfloat16`; bfloat16 on
+    a GPU that has it; on a processor that has it, the faster of both (`bfloat16_is_faster`). A
+    checkpoint keeps the choice, so that a resumed run ends with the same weights.
 
     Args:
         run: settings of the training run.
@@ -79,12 +135,27 @@ class TrainingInferer(SimpleInferer):
         self, inputs: torch.Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         if self.undecided:
-            self.bfloat16, self.undecided = has_bfloat16(inputs.device), False
+            self.bfloat16, self.undecided = self._choose(inputs, network), False
         if self.bfloat16 and emulates_bfloat16(inputs.device):
             self._fall_back()
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with autocast(inputs.device, bfloat16=self.bfloat16):
             logits = network(inputs, *args, **kwargs)
         return in_float32(logits)
+
+    def state_dict(self) -> dict[str, bool]:
+        """Return the choice of the precision `auto`, for a checkpoint."""
+        return {"bfloat16": self.bfloat16, "undecided": self.undecided}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Take over the choice of a checkpoint."""
+        self.bfloat16, self.undecided = state["bfloat16"], state["undecided"]
+
+    def _choose(self, inputs: torch.Tensor, network: Callable[..., Any]) -> bool:
+        if not has_bfloat16(inputs.device):
+            return False
+        if inputs.device.type != "cpu":
+            return True
+        return bool(from_first_process(bfloat16_is_faster(network, inputs)))
 
     def _fall_back(self) -> None:
         self.bfloat16 = False

@@ -13,6 +13,7 @@ from phantom import make_bundle, run_settings
 from pipeline.config.paths import BundlePaths
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.io.tables import read_csv, sha256
+from pipeline.training import precision
 from pipeline.training.history import EpochRow
 from pipeline.training.trainer import read_run, train_bundle
 
@@ -81,6 +82,25 @@ def test_a_resumed_run_knows_what_was_best_and_its_history(tmp_path: Path, datas
     )
     assert a == b
     assert len(a) == EPOCHS
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_precision_that_was_the_faster_one(
+    tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times differ from run to run, and the weights would."""
+    answers = [True]
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "emulates_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "bfloat16_is_faster", lambda net, inputs: answers.pop())
+    labels = {"background": 0, "bright": 1}
+    named = make_bundle(tmp_path / "named", labels=labels)
+    whole = train(named, dataset, precision="bfloat16")
+    bundle = make_bundle(tmp_path / "cut", labels=labels)
+    with pytest.raises(Interrupted):
+        train(bundle, dataset, cut_after=2, precision="auto")
+    assert not answers
+    assert train(bundle, dataset, resume=True, precision="auto") == whole
 
 
 def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path) -> None:

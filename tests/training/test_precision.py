@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.config.run import Run, TrainingPrecision
 from pipeline.inference.device import ISA_LIMITS, has_amx
@@ -16,6 +17,7 @@ from pipeline.training import precision as precision_module
 from pipeline.training.precision import (
     BFLOAT16_CHECKS,
     TrainingInferer,
+    bfloat16_is_faster,
     emulates_bfloat16,
     has_bfloat16,
 )
@@ -116,21 +118,88 @@ def test_a_limit_of_the_instructions_counts(
     assert has_amx() is not emulated
 
 
-@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bfloat16_where_the_processor_has_it(
-    fast: bool,
+@pytest.mark.parametrize(
+    ("has", "faster", "expected"),
+    [
+        (True, True, torch.bfloat16),
+        (True, False, torch.float32),
+        (False, True, torch.float32),
+    ],
+)
+def test_auto_is_the_faster_precision_where_the_processor_has_bfloat16(
+    has: bool,
+    faster: bool,
     expected: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(precision_module, "has_bfloat16", lambda device: fast)
-    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: not fast)
+    """Both are tried once, with the first batch."""
+    tried: list[torch.Tensor] = []
+
+    def try_both(network: object, inputs: torch.Tensor) -> bool:
+        tried.append(inputs)
+        return faster
+
+    monkeypatch.setattr(precision_module, "has_bfloat16", lambda device: has)
+    monkeypatch.setattr(precision_module, "emulates_bfloat16", lambda device: not has)
+    monkeypatch.setattr(precision_module, "bfloat16_is_faster", try_both)
     net = UNet(3, 1, 3, (4, 8), norm="instance")
     dtypes = []
     net.output.register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
-    TrainingInferer(replace(RUN, precision="auto"))(torch.randn(1, 1, 8, 12, 16), net)
-    assert dtypes == [expected]
+    inferer = TrainingInferer(replace(RUN, precision="auto"))
+    batches = torch.randn(2, 1, 1, 8, 12, 16)
+    for batch in batches:
+        inferer(batch, net)
+    assert dtypes == [expected] * 2
+    assert len(tried) == has
     assert not caplog.records
+
+
+class _Costly(nn.Module):
+    """A layer with a state, a random part and a cost of its own in each precision."""
+
+    def __init__(self, clock: list[float], seconds: dict[bool, list[float]]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv3d(1, 3, 3), nn.BatchNorm3d(3), nn.Dropout())
+        self.cost = lambda bfloat16: clock.append(clock[-1] + seconds[bfloat16].pop(0))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.cost(torch.is_autocast_enabled("cpu"))
+        logits: torch.Tensor = self.layers(x)
+        return [logits, logits[..., ::2]]
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "faster"),
+    [
+        ([9.0, 1.0, 1.0], [9.0, 0.5, 0.8], True),
+        ([9.0, 1.0, 1.0], [9.0, 0.95, 0.95], False),  # not clearly
+        ([2.0, 1.0, 1.0], [2.0, 1.5, 1.6], False),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_trying_both_precisions_changes_nothing(
+    float32: list[float],
+    bfloat16: list[float],
+    faster: bool,
+    wrapped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights, statistics, gradients and random numbers of the run stay."""
+    clock = [0.0]
+    monkeypatch.setattr(precision_module.time, "perf_counter", lambda: clock[-1])
+    net = _Costly(clock, {False: [*float32], True: [*bfloat16]})
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batch = torch.randn(2, 1, 8, 9, 10)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        found = bfloat16_is_faster(nn.DataParallel(net) if wrapped else net, batch)
+    drawn = torch.rand(4)
+    assert found is faster
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(weight.grad is None for weight in net.parameters())
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(4))
 
 
 def test_unknown_processors_have_no_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
