@@ -82,7 +82,7 @@ def test_two_processes_are_one_run_that_can_be_killed(tmp_path: Path, dataset: P
     assert check_bundle(cut).errors == {}
 
 
-LEAVES_GROUP = """
+FAILS_IN_GROUP = """
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -95,22 +95,21 @@ with suppress(ZeroDivisionError), process_group():
     network = data_parallel(torch.nn.Linear(3, 2))
     network(torch.ones(4, 3)).sum().backward()
     mean_over_processes(1.0)
-    if sys.argv[1] == "fails":
-        1 / 0
     barrier()
-threads = [(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+    1 / 0
+threads = [(path / "comm").read_text() for path in Path("/proc/self/task").iterdir()]
 sys.exit(any("gloo" in name for name in threads))
 """
 
 
-@pytest.mark.parametrize("end", ["ends", "fails"])
-def test_no_thread_of_the_group_outlives_it(tmp_path: Path, end: str) -> None:
+@pytest.mark.slow
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
     """One that frees a tensor while the interpreter exits would abort the process."""
     script = tmp_path / "script.py"
-    script.write_text(LEAVES_GROUP)
+    script.write_text(FAILS_IN_GROUP)
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, str(script), end],
+        [sys.executable, "-m", *torchrun, str(script)],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
