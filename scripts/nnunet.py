@@ -29,6 +29,13 @@ class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
     """nnU-Net's trainer with a limit on the time instead of the epochs."""
 
     minutes = 30.0
+    mirroring = True  # of predictions
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict the validation cases."""
+        if not self.mirroring:
+            self.inference_allowed_mirroring_axes = None
+        super().perform_actual_validation(save_probabilities)
 
     def run_training(self) -> None:
         """Train until the time is used up."""
@@ -67,11 +74,17 @@ def main() -> None:
         "opens it, and predict no validation cases.",
     )
     parser.add_argument(
+        "--no-mirroring",
+        action="store_true",
+        help="Predict each image once instead of averaging over eight mirror images.",
+    )
+    parser.add_argument(
         "--continue", dest="go_on", action="store_true", help="Start from the fold's last weights."
     )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes
+    ClockedTrainer.mirroring = not args.no_mirroring
     if args.plain:
         ClockedTrainer.__name__ = nnUNetTrainer.__name__
         ClockedTrainer.perform_actual_validation = lambda *args, **kwargs: None

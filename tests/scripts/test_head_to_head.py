@@ -6,10 +6,13 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 from phantom import load_script, make_bundle
 
 CASES = ["001", "003", "004", "006", "007"]
+LABELS = {"anterior": 42, "posterior": 7}  # with gaps, which nnU-Net does not take
 PLANNER = """#!/usr/bin/env bash
 mkdir -p "$nnUNet_preprocessed/Dataset001_Fold"
 """
@@ -28,18 +31,22 @@ echo '{}' >"$out/summary.json"
 def place(hippocampus: list[Path], tmp_path: Path) -> Path:
     """A folder with a run on a few crops, and an environment with the scripts above."""
     data = hippocampus[0].parent.parent
-    pairs = [
-        {part: f"{data}/{part}sTr/hippocampus_{case}.nii.gz" for part in ("image", "label")}
-        for case in CASES
-    ]
     (tmp_path / "data").mkdir()
+    pairs = []
+    for case in CASES:
+        name = f"hippocampus_{case}.nii.gz"
+        label = nib.Nifti1Image.from_filename(data / "labelsTr" / name)
+        voxels = np.array([0, *LABELS.values()], np.uint8)[np.asarray(label.dataobj, np.uint8)]
+        nib.save(nib.Nifti1Image(voxels, label.affine), tmp_path / "data" / name)
+        pairs.append({"image": f"{data}/imagesTr/{name}", "label": name})
     content = json.loads((data / "dataset.json").read_text()) | {"training": pairs}
+    content["labels"] = {"0": "background", **{str(LABELS[name]): name for name in LABELS}}
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
     names = [f"hippocampus_{case}" for case in CASES]
     (tmp_path / "data" / "splits.json").write_text(
         json.dumps([{"train": names[:3], "val": names[3:]}])
     )
-    make_bundle(tmp_path / "bundle", 3, labels={"background": 0, "anterior": 1, "posterior": 2})
+    make_bundle(tmp_path / "bundle", 3, labels={"background": 0, **LABELS})
     run = {
         "bundle": str(tmp_path / "bundle"),
         "dataset": str(tmp_path / "data"),
@@ -75,6 +82,11 @@ def test_both_are_trained_and_scored_on_the_cases_left_out(
     assert all(row["theirs"] == 1 for row in found["tests"])  # the script copies the reference
     assert all(0 <= row["ours"] < 1 for row in found["tests"])
     nnunet = place / "out" / "nnunet"
+    raw = nnunet / "raw" / "Dataset001_Fold"
+    labels = json.loads((raw / "dataset.json").read_text())["labels"]
+    assert labels == {"background": 0, "posterior": 1, "anterior": 2}
+    for path in (raw / "labelsTr").iterdir():
+        assert set(np.unique(nib.Nifti1Image.from_filename(path).dataobj)) == {0, 1, 2}
     ways = {path.name.split("__")[-1] for path in (nnunet / "results").glob("*/*")}
     assert ways == {"2d", "3d_fullres"}
     assert found["nnunet_configuration"] in ways
