@@ -37,7 +37,7 @@ from pipeline.evaluation import (
 )
 from pipeline.io import fold_cases, read_splits, write_json
 from pipeline.training import read_run, train_bundle
-from pipeline.types import Case
+from pipeline.types import Case, PathOrStr
 
 NNUNET = "nnunetv2==2.8.1"
 DATASET, NUMBER = "Dataset001_Fold", "1"
@@ -148,7 +148,7 @@ def numbers_for_nnunet(labels: Mapping[str, int]) -> dict[int, int]:
     return {number: i for i, number in enumerate(sorted(labels.values()))}
 
 
-def renumber(path: Path, numbers: Mapping[int, int], out: Path) -> None:
+def renumber(path: PathOrStr, numbers: Mapping[int, int], out: Path) -> None:
     """Write a label map with other numbers for its labels."""
     image = nib.Nifti1Image.from_filename(path)
     voxels = np.asanyarray(image.dataobj)

@@ -29,10 +29,13 @@ class ClockedTrainer(nnUNetTrainer):  # type: ignore[misc, unused-ignore]
     """nnU-Net's trainer with a limit on the time instead of the epochs."""
 
     minutes = 30.0
+    predicts = True
     mirroring = True  # of predictions
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases."""
+        if not self.predicts:
+            return
         if not self.mirroring:
             self.inference_allowed_mirroring_axes = None
         super().perform_actual_validation(save_probabilities)
@@ -87,7 +90,7 @@ def main() -> None:
     ClockedTrainer.mirroring = not args.no_mirroring
     if args.plain:
         ClockedTrainer.__name__ = nnUNetTrainer.__name__
-        ClockedTrainer.perform_actual_validation = lambda *args, **kwargs: None
+        ClockedTrainer.predicts = False
     run_training.recursive_find_trainer_class_by_name = lambda name: ClockedTrainer
     run_training.run_training(
         args.dataset,

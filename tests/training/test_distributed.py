@@ -112,7 +112,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
         [sys.executable, "-m", *torchrun, str(script)],
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

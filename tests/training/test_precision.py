@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -158,14 +159,19 @@ def test_auto_is_the_faster_precision_where_the_processor_has_bfloat16(
 class _Costly(nn.Module):
     """A layer with a state, a random part and a cost of its own in each precision."""
 
+    clock: Callable[[], list[float]]  # functions, because copies share what they return
+    seconds: Callable[[], dict[bool, list[float]]]
+
     def __init__(self, clock: list[float], seconds: dict[bool, list[float]]) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Conv3d(1, 3, 3), nn.BatchNorm3d(3), nn.Dropout())
-        self.cost = lambda bfloat16: clock.append(clock[-1] + seconds[bfloat16].pop(0))
+        self.clock, self.seconds = lambda: clock, lambda: seconds
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self.cost(torch.is_autocast_enabled("cpu"))
-        logits: torch.Tensor = self.layers(x)
+        features = self.layers[0](x)
+        clock, seconds = self.clock(), self.seconds()[features.dtype == torch.bfloat16]
+        clock.append(clock[-1] + seconds.pop(0))
+        logits: torch.Tensor = self.layers[1:](features)
         return [logits, logits[..., ::2]]
 
 
@@ -187,7 +193,7 @@ def test_trying_both_precisions_changes_nothing(
 ) -> None:
     """Weights, statistics, gradients and random numbers of the run stay."""
     clock = [0.0]
-    monkeypatch.setattr(precision_module.time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr("pipeline.training.precision.time.perf_counter", lambda: clock[-1])
     net = _Costly(clock, {False: [*float32], True: [*bfloat16]})
     before = {name: value.clone() for name, value in net.state_dict().items()}
     batch = torch.randn(2, 1, 8, 9, 10)
