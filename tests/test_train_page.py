@@ -17,9 +17,10 @@ PAGE = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="
 COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
+    # blocks with a script or $VOLSEG_DATA repeat a measurement, which takes minutes to hours
+    if "scripts/" not in block and "$VOLSEG_DATA" not in block
     for line in block.splitlines()
-    # those with $VOLSEG_DATA repeat a measurement, of minutes
-    if line.startswith("volseg") and "$VOLSEG_DATA" not in line
+    if line.startswith("volseg")
 ]
 SHORT = {
     "plan": ["--minutes", "0.5"],  # the last one counts
