@@ -35,7 +35,6 @@ from pipeline.batch.bids_group import GroupTable, write_group_table
 from pipeline.batch.coordinator import Progress
 from pipeline.batch.dask_executor import dask_executor
 from pipeline.batch.dicom_outputs import with_dicom_outputs
-from pipeline.batch.locks import locked
 from pipeline.batch.many import predict_many
 from pipeline.batch.outputs import output_path
 from pipeline.batch.planning import Forecast, choose_jobs, forecast_cases
@@ -82,7 +81,6 @@ __all__ = [
     "forecast_cases",
     "is_complete",
     "local_executor",
-    "locked",
     "output_path",
     "parse_shard",
     "pool_executor",

@@ -23,10 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
-from pipeline.batch.locks import locked
 from pipeline.batch.outputs import OutputFolder
 from pipeline.errors import ConfigError
-from pipeline.io import TEMPORARY_SUFFIX, host_code
+from pipeline.io import TEMPORARY_SUFFIX, host_code, locked
 
 LEASE_SECONDS = 300.0  # network file systems may show a time of modification a minute late
 HEARTBEAT_SECONDS = 20.0

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipeline.batch.locks import locked
 from pipeline.batch.outputs import QUALITY, RUN, OutputFolder
 from pipeline.batch.records import read_record, record_files
 from pipeline.bundle import code_hash, find_bundle, shipped_bundles, wiring_origin
@@ -19,6 +18,7 @@ from pipeline.inference import CaseModel
 from pipeline.io import (
     WRITTEN_ENDINGS,
     is_written_by_volseg,
+    locked,
     read_json,
     temporary_name,
     write_atomically,

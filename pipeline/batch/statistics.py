@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from pipeline.batch.identity import read_labels
-from pipeline.batch.locks import locked
 from pipeline.batch.outputs import STATE, OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_files
 from pipeline.batch.tables import TableRows, further_columns
@@ -31,6 +30,7 @@ from pipeline.io import (
     AsegRow,
     aseg_stats_text,
     label_table,
+    locked,
     printable,
     read,
     structure_name,

@@ -11,11 +11,10 @@ from typing import Any
 
 from pipeline.batch.case_worker import STEPS
 from pipeline.batch.identity import read_labels
-from pipeline.batch.locks import locked
 from pipeline.batch.outputs import CASES, QUALITY, RUN, STATE, VOLUMES, OutputFolder
 from pipeline.batch.records import CaseRecord, read_record, record_files
 from pipeline.errors import ConfigError, WriteError
-from pipeline.io import printable, read_json, write_csv, write_json, write_label_files
+from pipeline.io import locked, printable, read_json, write_csv, write_json, write_label_files
 
 WARNING_SEPARATOR = "; "
 INPUT_SEPARATOR = ";"  # between the files of a case with several channels

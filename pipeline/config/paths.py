@@ -119,6 +119,11 @@ class BundlePaths:
         return self.folder / "train"
 
     @property
+    def training_lock(self) -> Path:
+        """The file that is locked while a process trains the bundle."""
+        return self.training / "lock"
+
+    @property
     def training_report(self) -> Path:
         """The report of the training run, for people."""
         return self.training / "report.md"

@@ -88,6 +88,7 @@ from pipeline.io.label_map import LabelImage, check_label_grid, read_label_map
 from pipeline.io.label_table import LabelColor, label_table, labels_of_values
 from pipeline.io.layout import Layout, Modality, Problem
 from pipeline.io.layouts import find_pairs
+from pipeline.io.locks import locked, locked_once
 from pipeline.io.reader import channel_headers, read, read_channels, source_list
 from pipeline.io.tables import read_csv, read_json, sha256, write_csv, write_json
 from pipeline.io.writer import (
@@ -161,6 +162,8 @@ __all__ = [
     "label_maps",
     "label_table",
     "labels_of_values",
+    "locked",
+    "locked_once",
     "parse_bids_name",
     "printable",
     "probabilities_as_nibabel",

@@ -19,7 +19,6 @@ from pipeline.batch import (
     FileState,
     allotted_cores,
     file_problem,
-    locked,
     read_results,
 )
 from pipeline.bundle import shipped_bundles
@@ -28,6 +27,7 @@ from pipeline.errors import ConfigError, WriteError, describe_error
 from pipeline.io import (
     LabelColor,
     label_table,
+    locked,
     printable,
     read_csv,
     write_atomically,

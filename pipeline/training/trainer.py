@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from monai.bundle import ConfigParser
 from pipeline.bundle import read_wiring, refresh_bundle
 from pipeline.config import BundlePaths, Run, parse_config, read_yaml
 from pipeline.errors import ConfigError, unwrapped_errors
-from pipeline.io import write_atomically
+from pipeline.io import locked_once, write_atomically
 from pipeline.report import write_training_report
 from pipeline.training.checkpoint import CheckpointHandler
 from pipeline.training.distributed import barrier, is_first_process, process_group
@@ -55,7 +56,7 @@ def train(
 
     Raises:
         ConfigError: the run, the bundle or the dataset cannot be used, or there is an interrupted
-            run and neither `resume` nor `restart`.
+            run and neither `resume` nor `restart`, or another process is training the bundle.
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     run, content = read_run(config, changes)
@@ -142,12 +143,22 @@ def train_bundle(
 
     Raises:
         ConfigError: there is no spec, the dataset cannot be used, there is an interrupted run and
-            neither `resume` nor `restart`, or the wiring is not volseg's and not trusted.
+            neither `resume` nor `restart`, another process is training the bundle, or the wiring
+            is not volseg's and not trusted.
         PipelineError: a case cannot be read, or the loss became nan or infinite.
     """
     paths = BundlePaths(run.bundle)
-    _check_bundle(paths, may_be_unfinished=resume or restart)
-    with process_group() as device:
+    if not paths.spec.is_file():
+        raise ConfigError(
+            f"{paths.spec}: no such file; write the spec of the weights there, "
+            "or let `volseg plan` do it"
+        )
+    with _only_run(paths), process_group() as device:
+        if paths.checkpoint.is_file() and not (resume or restart):
+            raise ConfigError(
+                f"{paths.checkpoint}: is the checkpoint of an unfinished run; "
+                "continue it with --resume, or discard it with --restart"
+            )
         if is_first_process():
             write_atomically(paths.run, yaml.safe_dump(content, sort_keys=False).encode())
             refresh_bundle(paths.folder)
@@ -164,17 +175,26 @@ def train_bundle(
             write_training_report(paths.folder)
 
 
-def _check_bundle(paths: BundlePaths, *, may_be_unfinished: bool) -> None:
-    if not paths.spec.is_file():
-        raise ConfigError(
-            f"{paths.spec}: no such file; write the spec of the weights there, "
-            "or let `volseg plan` do it"
-        )
-    if paths.checkpoint.is_file() and not may_be_unfinished:
-        raise ConfigError(
-            f"{paths.checkpoint}: is the checkpoint of an unfinished run; "
-            "continue it with --resume, or discard it with --restart"
-        )
+@contextmanager
+def _only_run(paths: BundlePaths) -> Iterator[None]:
+    """Keep other runs from training the bundle meanwhile: each would overwrite the other's files.
+
+    Raises:
+        ConfigError: another run is training the bundle.
+    """
+    if not is_first_process():
+        yield
+        return
+    paths.training.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked_once(paths.training_lock))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{paths.folder}: another process is training this bundle; wait until it has "
+                "ended, or train a copy of the bundle"
+            ) from error
+        yield
 
 
 def _run_wiring(

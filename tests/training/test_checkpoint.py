@@ -119,6 +119,33 @@ def test_an_unfinished_run_is_not_lost_by_mistake(tmp_path: Path, dataset: Path)
         train(bundle, dataset, resume=True, learning_rate=0.02)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_bundle_is_trained_by_one_process_at_a_time(
+    tmp_path: Path, dataset: Path, resume: bool
+) -> None:
+    """The second one is refused and changes nothing; the lock of a killed one does not matter."""
+    labels = {"background": 0, "bright": 1}
+    whole = train(make_bundle(tmp_path / "alone", labels=labels), dataset)
+    bundle = make_bundle(tmp_path / "tiny", labels=labels)
+    lock = BundlePaths(bundle).training_lock
+    lock.parent.mkdir(parents=True)
+    lock.touch()  # as a killed run leaves it
+    refused = []
+
+    def train_beside(row: EpochRow) -> None:
+        before = BundlePaths(bundle).run.read_bytes()
+        with pytest.raises(ConfigError, match="another process is training this bundle"):
+            train(bundle, dataset, resume=resume, learning_rate=0.02)
+        assert BundlePaths(bundle).run.read_bytes() == before
+        refused.append(row.epoch)
+
+    run, content = read_run(bundle / "configs" / "run.yaml", run_settings(bundle, dataset))
+    train_bundle(run, content, train_beside)
+    assert sha256(BundlePaths(bundle).weights) == whole
+    assert refused == list(range(1, EPOCHS + 1))
+    assert not lock.exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -> None:
     """The message names the file of the last good weights."""
     bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
