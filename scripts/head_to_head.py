@@ -120,19 +120,21 @@ def score_nnunet(
         trainer = f"ClockedTrainer__nnUNetPlans__{configuration}"
         found = results / DATASET / trainer / f"fold_{run.fold}" / "validation"
         if not (found / "summary.json").is_file():
-            write_raw_dataset([*train, *cases], raw / DATASET, labels)
             python = nnunet_python(out / "nnunet_venv")
-            plan = str(python.parent / "nnUNetv2_plan_and_preprocess")
-            options = ["-d", NUMBER, "-c", configuration, "-np", "2"]
-            subprocess.run([plan, *options], env=environment, check=True)
-            write_json(
-                preprocessed / DATASET / "splits_final.json",
-                read_splits(run.dataset, str(run.splits)),
-            )
+            trained = (found.parent / "checkpoint_final.pth").is_file()
+            if not trained:
+                write_raw_dataset([*train, *cases], raw / DATASET, labels)
+                plan = str(python.parent / "nnUNetv2_plan_and_preprocess")
+                options = ["-d", NUMBER, "-c", configuration, "-np", "2"]
+                subprocess.run([plan, *options], env=environment, check=True)
+                write_json(
+                    preprocessed / DATASET / "splits_final.json",
+                    read_splits(run.dataset, str(run.splits)),
+                )
             script = Path(__file__).with_name("nnunet.py")
             command = [str(python), str(script), NUMBER, str(run.fold), str(minutes)]
             command += ["--configuration", configuration]
-            command += ["--no-mirroring"] * (not mirroring)
+            command += ["--no-mirroring"] * (not mirroring) + ["--only-predict"] * trained
             subprocess.run(command, env=environment, check=True)
         predictions = out / "nnunet_predictions" / configuration
         files = {case["case"]: predictions / f"{case['case']}.nii.gz" for case in cases}

@@ -84,6 +84,11 @@ def main() -> None:
     parser.add_argument(
         "--continue", dest="go_on", action="store_true", help="Start from the fold's last weights."
     )
+    parser.add_argument(
+        "--only-predict",
+        action="store_true",
+        help="Predict with the weights of a training that has ended.",
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     ClockedTrainer.minutes = args.minutes
@@ -98,6 +103,7 @@ def main() -> None:
         args.fold,
         plans_identifier=args.plans,
         continue_training=args.go_on,
+        only_run_validation=args.only_predict,
         device=torch.device("cpu"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,11 @@ TRAINER = """#!/usr/bin/env bash
 [ "$2 $3 $4 $5" = "1 0 0.03 --configuration" ] || exit 1
 out="$nnUNet_results/Dataset001_Fold/ClockedTrainer__nnUNetPlans__$6/fold_$3/validation"
 mkdir -p "$out"
+if [ "$7" != --only-predict ]; then
+  [ ! -e "$out/../checkpoint_final.pth" ] || exit 2  # trained a second time
+  touch "$out/../checkpoint_final.pth"
+  [ "$6" = 2d ] || exit 3  # cut off before its prediction
+fi
 for case in 006 007; do
   cp -L "$nnUNet_raw/Dataset001_Fold/labelsTr/hippocampus_$case.nii.gz" "$out"
 done
@@ -76,7 +82,9 @@ def test_both_are_trained_and_scored_on_the_cases_left_out(
     options = ["--minutes", "0.03", "-o", str(place / "out")]
     options += ["--configurations", "2d", "3d_fullres"]
     monkeypatch.setattr(sys, "argv", ["head_to_head.py", str(place / "run.yaml"), *options])
-    script.main()
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 3"):
+        script.main()
+    script.main()  # goes on with the weights of the training that was cut off
     found = json.loads((place / "out" / "summary.json").read_text())
     assert {row["cases"] for row in found["tests"]} == {2}
     assert all(row["theirs"] == 1 for row in found["tests"])  # the script copies the reference
