@@ -65,7 +65,7 @@ def test_a_file_that_its_holder_removes_meanwhile_is_no_lock(
 ) -> None:
     """The lock is taken on the file that the next process will find."""
     path = tmp_path / "lock"
-    removed = []
+    removed: list[Path] = []
 
     def lock_after_removal(descriptor: int, *, wait: bool) -> None:
         if not removed:
