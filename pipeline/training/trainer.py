@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 
 from pipeline.bundle import read_wiring, refresh_bundle
 from pipeline.config import BundlePaths, Run, parse_config, read_yaml
-from pipeline.errors import ConfigError, unwrapped_errors
+from pipeline.errors import ConfigError, WriteError, unwrapped_errors
 from pipeline.io import locked_once, write_atomically
 from pipeline.report import write_training_report
 from pipeline.training.checkpoint import CheckpointHandler
@@ -181,19 +181,22 @@ def _only_run(paths: BundlePaths) -> Iterator[None]:
 
     Raises:
         ConfigError: another run is training the bundle.
+        WriteError: the bundle's folder cannot be written.
     """
     if not is_first_process():
         yield
         return
-    paths.training.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
+            paths.training.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked_once(paths.training_lock))
         except BlockingIOError as error:
             raise ConfigError(
                 f"{paths.folder}: another process is training this bundle; wait until it has "
                 "ended, or train a copy of the bundle"
             ) from error
+        except OSError as error:
+            raise WriteError(f"{paths.training}: cannot be written: {error.strerror}") from error
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from phantom import make_bundle, run_settings
 
 from pipeline.config.paths import BundlePaths
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, WriteError
 from pipeline.io.tables import read_csv, sha256
 from pipeline.training import precision
 from pipeline.training.history import EpochRow
@@ -144,6 +144,16 @@ def test_a_bundle_is_trained_by_one_process_at_a_time(
     assert sha256(BundlePaths(bundle).weights) == whole
     assert refused == list(range(1, EPOCHS + 1))
     assert not lock.exists()
+
+
+def test_a_bundle_that_cannot_be_written_is_said_before_training(
+    tmp_path: Path, dataset: Path
+) -> None:
+    """It is one error with the path, not the system's exception."""
+    bundle = make_bundle(tmp_path / "tiny", labels={"background": 0, "bright": 1})
+    BundlePaths(bundle).training.write_text("a file in place of the folder")
+    with pytest.raises(WriteError, match="train: cannot be written: File exists"):
+        train(bundle, dataset)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, dataset: Path) -> None:
