@@ -126,6 +126,10 @@ class Synthesis:
         cut_chance: probability of a field of view that cuts off a part of the head.
         cut: largest fraction of the image that is lost at one face.
         strip_chance: probability of a skull-stripped image.
+        scans: folder with the scan of some of the label maps, each with the name and the grid of its
+            label map; null if there are none. `$NAME` is replaced by the value of the environment
+            variable.
+        scan_chance: probability that the image of a label map with a scan shows the scan.
         outer_fluid: values in the label maps of the fluid around the brain; half of the
             skull-stripped images lack it.
     """
@@ -164,6 +168,8 @@ class Synthesis:
     cut_chance: float = 0.2
     cut: float = 0.3
     strip_chance: float = 0.25
+    scans: str | None = None
+    scan_chance: float = 0.5
     outer_fluid: tuple[int, ...] = (24,)
 
     def __post_init__(self) -> None:

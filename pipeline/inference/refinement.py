@@ -100,6 +100,7 @@ def refine_borders(
     to_scan = np.linalg.inv(scan_affine) @ affine
     shape = probabilities.shape[1:]
     network_grey = np.stack([_resample_nearest(channel, to_scan, shape) for channel in grey])
+    network_grey = network_grey.astype(np.float32)
     for group in spec.refine:
         numbers = [names.index(name) for name in group]
         likely = probabilities[[contested.index(number) for number in numbers]]

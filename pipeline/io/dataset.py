@@ -154,7 +154,7 @@ def training_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list[C
         ConfigError: the dataset or the splits cannot be used, or `hold_out` names an unknown case.
     """
     if run.synthesis:
-        cases = label_maps(dataset)
+        cases = label_maps(dataset, run.synthesis.scans)
     else:
         cases = fold_cases(dataset, run.splits, run.fold, "train")
     unknown = set(run.hold_out) - {case["case"] for case in cases}
@@ -182,14 +182,19 @@ def validation_cases(dataset: PathOrStr | Sequence[PathOrStr], run: Run) -> list
     return fold_cases(dataset, run.splits, run.fold, "val")
 
 
-def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
-    """Return one case per volume of a folder, with the volume as `label` and without an image.
+def label_maps(
+    dataset: PathOrStr | Sequence[PathOrStr], scans: PathOrStr | None = None
+) -> list[Case]:
+    """Return one case per volume of a folder, with the volume as `label`.
 
     Args:
         dataset: the folder; of several, the first one.
+        scans: folder of scans; a volume whose name one of them has gets that scan as `image`. The
+            other volumes have no image.
 
     Raises:
-        ConfigError: the folder does not exist or holds no volume.
+        ConfigError: a folder does not exist, the first one holds no volume, or no scan has the name
+            of a volume.
     """
     folder = dataset_folders(dataset)[0]
     if not folder.is_dir():
@@ -197,7 +202,18 @@ def label_maps(dataset: PathOrStr | Sequence[PathOrStr]) -> list[Case]:
     volumes = [path for path in sorted(folder.iterdir()) if image_suffix(path)]
     if not volumes:
         raise ConfigError(f"{folder}: expected label maps, found no volume")
-    return [{"case": image_stem(path), "label": str(path)} for path in volumes]
+    cases: list[Case] = [{"case": image_stem(path), "label": str(path)} for path in volumes]
+    if scans is None:
+        return cases
+    scans_folder = dataset_folders(scans)[0]
+    scan_of = {image_stem(p): p for p in sorted(scans_folder.iterdir()) if image_suffix(p)}
+    with_scan: list[Case] = [
+        {**case, "image": str(scan_of[case["case"]])} if case["case"] in scan_of else case
+        for case in cases
+    ]
+    if with_scan == cases:
+        raise ConfigError(f"{scans_folder}: expected scans with the names of the label maps")
+    return with_scan
 
 
 def expand_variables(path: PathOrStr) -> str:

@@ -1,5 +1,7 @@
 """Training images synthesised from label maps, with random contrast, resolution and field of view.
 
+A label map may come with the scan that it was made from; a share of its images then shows the scan.
+
 References:
     Billot et al.: SynthSeg: Segmentation of brain MRI scans of any contrast and resolution without
     retraining. Medical Image Analysis 86, 102789 (2023), doi:10.1016/j.media.2023.102789. The
@@ -9,11 +11,13 @@ References:
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from math import log, radians
 from typing import Any
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.networks.layers import separable_filtering
 from monai.transforms import MapTransform, Orientationd, RandomizableTransform
 from monai.transforms.utils import create_rotate, create_shear
@@ -22,12 +26,12 @@ from scipy import special
 from torch.nn import functional
 
 from pipeline.config import AXES, Spec, Synthesis
-from pipeline.errors import ConfigError
-from pipeline.io import expand_variables
+from pipeline.errors import ConfigError, GeometryError
+from pipeline.io import SAME_GRID_MM, corner_distance, expand_variables
 from pipeline.transforms.compose import TrainingTransform
 from pipeline.transforms.intensity import normalisation
 from pipeline.transforms.loading import LoadVolumed
-from pipeline.transforms.preprocess import AXIS_LABELS, IMAGE, LABEL
+from pipeline.transforms.preprocess import AXIS_LABELS, IMAGE, KEYS, LABEL
 from pipeline.transforms.tissue_classes import (
     CENTRE,
     SPACING,
@@ -37,6 +41,7 @@ from pipeline.transforms.tissue_classes import (
 )
 
 MAX_INTENSITY = 255.0  # the scale of the table's T1 intensities
+BRIGHTEST = 99.9  # percentile of a scan's intensities above 0 that becomes `MAX_INTENSITY`
 # T1 intensities at which a random function of T1 contrast is drawn: about the means of air, bone,
 # fluid, grey matter, deep grey matter, brain stem and white matter
 T1_KNOTS = (0.0, 25.0, 45.0, 90.0, 115.0, 135.0, 165.0)
@@ -84,8 +89,14 @@ def synthesis_transform(
     spacing = [float(mm) for mm in spec.spacing if mm is not None]
     return TrainingTransform(
         deterministic=[
-            LoadVolumed(LABEL),
-            Orientationd(LABEL, axcodes=spec.orientation, labels=AXIS_LABELS),
+            LoadVolumed(KEYS),
+            Orientationd(
+                KEYS,
+                axcodes=spec.orientation,
+                labels=AXIS_LABELS,
+                allow_missing_keys=True,
+            ),
+            ScanIntensityd(IMAGE, device),
             TissueIndexd(LABEL, table, device, numbers),
         ],
         random=[
@@ -95,8 +106,62 @@ def synthesis_transform(
     )
 
 
+class ScanIntensityd(MapTransform):
+    """Scale the intensities of a label map's scan to 0 to `MAX_INTENSITY`.
+
+    Args:
+        keys: key of the scan, (1, X, Y, Z); a case without one stays as it is.
+        device: device of the result; None is the CPU.
+
+    Raises:
+        GeometryError: scan and label map do not lie on one grid.
+    """
+
+    def __init__(self, keys: KeysCollection, device: torch.device | None = None) -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.device = device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            scan, label_map = case[key], case[LABEL]
+            same_shape = scan.shape[1:] == label_map.shape[1:]
+            affines = (np.asarray(scan.affine), np.asarray(label_map.affine))
+            apart_mm = corner_distance(*affines, tuple(scan.shape[1:]))
+            if not same_shape or apart_mm > SAME_GRID_MM:
+                raise GeometryError(
+                    f"{case.get('case')}: expected the scan on the grid of its label map, found "
+                    f"{tuple(scan.shape[1:])} and {tuple(label_map.shape[1:])} voxels, up to "
+                    f"{apart_mm:.2f} mm apart"
+                )
+            voxels = scan.as_tensor().clamp(min=0)
+            head = voxels[voxels > 0].numpy()
+            highest = float(np.percentile(head, BRIGHTEST)) if head.size else 1.0
+            case[key] = (voxels * (MAX_INTENSITY / highest)).to(self.device)
+        return case
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deformation:
+    """Where each voxel of a synthetic image lies in its label map.
+
+    Attributes:
+        position: (3, *roi_size) positions of the voxels' centres, voxels of the label map.
+        steps: (3,) offset from there, of the centre itself and of each of `SAMPLE_POINTS`, voxels
+            of the label map.
+        mirrored: whether left and right are swapped.
+    """
+
+    position: torch.Tensor
+    steps: list[NDArray[np.float64]]
+    mirrored: bool
+
+
 class RandSynthesized(RandomizableTransform, MapTransform):
     """Synthesise a random image, and the labels that belong to it, from a label map.
+
+    Of a case with a scan, `scan_chance` of the images show the scan instead of drawn intensities,
+    deformed with the labels. Resolution, noise, bias field and gamma are random there too.
 
     Args:
         table: tissue table of the label maps.
@@ -106,8 +171,8 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         orientation: axis codes of label maps and images, such as `RAS`.
 
     Shapes:
-        a case from `TissueIndexd`, with `label` (1, X, Y, Z) rows of the table, `centre` and
-        `spacing` → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size) float32
+        a case from `TissueIndexd`, with `label` (1, X, Y, Z) rows of the table, `centre`,
+        `spacing` and perhaps `image` (1, X, Y, Z), its scan → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size) float32
         channel numbers.
     """
 
@@ -133,12 +198,20 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         centre, spacing = case.pop(CENTRE).numpy(), case.pop(SPACING).numpy()
         # noise is drawn on the device, by a generator that this transform's random state seeds
         noise = torch.Generator(device=label_map.device).manual_seed(int(self.R.randint(2**31)))
-        rows = self._deformed_rows(label_map, centre, spacing)
-        self._cut_field_of_view(rows)
-        self._draw_lesions(rows)
+        deformation = self._draw_deformation(label_map.device, centre, spacing)
+        rows = self._deformed_rows(label_map, deformation)
+        scan = case.pop(IMAGE, None)
+        if scan is not None and self._happens(self.options.scan_chance):
+            values = [linear_values(scan[0], deformation.position, s) for s in deformation.steps[1:]]
+            image = torch.stack(values).mean(dim=0)
+            self._cut_field_of_view(rows, image)
+            image = self._acquired(image, noise, blur_native=False)
+        else:
+            self._cut_field_of_view(rows)
+            self._draw_lesions(rows)
+            image = self._painted(rows[1:], noise)
+            image = self._acquired(image, noise)
         channels = on_device(self.table.channels, rows.device)[rows[0]]
-        image = self._painted(rows[1:], noise)
-        image = self._acquired(image, noise)
         if self._happens(self.options.strip_chance):
             channels, image = self._skull_stripped(rows, channels, image)
         return case | {IMAGE: image[None], LABEL: channels[None].float()}
@@ -147,19 +220,15 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         """Return True with the given probability."""
         return bool(self.R.rand() < chance)
 
-    def _deformed_rows(
-        self, label_map: torch.Tensor, centre: NDArray[np.float64], spacing: NDArray[np.float64]
-    ) -> torch.Tensor:
-        """Return the label map after a random affine and elastic deformation, perhaps mirrored.
+    def _draw_deformation(
+        self, device: torch.device, centre: NDArray[np.float64], spacing: NDArray[np.float64]
+    ) -> Deformation:
+        """Return a random affine and elastic deformation, perhaps with a reflection.
 
         Args:
-            label_map: (X, Y, Z) rows of the table.
+            device: device of the positions.
             centre: (3,) mean position of the structures, voxels of the label map.
             spacing: (3,) voxel size of the label map, mm.
-
-        Returns:
-            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table, for each voxel of the image: at
-            its centre, then at its sample points.
         """
         options = self.options
         # do not reorder: the result of a seed depends on the order of the random draws
@@ -177,7 +246,6 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         if self._happens(options.neck_chance):
             shift = shift - self.up * self.R.uniform(0, options.neck)
         sigma_mm = self.R.uniform(0, options.elastic)
-        device = label_map.device
         displacement = self._smooth_field(3, options.elastic_every, device) * sigma_mm
         if options.fine_elastic:
             sigma_mm = self.R.uniform(0, options.fine_elastic)
@@ -186,8 +254,22 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         for _ in range(options.magnifications):
             self._magnify(position, centre, spacing)
         steps = [np.zeros(3), *(matrix @ (point * self.spacing) for point in SAMPLE_POINTS)]
-        rows = torch.stack([nearest_values(label_map, position, step) for step in steps])
-        if mirrored:
+        return Deformation(position=position, steps=steps, mirrored=mirrored)
+
+    def _deformed_rows(self, label_map: torch.Tensor, deformation: Deformation) -> torch.Tensor:
+        """Return a label map after a deformation, with the sides of structures swapped if mirrored.
+
+        Args:
+            label_map: (X, Y, Z) rows of the table.
+            deformation: where each voxel of the image lies in the label map.
+
+        Returns:
+            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table, for each voxel of the image: at
+            its centre, then at its sample points.
+        """
+        position = deformation.position
+        rows = torch.stack([nearest_values(label_map, position, s) for s in deformation.steps])
+        if deformation.mirrored:
             rows = on_device(self.table.mirror, rows.device)[rows]
         return rows
 
@@ -282,14 +364,19 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         coarse = self.R.normal(size=(count, *points)).astype(np.float32)
         return _resized(on_device(coarse, device), self.roi_size)
 
-    def _cut_field_of_view(self, rows: torch.Tensor) -> None:
-        """Randomly set the outer voxels at some faces of the image to background, in place."""
+    def _cut_field_of_view(self, *volumes: torch.Tensor) -> None:
+        """Randomly set the outer voxels at some faces of the image to background, in place.
+
+        Args:
+            volumes: each (..., *roi_size); all of them are cut alike.
+        """
         if not self._happens(self.options.cut_chance):
             return
-        for axis, size in enumerate(self.roi_size, start=1):
+        for axis, size in enumerate(self.roi_size):
             first, last = self._cut_width(size), self._cut_width(size)
-            rows.narrow(axis, 0, first).zero_()
-            rows.narrow(axis, size - last, last).zero_()
+            for volume in volumes:
+                volume.narrow(axis - 3, 0, first).zero_()
+                volume.narrow(axis - 3, size - last, last).zero_()
 
     def _cut_width(self, size: int) -> int:
         """Return the random number of voxels that are cut off at one face of an axis."""
@@ -345,7 +432,9 @@ class RandSynthesized(RandomizableTransform, MapTransform):
             mean[0] = deviation[0] = 0.0
         return mean, deviation * self.R.uniform(options.texture, 1.0)
 
-    def _acquired(self, image: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    def _acquired(
+        self, image: torch.Tensor, noise: torch.Generator, *, blur_native: bool = True
+    ) -> torch.Tensor:
         """Return the image with the effects of a random acquisition.
 
         These are blur, coarser voxels or thick slices (not always), noise, a bias field and a gamma
@@ -354,16 +443,19 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         Args:
             image: (*roi_size) intensities.
             noise: generator of the noise.
+            blur_native: whether an image whose resolution is not coarser is blurred too; a scan is
+                blurred already.
         """
         options = self.options
         ratio = np.maximum(1.0, self._draw_resolution() / self.spacing)
         sigma = ratio / FWHM * self.R.uniform(0.8, 1.2)
         # the mean over the sample points has blurred the image already: its variance is that of
         # their positions, and is subtracted
-        image = gaussian_smooth(image, np.sqrt(sigma**2 - (SAMPLE_POINTS**2).mean()))
+        is_coarser = bool((ratio > 1.05).any())
+        if blur_native or is_coarser:
+            image = gaussian_smooth(image, np.sqrt(sigma**2 - (SAMPLE_POINTS**2).mean()))
         noise_level = self.R.uniform(0, options.noise) * MAX_INTENSITY
         size = list(self.roi_size)
-        is_coarser = bool((ratio > 1.05).any())
         if is_coarser:
             size = [max(2, round(n / r)) for n, r in zip(self.roi_size, ratio, strict=True)]
             image = _resized(image[None], size)[0]
@@ -428,6 +520,27 @@ def nearest_values(
     inside = (kept == voxel).all(dim=0)
     index = (kept.long() * on_device(steps_to_next, position.device).view(3, 1, 1, 1)).sum(dim=0)
     return label_map.flatten()[index].long() * inside
+
+
+def linear_values(
+    volume: torch.Tensor, position: torch.Tensor, step: NDArray[np.float64]
+) -> torch.Tensor:
+    """Return the values of a volume at positions, by linear interpolation.
+
+    Args:
+        volume: (X, Y, Z) intensities.
+        position: (3, *spatial) positions, voxels.
+        step: (3,) offset that is added to all positions, voxels.
+
+    Returns:
+        (*spatial) intensities; 0 for positions outside the volume.
+    """
+    scale = 2 / np.maximum(np.array(volume.shape) - 1, 1)
+    offset = _per_axis(step * scale - 1, position.device)
+    grid = torch.addcmul(offset, position, _per_axis(scale, position.device))
+    grid = grid.flip(0).movedim(0, -1)  # grid_sample counts axes from the last one
+    sampled = functional.grid_sample(volume[None, None], grid[None], align_corners=True)
+    return sampled[0, 0]
 
 
 def _per_axis(values: NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -18,12 +18,14 @@ from pipeline.bundle.opening import open_bundle
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec, spec_fingerprint
 from pipeline.errors import ConfigError
+from pipeline.inference import cascade
 from pipeline.inference.aggregator import ScoreBlock
 from pipeline.inference.cascade import (
     SLAB,
     CascadeNetwork,
     CoarseProbabilities,
     _box_image,
+    _part_near,
     load_cascade,
     mean_position,
 )
@@ -265,6 +267,38 @@ def test_the_image_of_the_box_is_that_of_simpleitk() -> None:
     assert 0.2 < inside.mean() < 0.9
     np.testing.assert_allclose(ours[0].numpy()[inside], expected[inside], atol=1e-5)
     assert not ours[0, :3].any()
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS[::9])
+@pytest.mark.parametrize("turn", [0.0, 12.0])
+@pytest.mark.parametrize("spacing", [(0.6, 0.4, 0.7), (1.1, 1.4, 0.9)])
+def test_the_box_needs_only_a_part_of_the_scan(
+    orientation: str, turn: float, spacing: tuple[float, float, float], monkeypatch: Any
+) -> None:
+    """Wherever the box lies, its image is the one that the whole scan gives."""
+    spec = cascade_spec().cascade_spec
+    assert spec is not None
+    draw = np.random.default_rng(3)
+    grey = draw.normal(size=(71, 83, 60)).astype("f4")
+    image = reorient(nib.Nifti1Image(grey, oblique(spacing)), orientation)
+    affine = torch.from_numpy(image.affine)
+    scan = MetaTensor(torch.from_numpy(np.ascontiguousarray(image.dataobj))[None], affine=affine)
+    axes = oblique((1.0, 1.0, 1.0))[:3, :3] @ nib.eulerangles.euler2mat(np.radians(turn))
+    sizes = []
+    for voxel in ([30, 40, 30], [-3, 60, 8], [68, 5, 50], [500, 0, 0]):
+        box = np.eye(4)
+        box[:3, :3] = axes
+        middle = (np.array(spec.roi_size) - 1) / 2
+        centre = nib.affines.apply_affine(oblique(spacing), voxel)
+        box[:3, 3] = centre - axes @ middle
+        found = _box_image(scan, box, spec)
+        sizes.append(_part_near(scan, box, spec.roi_size).numel())
+        with monkeypatch.context() as patched:
+            patched.setattr(cascade, "_part_near", lambda scan, *_: scan)
+            expected = _box_image(scan, box, spec)
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=2e-5)
+    assert min(sizes) < scan.numel() / 2
+    assert sizes[-1] == scan.numel()  # far away
 
 
 def test_weights_are_checked_and_read_once(tmp_path: Path) -> None:

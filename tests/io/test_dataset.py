@@ -179,6 +179,21 @@ def test_label_maps_are_the_volumes_of_a_folder(folder: Path) -> None:
         label_maps(folder)
 
 
+def test_label_maps_get_the_scans_of_their_names(folder: Path) -> None:
+    """The suffix may differ; a label map without a scan stays without an image."""
+    scans = folder / "scans"
+    scans.mkdir()
+    for name in ("a_1.nii", "c.nii.gz", "other.nii.gz", "b.x_1.txt"):
+        (scans / name).touch()
+    synthesis = {"table": "labels.csv", "scans": str(scans)}
+    cases = training_cases(folder / "labelsTr", run_of(synthesis=synthesis))
+    images = {case["case"]: case["image"] for case in cases if "image" in case}
+    assert images == {"a_1": str(scans / "a_1.nii"), "c": str(scans / "c.nii.gz")}
+    assert len(cases) > len(images)
+    with pytest.raises(ConfigError, match="scans with the names of the label maps"):
+        label_maps(folder / "labelsTr", folder / "labelsTr" / "..")
+
+
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(ConfigError, match=r"\$NOWHERE"):

@@ -12,7 +12,7 @@ from scipy.ndimage import map_coordinates
 
 from pipeline.config.parser import parse_config
 from pipeline.config.spec import Spec
-from pipeline.transforms.preprocess import preprocessing
+from pipeline.transforms.preprocess import IMAGE, SCAN, preprocessing
 
 
 def parse(dims: int = 3, **changes: Any) -> Spec:
@@ -125,3 +125,27 @@ def test_the_two_parts_give_the_result_of_the_whole() -> None:
     whole = transform({"image": nifti()})
     assert torch.equal(prepared["image"], whole["image"])
     torch.testing.assert_close(prepared["image"].affine, whole["image"].affine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "kept"),
+    [
+        ("int16", 0.0, torch.int16),
+        ("uint16", 40_000.0, torch.float32),  # beyond int16
+        ("float32", 0.25, torch.float32),
+        ("float32", 3e9, torch.float32),
+        ("int32", -40_000.0, torch.float32),
+    ],
+)
+def test_the_scan_is_kept_without_loss(kind: str, change: float, kept: torch.dtype) -> None:
+    """A scan of small integers takes half the memory; every other one stays as it was read."""
+    voxels = np.random.default_rng(0).integers(0, 4000, (21, 17, 13)).astype("float32")
+    voxels[3, 4, 5] += change
+    affine = oblique((1.0, 2.0, 1.5))
+    content = spec_content(3, labels={"background": 0, "a": 1, "b": 2}, refine=[["a", "b"]])
+    spec = parse_config(Spec, content, "spec")
+    case = preprocessing(spec)({IMAGE: nib.Nifti1Image(voxels.astype(kind), affine)})
+    scan = case[SCAN]
+    assert scan.dtype == kept
+    np.testing.assert_array_equal(scan.numpy()[0], voxels.astype(kind).astype("float32"))
+    np.testing.assert_allclose(scan.affine, affine)

@@ -17,7 +17,7 @@ from scipy import ndimage, special
 
 from pipeline.config.parser import parse_config
 from pipeline.config.run import Synthesis
-from pipeline.errors import ConfigError, VolumeError
+from pipeline.errors import ConfigError, GeometryError, VolumeError, unwrapped_errors
 from pipeline.transforms.synthesis import (
     FWHM,
     KERNEL_REACH,
@@ -505,3 +505,65 @@ def test_the_discrete_gaussian_is_that_of_monai() -> None:
             torch.tensor(sigma), truncated=KERNEL_REACH, approx="scalespace", normalize=True
         )
         np.testing.assert_allclose(discrete_gaussian(sigma), theirs.numpy(), atol=1e-6)
+
+
+def with_scan(map_file: Path, array: Array, folder: Path) -> dict[str, Any]:
+    """A case with a scan on the grid of its label map, `array` in the order of axes of RAS."""
+    label_map = nib.load(map_file)
+    scan = nib.Nifti1Image(array.astype(np.float32), np.eye(4)).as_reoriented(
+        nib.orientations.ornt_transform(
+            nib.io_orientation(np.eye(4)), nib.io_orientation(label_map.affine)
+        )
+    )
+    save(folder / "scan.nii.gz", nib.Nifti1Image(scan.dataobj, label_map.affine))
+    return {"case": "head", "label": str(map_file), "image": str(folder / "scan.nii.gz")}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_scan_is_deformed_with_its_labels(
+    map_file: Path, table: Path, tmp_path: Path, seed: int
+) -> None:
+    """The scan is bright in the left box alone; in a mirror image that is the right box."""
+    case = with_scan(map_file, np.where(head() == 2, 200.0, 20.0), tmp_path)
+    drawn = options(table, rotation=20.0, scaling=0.2, elastic=3.0, shift=4.0, scan_chance=1.0)
+    found = synthesis_transform(spec(spacing=[1.0] * 3), drawn).set_random_state(seed)(case)
+    image, channels = found["image"][0].numpy(), found["label"][0].numpy()
+    means = [image[ndimage.binary_erosion(channels == n)].mean() for n in (1, 2)]
+    bright = 1 + int(np.argmax(means))
+    assert abs(means[0] - means[1]) > 1.5
+    assert sides(channels)[0] < sides(channels)[1]
+    inside, outside = channels == bright, ndimage.binary_dilation(channels == bright, iterations=3)
+    assert image[inside].mean() > image[~outside].max() + 1
+
+
+def test_a_scan_is_interpolated_linearly(map_file: Path, table: Path, tmp_path: Path) -> None:
+    """A ramp stays a ramp: its steps per mm are those of the scan, whatever the orientation."""
+    x, y, z = np.indices(head().shape)
+    case = with_scan(map_file, 50 + x + 2 * y + 3 * z, tmp_path)
+    transform = synthesis_transform(spec(), options(table, scan_chance=1.0))
+    for seed in range(4):
+        image = transform.set_random_state(seed)(case)["image"][0].numpy()
+        steps = [np.diff(image, axis=axis)[4:-4, 4:-4, 4:-4].mean() for axis in range(3)]
+        ratios = np.array(steps) / SPACING
+        np.testing.assert_allclose(np.abs(ratios / ratios[1]), [0.5, 1.0, 1.5], rtol=1e-3)
+        assert ratios[1] > 0
+
+
+def test_without_the_chance_the_image_is_drawn(
+    map_file: Path, table: Path, tmp_path: Path
+) -> None:
+    case = with_scan(map_file, np.where(head() == 2, 200.0, 20.0), tmp_path)
+    found = synthesis_transform(spec(), options(table, scan_chance=0.0)).set_random_state(1)(case)
+    image, channels = found["image"][0], found["label"][0]
+    assert image[channels == 0].max() > image[channels == 1].mean()  # the skull
+
+
+def test_a_scan_on_another_grid_is_refused(map_file: Path, table: Path, tmp_path: Path) -> None:
+    label_map = nib.load(map_file)
+    affine = label_map.affine.copy()
+    affine[:3, 3] += 0.5
+    save(tmp_path / "scan.nii.gz", nib.Nifti1Image(np.ones(label_map.shape, np.float32), affine))
+    case = {"case": "head", "label": str(map_file), "image": str(tmp_path / "scan.nii.gz")}
+    text = r"head: .*grid of its label map.*0\.87 mm apart"
+    with pytest.raises(GeometryError, match=text), unwrapped_errors():
+        synthesis_transform(spec(), options(table))(case)
