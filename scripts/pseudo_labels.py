@@ -25,6 +25,7 @@ from scipy import ndimage
 
 import pipeline
 from pipeline.config import load_spec
+from pipeline.inference import CaseModel
 from pipeline.io.formats import image_stem
 
 MARGIN = 4  # voxels around the head
@@ -106,7 +107,7 @@ def cropped_head(image: nib.Nifti1Image) -> nib.Nifti1Image:
 
 
 def copy_labels(
-    model: pipeline.Segmentation, scan: nib.Nifti1Image, change: Change, other: NDArray[np.uint8]
+    model: CaseModel, scan: nib.Nifti1Image, change: Change, other: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
     """Return the labels of a changed copy of a scan, on the scan's voxels."""
     voxels = np.asarray(scan.dataobj, dtype=np.float32) / 255

@@ -126,10 +126,14 @@ class Synthesis:
         cut_chance: probability of a field of view that cuts off a part of the head.
         cut: largest fraction of the image that is lost at one face.
         strip_chance: probability of a skull-stripped image.
-        scans: folder with the scan of some of the label maps, each with the name and the grid of its
-            label map; null if there are none. `$NAME` is replaced by the value of the environment
-            variable.
+        scans: folder with the scans of some of the label maps, each with the name and the grid of
+            its label map; null if there are none. `$NAME` is replaced by the value of the
+            environment variable.
         scan_chance: probability that the image of a label map with a scan shows the scan.
+        inset: names of structures whose labels end before the border that the image shows: people,
+            and programs that learnt from them, count voxels that are partly white matter to it.
+        inset_from: names of the tissues that the borders of `inset` are moved away from.
+        inset_mm: how far, mm.
         outer_fluid: values in the label maps of the fluid around the brain; half of the
             skull-stripped images lack it.
     """
@@ -170,6 +174,9 @@ class Synthesis:
     strip_chance: float = 0.25
     scans: str | None = None
     scan_chance: float = 0.5
+    inset: tuple[str, ...] = ()
+    inset_from: tuple[str, ...] = ()
+    inset_mm: float = 0.5
     outer_fluid: tuple[int, ...] = (24,)
 
     def __post_init__(self) -> None:
@@ -186,6 +193,13 @@ class Synthesis:
             "run.synthesis.magnification",
             "0 to below 1",
             self.magnification,
+        )
+        require(self.inset_mm > 0, "run.synthesis.inset_mm", "mm above 0", self.inset_mm)
+        require(
+            bool(self.inset) == bool(self.inset_from),
+            "run.synthesis.inset_from",
+            "names of tissues with inset, and none without",
+            ", ".join(self.inset_from),
         )
         for name in ("resolution_mm", "slices_mm", "magnified_mm", "lesion_mm"):
             low, high = getattr(self, name)

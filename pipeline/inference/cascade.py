@@ -248,6 +248,7 @@ class CascadeNetwork:
         affine = _moved(affine, first)
         box_affine = _box_affine(affine, centre.numpy(), self.spec)
         image = _box_image(scan, box_affine, self.spec)
+        release_freed_memory()  # of the resampling: 0.08 GB
         scores = self.prepare()(image[None].to(self.device))[0].float().cpu()
         share = self.share * _fade(self.spec.roi_size)
         gained = torch.zeros(len(scores), dtype=torch.float64)

@@ -11,7 +11,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log, radians
 from typing import Any
 
@@ -50,6 +50,10 @@ KERNEL_REACH = 4.0  # standard deviations at which a Gaussian kernel is cut off
 # Points in a voxel whose tissues are averaged (partial volume), in voxels from its centre: every
 # second corner of a cube of half the voxel's size
 SAMPLE_POINTS = np.array([(1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)]) / 4
+# Unit vectors to the points that `inset` looks at: along the axes and diagonals of a cube
+DIRECTIONS = np.vstack(
+    [np.eye(3), -np.eye(3), (2 * np.array(list(np.ndindex(2, 2, 2))) - 1) / np.sqrt(3)]
+)
 CUT_FACE_CHANCE = 0.4  # per face of an image whose field of view is cut
 BLACK_AIR_CHANCE = 0.25  # of a background that is exactly 0
 LESION_CONTRAST_CHANCE = 0.5  # of lesions whose intensity does not depend on the tissue's
@@ -78,14 +82,16 @@ def synthesis_transform(
             "along every axis"
         )
     table = read_tissue_table(expand_variables(options.table), spec.labels)
-    unknown = [name for name in options.centred_on if name not in spec.labels]
-    if unknown:
-        raise ConfigError(
-            f"run.synthesis.centred_on: expected names of structures, got {', '.join(unknown)}"
+    centred_on, inset, inset_from = (
+        _channels_of(spec, key, names)
+        for key, names in (
+            ("centred_on", options.centred_on),
+            ("inset", options.inset),
+            ("inset_from", options.inset_from),
         )
+    )
     for value in {*options.lesions, *options.lesions.values()} - set(table.values.tolist()):
         raise ConfigError(f"run.synthesis.lesions: expected values of the table, got {value}")
-    numbers = [list(spec.labels).index(name) for name in options.centred_on]
     spacing = [float(mm) for mm in spec.spacing if mm is not None]
     return TrainingTransform(
         deterministic=[
@@ -97,13 +103,31 @@ def synthesis_transform(
                 allow_missing_keys=True,
             ),
             ScanIntensityd(IMAGE, device),
-            TissueIndexd(LABEL, table, device, numbers),
+            TissueIndexd(LABEL, table, device, centred_on),
         ],
         random=[
-            RandSynthesized(table, spec.roi_size, spacing, options, orientation=spec.orientation),
+            RandSynthesized(
+                table,
+                spec.roi_size,
+                spacing,
+                options,
+                orientation=spec.orientation,
+                inset=inset,
+                inset_from=inset_from,
+            ),
             normalisation(spec, IMAGE, device),
         ],
     )
+
+
+def _channels_of(spec: Spec, key: str, names: Sequence[str]) -> list[int]:
+    """Return the channel numbers of structures that an option of the synthesis names."""
+    unknown = [name for name in names if name not in spec.labels]
+    if unknown:
+        raise ConfigError(
+            f"run.synthesis.{key}: expected names of structures, got {', '.join(unknown)}"
+        )
+    return [list(spec.labels).index(name) for name in names]
 
 
 class ScanIntensityd(MapTransform):
@@ -147,13 +171,12 @@ class Deformation:
 
     Attributes:
         position: (3, *roi_size) positions of the voxels' centres, voxels of the label map.
-        steps: (3,) offset from there, of the centre itself and of each of `SAMPLE_POINTS`, voxels
-            of the label map.
+        matrix: (3, 3) linear map from an offset in the image, mm, to one in the label map, voxels.
         mirrored: whether left and right are swapped.
     """
 
     position: torch.Tensor
-    steps: list[NDArray[np.float64]]
+    matrix: NDArray[np.float64]
     mirrored: bool
 
 
@@ -169,11 +192,13 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         spacing: voxel size of the image, mm.
         options: probabilities and ranges of the synthesis.
         orientation: axis codes of label maps and images, such as `RAS`.
+        inset: channel numbers of the structures in `options.inset`.
+        inset_from: channel numbers of the tissues in `options.inset_from`.
 
     Shapes:
         a case from `TissueIndexd`, with `label` (1, X, Y, Z) rows of the table, `centre`,
-        `spacing` and perhaps `image` (1, X, Y, Z), its scan → `image` (1, *roi_size) float32 intensities and `label` (1, *roi_size) float32
-        channel numbers.
+        `spacing` and perhaps `image` (1, X, Y, Z), its scan → `image` (1, *roi_size) float32
+        intensities and `label` (1, *roi_size) float32 channel numbers.
     """
 
     def __init__(
@@ -184,10 +209,13 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         options: Synthesis,
         *,
         orientation: str = "RAS",
+        inset: Sequence[int] = (),
+        inset_from: Sequence[int] = (),
     ) -> None:
         MapTransform.__init__(self, LABEL)
         RandomizableTransform.__init__(self, 1.0)
         self.table, self.options = table, options
+        self.inset, self.inset_from = np.array(inset), np.array(inset_from)
         self.left_right_axis = [AXES[code] for code in orientation].index(AXES["R"])
         self.up = np.array([{"S": 1.0, "I": -1.0}.get(code, 0.0) for code in orientation])
         self.roi_size, self.spacing = tuple(roi_size), np.asarray(spacing, dtype=np.float64)
@@ -199,10 +227,12 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         # noise is drawn on the device, by a generator that this transform's random state seeds
         noise = torch.Generator(device=label_map.device).manual_seed(int(self.R.randint(2**31)))
         deformation = self._draw_deformation(label_map.device, centre, spacing)
-        rows = self._deformed_rows(label_map, deformation)
+        sample_mm = SAMPLE_POINTS * self.spacing
+        rows = self._deformed_rows(label_map, deformation, np.vstack([np.zeros(3), sample_mm]))
         scan = case.pop(IMAGE, None)
         if scan is not None and self._happens(self.options.scan_chance):
-            values = [linear_values(scan[0], deformation.position, s) for s in deformation.steps[1:]]
+            steps = sample_mm @ deformation.matrix.T
+            values = [linear_values(scan[0], deformation.position, step) for step in steps]
             image = torch.stack(values).mean(dim=0)
             self._cut_field_of_view(rows, image)
             image = self._acquired(image, noise, blur_native=False)
@@ -212,6 +242,8 @@ class RandSynthesized(RandomizableTransform, MapTransform):
             image = self._painted(rows[1:], noise)
             image = self._acquired(image, noise)
         channels = on_device(self.table.channels, rows.device)[rows[0]]
+        if self.options.inset:
+            channels = self._inset(channels, label_map, deformation)
         if self._happens(self.options.strip_chance):
             channels, image = self._skull_stripped(rows, channels, image)
         return case | {IMAGE: image[None], LABEL: channels[None].float()}
@@ -253,25 +285,51 @@ class RandSynthesized(RandomizableTransform, MapTransform):
         position = self._positions(matrix, centre + shift / spacing, displacement, spacing)
         for _ in range(options.magnifications):
             self._magnify(position, centre, spacing)
-        steps = [np.zeros(3), *(matrix @ (point * self.spacing) for point in SAMPLE_POINTS)]
-        return Deformation(position=position, steps=steps, mirrored=mirrored)
+        return Deformation(position=position, matrix=matrix, mirrored=mirrored)
 
-    def _deformed_rows(self, label_map: torch.Tensor, deformation: Deformation) -> torch.Tensor:
+    def _deformed_rows(
+        self, label_map: torch.Tensor, deformation: Deformation, offsets_mm: NDArray[np.float64]
+    ) -> torch.Tensor:
         """Return a label map after a deformation, with the sides of structures swapped if mirrored.
 
         Args:
             label_map: (X, Y, Z) rows of the table.
             deformation: where each voxel of the image lies in the label map.
+            offsets_mm: (N, 3) points, relative to the centre of each voxel of the image, mm.
 
         Returns:
-            (1 + len(SAMPLE_POINTS), *roi_size) rows of the table, for each voxel of the image: at
-            its centre, then at its sample points.
+            (N, *roi_size) rows of the table, at these points of each voxel.
         """
-        position = deformation.position
-        rows = torch.stack([nearest_values(label_map, position, s) for s in deformation.steps])
+        steps = offsets_mm @ deformation.matrix.T
+        rows = torch.stack([nearest_values(label_map, deformation.position, s) for s in steps])
         if deformation.mirrored:
             rows = on_device(self.table.mirror, rows.device)[rows]
         return rows
+
+    def _inset(
+        self, channels: torch.Tensor, label_map: torch.Tensor, deformation: Deformation
+    ) -> torch.Tensor:
+        """Return channel numbers in which some structures end before the border of the image.
+
+        A voxel of a structure in `inset` gets the tissue of `inset_from` that any of the
+        `DIRECTIONS` leads to within `inset_mm`.
+
+        Args:
+            channels: (*roi_size) channel numbers, which are changed.
+            label_map: (X, Y, Z) rows of the table.
+            deformation: where each voxel of the image lies in the label map.
+        """
+        is_inset = torch.isin(channels, on_device(self.inset, channels.device))
+        tissues = on_device(self.inset_from, channels.device)
+        position = deformation.position[:, is_inset][:, :, None, None]
+        rows = self._deformed_rows(
+            label_map, replace(deformation, position=position), DIRECTIONS * self.options.inset_mm
+        )
+        found = channels[is_inset]
+        for near in on_device(self.table.channels, channels.device)[rows[..., 0, 0]]:
+            found = torch.where(torch.isin(near, tissues), near, found)
+        channels[is_inset] = found
+        return channels
 
     def _positions(
         self,

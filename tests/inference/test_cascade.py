@@ -11,6 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
+from nibabel.eulerangles import euler2mat
 from phantom import ORIENTATIONS, make_bundle, oblique, parse_spec, reorient, spec_content
 from scipy import ndimage
 
@@ -283,7 +284,7 @@ def test_the_box_needs_only_a_part_of_the_scan(
     image = reorient(nib.Nifti1Image(grey, oblique(spacing)), orientation)
     affine = torch.from_numpy(image.affine)
     scan = MetaTensor(torch.from_numpy(np.ascontiguousarray(image.dataobj))[None], affine=affine)
-    axes = oblique((1.0, 1.0, 1.0))[:3, :3] @ nib.eulerangles.euler2mat(np.radians(turn))
+    axes = oblique((1.0, 1.0, 1.0))[:3, :3] @ euler2mat(np.radians(turn))
     sizes = []
     for voxel in ([30, 40, 30], [-3, 60, 8], [68, 5, 50], [500, 0, 0]):
         box = np.eye(4)

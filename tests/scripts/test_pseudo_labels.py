@@ -22,7 +22,7 @@ LEFT, RIGHT, BOTH = 17, 53, 16
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with a model that knows a bright block by its side, not by its intensity."""
-    script = load_script("pseudo_labels")
+    script: ModuleType = load_script("pseudo_labels")
     monkeypatch.setattr(script.pipeline, "load", lambda bundle: None, raising=False)
     monkeypatch.setattr(script.pipeline, "segment", segment, raising=False)
     return script
@@ -92,6 +92,8 @@ def test_a_small_part_gets_the_next_label(script: ModuleType) -> None:
 def test_the_mean_dice_is_that_of_monai(script: ModuleType) -> None:
     draw = np.random.default_rng(0)
     first, second = (draw.choice([0, BOTH, LEFT, RIGHT], size=(9, 8, 7)) for _ in range(2))
-    one_hot = [np.stack([a == value for value in (BOTH, LEFT, RIGHT)])[None] for a in (first, second)]
+    one_hot = [
+        np.stack([a == value for value in (BOTH, LEFT, RIGHT)])[None] for a in (first, second)
+    ]
     expected = compute_dice(*(torch.as_tensor(a) for a in one_hot)).mean()
     assert script.mean_dice(first, second) == pytest.approx(float(expected))

@@ -539,7 +539,7 @@ def test_a_scan_is_deformed_with_its_labels(
 def test_a_scan_is_interpolated_linearly(map_file: Path, table: Path, tmp_path: Path) -> None:
     """A ramp stays a ramp: its steps per mm are those of the scan, whatever the orientation."""
     x, y, z = np.indices(head().shape)
-    case = with_scan(map_file, 50 + x + 2 * y + 3 * z, tmp_path)
+    case = with_scan(map_file, np.asarray(50 + x + 2 * y + 3 * z), tmp_path)
     transform = synthesis_transform(spec(), options(table, scan_chance=1.0))
     for seed in range(4):
         image = transform.set_random_state(seed)(case)["image"][0].numpy()
@@ -549,9 +549,7 @@ def test_a_scan_is_interpolated_linearly(map_file: Path, table: Path, tmp_path: 
         assert ratios[1] > 0
 
 
-def test_without_the_chance_the_image_is_drawn(
-    map_file: Path, table: Path, tmp_path: Path
-) -> None:
+def test_without_the_chance_the_image_is_drawn(map_file: Path, table: Path, tmp_path: Path) -> None:
     case = with_scan(map_file, np.where(head() == 2, 200.0, 20.0), tmp_path)
     found = synthesis_transform(spec(), options(table, scan_chance=0.0)).set_random_state(1)(case)
     image, channels = found["image"][0], found["label"][0]
@@ -567,3 +565,47 @@ def test_a_scan_on_another_grid_is_refused(map_file: Path, table: Path, tmp_path
     text = r"head: .*grid of its label map.*0\.87 mm apart"
     with pytest.raises(GeometryError, match=text), unwrapped_errors():
         synthesis_transform(spec(), options(table))(case)
+
+
+@pytest.mark.parametrize(("inset_mm", "seed"), [(0.5, 0), (0.5, 1), (1.0, 2)])
+def test_inset_structures_end_before_the_border_of_the_image(
+    table: Path, tmp_path: Path, inset_mm: float, seed: int
+) -> None:
+    """A ball loses a shell of that width to the tissue around it, and nothing on its other side."""
+    offset = np.indices((41, 50, 39)) - np.array([20.3, 25.1, 19.8]).reshape(3, 1, 1, 1)
+    radius = np.linalg.norm(offset, axis=0)
+    array = np.where(offset[2] < 0, 24, 2).astype(np.uint8)  # fluid below, left box above
+    array[radius < 10] = 16
+    path = save(tmp_path / "ball.nii.gz", nib.Nifti1Image(array, np.eye(4)))
+    inset = {"inset": ["middle"], "inset_from": ["left box", "right box"], "inset_mm": inset_mm}
+    size = {"spacing": [0.9, 0.8, 1.0], "roi_size": [32, 40, 32]}
+    image, before = draw(path, options(table, rotation=20.0), seed, **size)
+    same_image, after = draw(path, options(table, rotation=20.0, **inset), seed, **size)
+    np.testing.assert_array_equal(image, same_image)
+    middle, boxes, fluid = 3, (1, 2), 4
+    lost = (before == middle) & (after != middle)
+    np.testing.assert_array_equal(before[~lost], after[~lost])
+    assert np.isin(after[lost], boxes).all()
+    to_fluid = ndimage.distance_transform_edt(before != fluid, sampling=size["spacing"])
+    to_boxes = ndimage.distance_transform_edt(~np.isin(before, boxes), sampling=size["spacing"])
+    assert to_boxes[lost].max() < inset_mm + 1.5
+    assert not lost[(before == middle) & (to_fluid < 2) & (to_boxes > inset_mm + 1.5)].any()
+    shell = lost.sum() * 0.72 / (2 * np.pi * 10**2)  # mm, of half a sphere
+    assert 0.8 * inset_mm < shell < 1.3 * inset_mm  # the steps of voxels lose a little more
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"inset": ["middle"]}, r"inset_from: .*names of tissues with inset"),
+        ({"inset_from": ["middle"]}, r"inset_from: .*and none without"),
+        ({"inset": ["middle"], "inset_from": ["x"]}, r"inset_from: .*structures, got x"),
+        ({"inset": ["y"], "inset_from": ["middle"]}, r"inset: .*structures, got y"),
+        ({"inset_mm": 0.0}, r"inset_mm: .*mm above 0"),
+    ],
+)
+def test_inset_structures_that_cannot_be_are_named(
+    table: Path, changes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        synthesis_transform(spec(), options(table, **changes))
