@@ -12,6 +12,7 @@ part get the label with the next most votes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +70,18 @@ CHANGES = (
 @click.argument("output", type=click.Path(file_okay=False, path_type=Path))
 def main(scans: Path, output: Path) -> None:
     """Write the scans and their label maps."""
+    paths = sorted(scans.rglob("*.nii.gz"))
+    if not paths:
+        sys.exit(f"{scans}: expected scans *.nii.gz")
     model = pipeline.load(str(BRAIN_BUNDLE))
     other_side = mirrored_values(load_spec(BRAIN_BUNDLE / "configs" / "spec.yaml").labels)
     for folder in ("scans", "label_maps"):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    for path in sorted(scans.rglob("*.nii.gz")):
+    for path in paths:
         scan = cropped_head(nib.load(path))
+        if scan is None:
+            click.echo(f"{path}: no voxel above 0; left out", err=True)
+            continue
         votes = [copy_labels(model, scan, change, other_side) for change in CHANGES]
         labels = voted(np.stack(votes))
         dice = np.mean([mean_dice(copy, labels) for copy in votes])
@@ -94,11 +101,13 @@ def mirrored_values(labels: Mapping[str, int]) -> NDArray[np.uint8]:
     return other
 
 
-def cropped_head(image: nib.Nifti1Image) -> nib.Nifti1Image:
-    """Return a scan in RAS+ voxels of 1 mm, cropped to its non-zero voxels, as uint8."""
+def cropped_head(image: nib.Nifti1Image) -> nib.Nifti1Image | None:
+    """Return a scan in RAS+ voxels of 1 mm, cropped to those above 0, as uint8; None without any."""
     resampled = resample_to_output(image, 1.0, order=1)
     voxels = np.asarray(resampled.dataobj, dtype=np.float32)
     where = np.argwhere(voxels > 0)
+    if not len(where):
+        return None
     first = np.maximum(where.min(axis=0) - MARGIN, 0)
     box = tuple(slice(a, b) for a, b in zip(first, where.max(axis=0) + MARGIN + 1, strict=True))
     voxels = voxels[box].clip(min=0)

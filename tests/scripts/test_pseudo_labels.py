@@ -72,6 +72,20 @@ def test_copies_vote_on_the_scans_own_voxels(script: ModuleType, tmp_path: Path)
         assert {tuple(p) for p in found.round()} == {tuple(p) for p in mm.round()}
 
 
+def test_scans_that_are_empty_or_missing_are_named(script: ModuleType, tmp_path: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("in", "out")]
+    (tmp_path / "in").mkdir()
+    nothing = CliRunner().invoke(script.main, folders)
+    assert nothing.exit_code == 1
+    assert "expected scans *.nii.gz" in nothing.output
+    save(tmp_path / "in" / "a.nii.gz", nib.Nifti1Image(np.zeros((9, 8, 7), np.int16), np.eye(4)))
+    save(tmp_path / "in" / "b.nii.gz", nib.Nifti1Image(head(), np.eye(4)))
+    result = CliRunner().invoke(script.main, folders, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "a.nii.gz: no voxel above 0; left out" in result.output
+    assert [path.name for path in (tmp_path / "out" / "scans").iterdir()] == ["b.nii.gz"]
+
+
 def test_values_of_the_other_side(script: ModuleType) -> None:
     other = script.mirrored_values({"left a": LEFT, "right a": RIGHT, "stem": BOTH})
     assert (other[LEFT], other[RIGHT], other[BOTH]) == (RIGHT, LEFT, BOTH)
