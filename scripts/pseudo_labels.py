@@ -102,7 +102,7 @@ def mirrored_values(labels: Mapping[str, int]) -> NDArray[np.uint8]:
 
 
 def cropped_head(image: nib.Nifti1Image) -> nib.Nifti1Image | None:
-    """Return a scan in RAS+ voxels of 1 mm, cropped to those above 0, as uint8; None without any."""
+    """Return a scan in RAS+ voxels of 1 mm, cropped to those above 0, as uint8; else None."""
     resampled = resample_to_output(image, 1.0, order=1)
     voxels = np.asarray(resampled.dataobj, dtype=np.float32)
     where = np.argwhere(voxels > 0)
