@@ -23,7 +23,6 @@ from scipy import ndimage
 
 from pipeline.errors import PipelineError
 from pipeline.io import read
-from pipeline.io.formats import image_stem
 
 LAYERS_MM = (-1.5, -0.5, 0.5, 1.5, 2.5)  # their middles; negative inside
 DEEP_MM = 1.6  # from this depth on, grey values are the structure's own
@@ -43,7 +42,7 @@ def main(images: Path, labels: Path, values: tuple[int, ...], cases: int | None)
     """Print the profile of each case's border, averaged."""
     found: list[NDArray[np.float64]] = []
     for path in sorted(images.glob("*.nii.gz")):
-        name = image_stem(path)
+        name = path.name.removesuffix(".nii.gz")
         pair = [labels / f"{name}{end}.nii.gz" for end in ("", "_seg")]
         label = next((p for p in pair if p.is_file()), None)
         if label is None or len(found) == cases:

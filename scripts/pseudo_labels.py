@@ -27,7 +27,6 @@ from scipy import ndimage
 import pipeline
 from pipeline.config import load_spec
 from pipeline.inference import CaseModel
-from pipeline.io.formats import image_stem
 
 MARGIN = 4  # voxels around the head
 BRIGHTEST = 99.9  # percentile of the head's intensities that becomes 255
@@ -85,7 +84,7 @@ def main(scans: Path, output: Path) -> None:
         votes = [copy_labels(model, scan, change, other_side) for change in CHANGES]
         labels = voted(np.stack(votes))
         dice = np.mean([mean_dice(copy, labels) for copy in votes])
-        name = f"{image_stem(path)}.nii.gz"
+        name = path.name
         nib.save(scan, output / "scans" / name)
         nib.save(nib.Nifti1Image(labels, scan.affine), output / "label_maps" / name)
         click.echo(f"{name}: mean Dice of the copies with their vote {dice:.4f}")

@@ -148,7 +148,8 @@ def write_atomically(path: Path, content: bytes, *, staging: Path | None = None)
     Args:
         path: the file.
         content: all of it.
-        staging: folder of the temporary file, on the same file system; the file's own by default.
+        staging: folder of the temporary file, which exists, on the same file system; the file's own
+            by default.
 
     Raises:
         WriteError: the folder cannot be made or written to.
@@ -179,7 +180,8 @@ def retry_io(action: Callable[[], T]) -> T:
 
 
 def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if staging is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent if staging is None else staging
     # short, because the final name may be as long as a name can be; the machine and the process
     # are in it, so that what a dead process left can be told from what a living one writes
@@ -190,6 +192,8 @@ def _write_and_rename(path: Path, content: bytes, staging: Path | None) -> None:
             file.flush()
             # before renaming, or a power cut could leave the final name on an empty file
             os.fsync(file.fileno())
+        # only now: an output folder that was removed, with its staging, is not made again
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):

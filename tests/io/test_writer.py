@@ -194,3 +194,17 @@ def test_a_simpleitk_image_has_the_grid_of_its_like(series: bool) -> None:
     for fact in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
         assert getattr(image, fact)() == getattr(like, fact)()
     np.testing.assert_array_equal(sitk.GetArrayFromImage(image).transpose(), labels())
+
+
+def test_a_folder_that_was_removed_with_its_staging_is_not_made_again(tmp_path: Path) -> None:
+    """A write that is under way when the output folder is moved leaves nothing in its place."""
+    out = tmp_path / "out"
+    staging = out / "state" / "tmp"
+    staging.mkdir(parents=True)
+    write_atomically(out / "records" / "a" / "1.json", b"1", staging=staging)
+    assert (out / "records" / "a" / "1.json").read_bytes() == b"1"
+    out.rename(tmp_path / "moved")
+    with pytest.raises(WriteError, match="cannot be written"):
+        write_atomically(out / "records" / "b" / "2.json", b"2", staging=staging)
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved"]
