@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 
 import click
-import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.errors import PipelineError
-from pipeline.io import read
+from pipeline.io import check_label_grid, read, read_label_map
 
 LAYERS_MM = (-1.5, -0.5, 0.5, 1.5, 2.5)  # their middles; negative inside
 DEEP_MM = 1.6  # from this depth on, grey values are the structure's own
@@ -48,13 +48,13 @@ def main(images: Path, labels: Path, values: tuple[int, ...], cases: int | None)
         if label is None or len(found) == cases:
             continue
         try:
-            structure = np.isin(np.rint(read(label).array), values)
+            image, label_map = read(str(path)), read_label_map(label)
+            check_label_grid(label, label_map, image)
+            structure = np.isin(label_map.array, values)
             if not structure.any():
                 click.echo(f"{name}: no voxel of the structure", err=True)
                 continue
-            found.append(
-                profile(read(path).array, structure, nib.load(path).header.get_zooms()[:3])
-            )
+            found.append(profile(image.array, structure, tuple(voxel_sizes(image.affine))))
         except PipelineError as error:
             click.echo(f"{name}: {error}", err=True)
     if not found:
@@ -84,7 +84,10 @@ def profile(
     distance = np.where(structure, half - depth, away - half)
     near = ndimage.binary_dilation(structure, iterations=REACH)
     white = np.percentile(grey[near], WHITE_PERCENTILE)
-    own = np.median(grey[distance < -DEEP_MM])
+    is_deep = distance < -DEEP_MM
+    if not is_deep.any():  # too thin to know its own grey value
+        return np.full(len(LAYERS_MM), np.nan)
+    own = np.median(grey[is_deep])
     relative = (grey - own) / (white - own)
     # each voxel belongs to the place of the border that it is nearest to
     place = np.ravel_multi_index(inner, structure.shape)

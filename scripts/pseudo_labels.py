@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import click
 import nibabel as nib
@@ -26,7 +27,8 @@ from scipy import ndimage
 
 import pipeline
 from pipeline.config import load_spec
-from pipeline.inference import CaseModel
+from pipeline.evaluation import dice
+from pipeline.inference import CaseModel, other_side
 
 MARGIN = 4  # voxels around the head
 BRIGHTEST = 99.9  # percentile of the head's intensities that becomes 255
@@ -73,7 +75,7 @@ def main(scans: Path, output: Path) -> None:
     if not paths:
         sys.exit(f"{scans}: expected scans *.nii.gz")
     model = pipeline.load(str(BRAIN_BUNDLE))
-    other_side = mirrored_values(load_spec(BRAIN_BUNDLE / "configs" / "spec.yaml").labels)
+    other = mirrored_values(load_spec(BRAIN_BUNDLE / "configs" / "spec.yaml").labels)
     for folder in ("scans", "label_maps"):
         (output / folder).mkdir(parents=True, exist_ok=True)
     for path in paths:
@@ -81,22 +83,19 @@ def main(scans: Path, output: Path) -> None:
         if scan is None:
             click.echo(f"{path}: no voxel above 0; left out", err=True)
             continue
-        votes = [copy_labels(model, scan, change, other_side) for change in CHANGES]
+        votes = [copy_labels(model, scan, change, other) for change in CHANGES]
         labels = voted(np.stack(votes))
-        dice = np.mean([mean_dice(copy, labels) for copy in votes])
-        name = path.name
-        nib.save(scan, output / "scans" / name)
-        nib.save(nib.Nifti1Image(labels, scan.affine), output / "label_maps" / name)
-        click.echo(f"{name}: mean Dice of the copies with their vote {dice:.4f}")
+        agreement = fmean(mean_dice(copy, labels) for copy in votes)
+        nib.save(scan, output / "scans" / path.name)
+        nib.save(nib.Nifti1Image(labels, scan.affine), output / "label_maps" / path.name)
+        click.echo(f"{path.name}: mean Dice of the copies with their vote {agreement:.4f}")
 
 
 def mirrored_values(labels: Mapping[str, int]) -> NDArray[np.uint8]:
     """Return the value of the other side's structure for each value of a label map, (256,)."""
     other = np.arange(256, dtype=np.uint8)
     for name, value in labels.items():
-        for side, opposite in (("left ", "right "), ("right ", "left ")):
-            if name.startswith(side):
-                other[value] = labels[opposite + name.removeprefix(side)]
+        other[value] = labels[other_side(name)]
     return other
 
 
@@ -160,11 +159,8 @@ def voted(votes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def mean_dice(labels: NDArray[np.uint8], vote: NDArray[np.uint8]) -> float:
     """Return the mean Dice of all structures that one of two label maps has."""
-    pair_counts = np.zeros((256, 256), dtype=np.int64)
-    np.add.at(pair_counts, (labels.ravel(), vote.ravel()), 1)
-    both, sizes = np.diag(pair_counts), pair_counts.sum(axis=0) + pair_counts.sum(axis=1)
-    found = np.flatnonzero(sizes[1:]) + 1
-    return float((2 * both[found] / sizes[found]).mean())
+    found = set(np.unique(labels)) | set(np.unique(vote))
+    return fmean(dice(labels == value, vote == value) for value in found - {0})
 
 
 if __name__ == "__main__":

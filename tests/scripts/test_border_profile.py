@@ -36,6 +36,22 @@ def test_layers_follow_the_labels(shift_mm: float) -> None:
     assert found[-1] == pytest.approx(1, abs=0.05)
 
 
+def test_a_thin_structure_has_no_profile() -> None:
+    grey, label = scene(1)
+    assert np.isnan(load_script("border_profile").profile(grey, label, SPACING)).all()
+
+
+def test_a_label_map_on_another_grid_is_named(tmp_path: Path) -> None:
+    grey, label = scene(8)
+    affine = np.diag([*SPACING, 1.0])
+    save(tmp_path / "images" / "a.nii.gz", nib.Nifti1Image(grey, affine))
+    save(tmp_path / "labels" / "a.nii.gz", nib.Nifti1Image(label[1:].astype(np.uint8), affine))
+    arguments = [str(tmp_path / "images"), str(tmp_path / "labels"), "--value", "1"]
+    result = CliRunner().invoke(load_script("border_profile").main, arguments)
+    assert result.exit_code == 1
+    assert "expected the same grid" in result.output
+
+
 def test_cases_are_averaged_and_those_without_labels_left_out(tmp_path: Path) -> None:
     script = load_script("border_profile")
     affine = np.diag([*SPACING, 1.0])
@@ -53,7 +69,10 @@ def test_cases_are_averaged_and_those_without_labels_left_out(tmp_path: Path) ->
     assert len(lines) == 6
     assert lines[-1].startswith("2 to 3 mm outside: 1.0")
     assert lines[-1].endswith("(sd 0.00)")
-    empty = CliRunner().invoke(script.main, [str(tmp_path / "images")] * 2 + ["--value", "9"])
+    no_map = CliRunner().invoke(script.main, [arguments[0], arguments[0], "--value", "17"])
+    assert no_map.exit_code == 1
+    assert "expected whole numbers for labels" in no_map.output
+    empty = CliRunner().invoke(script.main, [*arguments[:2], "--value", "9"])
     assert empty.exit_code == 1
     assert "a1: no voxel of the structure" in empty.output
     assert "expected images in" in empty.output
